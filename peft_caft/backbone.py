@@ -1,0 +1,225 @@
+"""The parts of a causal language model that auxiliary heads lean on: last layer, final norm and unembedding.
+
+They are found by structure, not by architecture name, and what they compute is checked once against the model's own
+logits (`Backbone.verify`), so that a model that does something else at its output is refused instead of trained
+wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from .linear_cross_entropy import Unembedding
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "use_cache")
+
+
+def beneath_adapters(module: nn.Module) -> nn.Module:
+    """The base model's own module under the wrappers that PEFT may have put around it."""
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module
+
+
+def base_model_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside ``model`` (a base model, a PeftModel or a tuner).
+
+    Raises:
+        TypeError: if there is none.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    if isinstance(model, BaseTuner):
+        model = model.model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model: got {type(model).__name__}, expected a transformers PreTrainedModel with a language-modelling "
+            "head, such as AutoModelForCausalLM.from_pretrained(...) returns."
+        )
+    return model
+
+
+@dataclass
+class Captured:
+    """What one forward pass of the base model left for the heads.
+
+    Attributes:
+        last_layer_input: hidden states entering the last decoder layer, ``(batch, tokens, hidden)``, with their graph.
+        last_hidden_state: hidden states after the final norm, same shape.
+        last_layer_output: hidden states between the two, same shape.
+        layer_args: further positional arguments of the last layer (GPT-2 passes its mask so), cache removed.
+        layer_kwargs: its keyword arguments (mask, position embeddings, ...), cache removed.
+    """
+
+    last_layer_input: Tensor
+    last_hidden_state: Tensor
+    last_layer_output: Tensor
+    layer_args: tuple[Any, ...] = ()
+    layer_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Backbone:
+    """References to the parts of one base model; it owns nothing. Resolved once, before FSDP wraps the layers."""
+
+    model: PreTrainedModel
+    trunk: nn.Module  # the module that runs the layers and the final norm
+    last_layer: nn.Module
+    final_norm: nn.Module | None
+    lm_head: nn.Module
+    logit_scale: float
+    logit_softcap: float | None
+    verified: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Backbone:
+        """Find the parts in a base model, with or without adapters.
+
+        Raises:
+            TypeError: if ``model`` is not a decoder-only transformers model with a language-modelling head.
+        """
+        base = base_model_of(model)
+        name = type(base).__name__
+        advice = "CAFT needs a decoder-only causal language model, such as AutoModelForCausalLM returns."
+        if getattr(base.config, "is_encoder_decoder", False):
+            raise TypeError(f"model: got {name}, an encoder-decoder. {advice}")
+        lm_head = base.get_output_embeddings()
+        if lm_head is None or getattr(base, "loss_type", None) == "ForMaskedLM":
+            raise TypeError(f"model: got {name}, which has no causal language-modelling head. {advice}")
+        lm_head = beneath_adapters(lm_head)
+        if not isinstance(getattr(lm_head, "weight", None), Tensor) or not lm_head.weight.is_floating_point():
+            raise TypeError(
+                f"lm_head: got {type(lm_head).__name__} in {name}, expected a linear layer with a floating-point weight. "
+                "Load the model with the unembedding unquantised (llm_int8_skip_modules=['lm_head'] or alike)."
+            )
+        config = base.config.get_text_config()
+        trunk, layers = _trunk_and_layers(base, config.num_hidden_layers)
+        if layers is None:
+            raise TypeError(
+                f"model: got {name}, in which no list of {config.num_hidden_layers} layers was found. {advice}"
+            )
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(
+            model=base,
+            trunk=trunk,
+            last_layer=layers[-1],
+            final_norm=_final_norm(trunk, layers),
+            lm_head=lm_head,
+            logit_scale=float(scale),
+            logit_softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        return self.lm_head.weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_head.weight.shape[0]
+
+    def unembedding(self) -> Unembedding:
+        """The lm_head as a constant, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits."""
+        bias = getattr(self.lm_head, "bias", None)
+        return Unembedding(
+            weight=self.lm_head.weight.detach(),
+            bias=None if bias is None else bias.detach(),
+            scale=self.logit_scale,
+            softcap=self.logit_softcap,
+        )
+
+    def normed(self, states: Tensor) -> Tensor:
+        """The base model's final norm, where it has one."""
+        return states if self.final_norm is None else self.final_norm(states)
+
+    @contextmanager
+    def capture(self) -> Iterator[list[Captured]]:
+        """Record, for each forward pass inside the block, what the heads need; hooks are gone afterwards."""
+        records: list[Captured] = []
+        seen: dict[str, Any] = {}
+
+        def before_last_layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            seen["hidden"] = hidden
+            seen["args"] = tuple(None if isinstance(value, Cache) else value for value in args[1:])
+            seen["kwargs"] = kwargs
+
+        def after_last_layer(module: nn.Module, args: tuple, output: Any) -> None:
+            seen["output"] = layer_output(output)
+
+        def after_trunk(module: nn.Module, args: tuple, output: Any) -> None:
+            last_hidden_state = output["last_hidden_state"] if isinstance(output, dict) else output[0]
+            records.append(Captured(seen["hidden"], last_hidden_state, seen["output"], seen["args"], seen["kwargs"]))
+            seen.clear()
+
+        hooks = [
+            self.last_layer.register_forward_pre_hook(before_last_layer, with_kwargs=True),
+            self.last_layer.register_forward_hook(after_last_layer),
+            self.trunk.register_forward_hook(after_trunk),
+        ]
+        try:
+            yield records
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def verify(self, captured: Captured, logits: Tensor) -> None:
+        """Check, once, on the first token that norm, unembedding and logit scaling are all there is after the layers.
+
+        Args:
+            captured: record of a forward pass.
+            logits: the model's own logits of that pass, ``(batch, tokens, vocabulary)``, of all tokens.
+
+        Raises:
+            TypeError: if they are not; training would follow a wrong gradient.
+        """
+        self.verified = True
+        own_norm = self.normed(captured.last_layer_output[:1, :1])
+        own = self.unembedding().logits(captured.last_hidden_state[:1, :1].to(self.lm_head.weight.dtype))
+        for what, got, expected in (
+            ("final norm", own_norm.float(), captured.last_hidden_state[:1, :1].float()),
+            ("logits", own, logits[:1, :1].float()),
+        ):
+            tolerance = 1e-3 if captured.last_hidden_state.dtype == torch.float32 else 5e-2
+            if got.shape != expected.shape or (got - expected).norm() > tolerance * expected.norm() + 1e-6:
+                raise TypeError(
+                    f"model: {type(self.model).__name__} does more between its last layer and its logits than a norm, "
+                    f"an lm_head, a scale and a soft cap (its {what} differ). CAFT does not know this architecture "
+                    "yet; please report it."
+                )
+
+
+def layer_output(output: Any) -> Tensor:
+    """Hidden states a decoder layer returned: a tensor since transformers 5, the first of a tuple before."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _trunk_and_layers(model: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList | None]:
+    """The shallowest module with a child list of ``count`` layers, and that list."""
+    queue = [model]
+    while queue:
+        module = queue.pop(0)
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, child
+        queue.extend(module.children())
+    return model, None
+
+
+def _final_norm(trunk: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
+    """The last norm among the trunk's children after its layers (before them stand embedding norms)."""
+    children = [beneath_adapters(child) for child in trunk.children()]
+    position = next(index for index, child in enumerate(children) if child is layers)
+    norms = [child for child in children[position + 1 :] if "norm" in type(child).__name__.lower()]
+    return norms[-1] if norms else None

@@ -1,0 +1,118 @@
+"""`CAFTCallback`: tells the schedule the optimizer step, logs the auxiliary losses, and guards against silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .atomic import replacing
+from .model import CAFTModel
+
+TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
+
+
+class CAFTCallback(TrainerCallback):
+    """Add to ``transformers.Trainer(..., callbacks=[CAFTCallback()])`` when training a CAFT model.
+
+    Logs ``caft/gamma``, ``caft/aux_loss`` and ``caft/loss_head_2`` ... ``caft/loss_head_n`` (nats/token, means since
+    the last log of this process) into the trainer's log history. With ``train_heads`` other than ``"frozen"`` the
+    trained parameters of the heads are kept in every checkpoint, so that a resumed run goes on where it was.
+
+    Raises:
+        RuntimeError: at the end of a training step in which no auxiliary loss was computed, or if the checkpoint to
+            resume from lacks the trained heads.
+        TypeError: if the model has no CAFT adapter.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = caft_model(kwargs["model"])
+        model.set_training_progress(state.global_step, state.max_steps)
+        trained = _trained_head_parameters(model)
+        if state.global_step > 0 and trained:
+            _restore(trained, _checkpoint(args, state) / TRAINED_HEADS_NAME)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = caft_model(kwargs["model"])
+        model.set_training_progress(state.global_step, state.max_steps)
+        self._computed_before = model._progress.computed
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = caft_model(kwargs["model"])
+        if model._auxiliary_loss_enabled and model._progress.computed == self._computed_before:
+            raise RuntimeError(
+                f"step {state.global_step} ended without an auxiliary loss, expected one in every training forward: "
+                "the model saw no labels, or its adapters are disabled. `label_smoothing_factor` (got "
+                f"{args.label_smoothing_factor}, expected 0) and `compute_loss_func` make Trainer strip the labels; "
+                "leave both unset. To train without the auxiliary loss on purpose, use "
+                "`model.auxiliary_loss_enabled(False)` or CAFTConfig(aux_loss_weight=0)."
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        model = caft_model(kwargs["model"])
+        losses = model._progress.read_losses(model._active_config().aux_loss_decay)
+        metrics = {"gamma": float(model.gamma)} | losses
+        metrics = {f"caft/{name}": value for name, value in metrics.items()}
+        logs.update(metrics)  # for the callbacks after this one
+        state.log_history[-1].update(metrics)  # Trainer.log has copied the logs there already
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trained = _trained_head_parameters(caft_model(kwargs["model"]))
+        if trained and state.is_world_process_zero:
+            with replacing(_checkpoint(args, state) / TRAINED_HEADS_NAME) as temporary:
+                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, temporary)
+
+
+def caft_model(model: nn.Module) -> CAFTModel:
+    """The CAFT tuner inside a (wrapped) PEFT model.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, CAFTModel):
+            return module
+    raise TypeError(
+        f"model: got {type(model).__name__} without a CAFT adapter, expected one made by get_peft_model(model, "
+        "CAFTConfig(...)). Remove CAFTCallback to train another kind of model."
+    )
+
+
+def _trained_head_parameters(model: CAFTModel) -> dict[str, Tensor]:
+    return {name: p for name, p in model.auxiliary_heads.named_parameters() if p.requires_grad}
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir, f"checkpoint-{state.global_step}")
+
+
+def _restore(trained: dict[str, Tensor], path: Path) -> None:
+    if not path.is_file():
+        raise RuntimeError(
+            f"{path}: not found, expected the trained auxiliary heads of the checkpoint to resume from. The run before "
+            "trained with another `train_heads`, without CAFTCallback, or in another output_dir; start anew or resume "
+            "with the same settings."
+        )
+    saved = load_file(path)
+    if saved.keys() != trained.keys():
+        raise RuntimeError(f"{path}: holds other parameters than this run trains. Resume with the same settings.")
+    for name, parameter in trained.items():
+        parameter.data.copy_(saved[name])

@@ -1,0 +1,98 @@
+"""Cross entropy of a frozen linear layer's logits, in chunks of rows, without ever holding all logits.
+
+Since the layer is frozen, the only gradient is dL/dhidden, and the forward pass, which has the logits of a chunk in
+hand, computes it there: memory is one chunk of logits plus dL/dhidden. In plain torch, the same is
+
+    logits = scale(hidden @ weight.T + bias)
+    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MiB in fp32, 340 rows of a 49k vocabulary
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """A frozen lm_head and what the architecture does to its logits.
+
+    Attributes:
+        weight: ``(vocabulary, hidden)``, without graph.
+        bias: ``(vocabulary,)`` or None, without graph.
+        scale: factor on the logits.
+        softcap: c of ``c * tanh(logits / c)``, applied after the factor, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits ``(rows, vocabulary)`` of ``(rows, hidden)`` in the dtype of the weight."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def backward(self, grad_logits: Tensor, logits: Tensor) -> Tensor:
+        """dL/dhidden ``(rows, hidden)`` from dL/dlogits and the logits, both fp32; overwrites ``grad_logits``."""
+        if self.softcap is not None:
+            grad_logits *= 1 - (logits / self.softcap) ** 2
+        if self.scale != 1.0:
+            grad_logits *= self.scale
+        return grad_logits.to(self.weight.dtype) @ self.weight
+
+
+def linear_cross_entropy(hidden: Tensor, targets: Tensor, unembedding: Unembedding) -> Tensor:
+    """Sum over rows of the cross entropy between ``unembedding.logits(hidden)`` and ``targets``.
+
+    Args:
+        hidden: ``(rows, hidden)``, any floating dtype; computed in the dtype of the weight or of autocast.
+        targets: int64 ``(rows,)``, all of them valid token ids.
+        unembedding: the frozen layer.
+
+    Returns:
+        fp32 scalar, differentiable in ``hidden``; 0 for no rows.
+    """
+    loss, _ = _LinearCrossEntropy.apply(hidden, targets, unembedding, torch.is_grad_enabled() and hidden.requires_grad)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, unembedding: Unembedding, needs_grad: bool) -> Any:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unembedding.weight.dtype
+        bias = None if unembedding.bias is None else unembedding.bias.to(dtype)
+        layer = Unembedding(unembedding.weight.to(dtype), bias, unembedding.scale, unembedding.softcap)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if needs_grad else None
+        rows_per_chunk = max(1, CHUNK_ELEMENTS // layer.weight.shape[0])
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(targets), rows_per_chunk):
+                chunk = slice(start, start + rows_per_chunk)
+                logits = layer.logits(hidden[chunk].to(dtype))
+                target = targets[chunk, None]
+                log_normaliser = logits.logsumexp(dim=1, keepdim=True)
+                loss += (log_normaliser - logits.gather(1, target)).sum()
+                if grad is not None:
+                    grad_logits = torch.exp(logits - log_normaliser)
+                    grad_logits.scatter_add_(1, target, torch.full_like(log_normaliser, -1.0))
+                    grad[chunk] = layer.backward(grad_logits, logits)
+        ctx.save_for_backward(grad)
+        return loss, None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> Any:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss, None, None, None  # a 0-dim factor does not change the dtype

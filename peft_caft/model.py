@@ -1,0 +1,322 @@
+"""`CAFTModel`: LoRA's tuner plus auxiliary heads and their loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, LoraModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.utils import PeftType
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .backbone import Backbone
+from .config import CAFTConfig
+from .heads import AuxiliaryHeads
+from .loss import AuxiliaryLoss, auxiliary_loss
+from .progress import Progress
+from .targets import supervised_count
+
+HEADS_PREFIX = "auxiliary_heads."
+
+
+class CAFTModel(LoraModel):
+    """Concept-aware fine-tuning of a causal language model with LoRA (https://arxiv.org/abs/2506.07833).
+
+    Made by ``get_peft_model(model, CAFTConfig(...))``. In training mode, with labels and gradients, its forward adds
+
+        beta * gamma(s) * sum_{k=2..n} alpha^(k-1) * CE_k
+
+    to the model's own loss CE_1. Every CE_k is divided by the same number as CE_1, the next-token targets of the batch
+    or ``num_items_in_batch`` if the trainer passes it. In evaluation, with the adapter disabled, or after
+    ``merge_and_unload``, it is a plain LoRA model.
+
+    The heads live in this tuner, one set per adapter, and never in the base model or in the saved adapter. They see
+    the base model's own final norm and unembedding even where an adapter changes those (``modules_to_save``): no
+    auxiliary gradient reaches a trained copy of the lm_head.
+
+    Attributes:
+        auxiliary_heads: `AuxiliaryHeads` per adapter name; adapters loaded for inference have none.
+        gamma: fp32 scalar buffer, not saved: the weight of the auxiliary loss at the current optimizer step.
+    """
+
+    # Makes PEFT's inject_adapter_in_model, which would drop the heads with the tuner, refuse CAFT.
+    uses_shared_state = True
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self._progress = Progress()
+        self._backbone: Backbone | None = None
+        self._auxiliary_loss_enabled = True
+        super().__init__(model, *args, **kwargs)
+        self.register_load_state_dict_post_hook(_heads_are_never_missing)
+
+    # Heads: made with the adapter, follow it when it is switched, frozen, cast or deleted.
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the LoRA layers of an adapter, and its heads unless it is loaded for inference."""
+        config = self.peft_config[adapter_name]
+        backbone = self._backbone or Backbone.of(model)
+        heads = None if config.inference_mode else _make_heads(config, model, backbone)
+        if config.modules_to_save and any(name.split(".")[-1] == "lm_head" for name in config.modules_to_save):
+            warnings.warn(
+                "modules_to_save=['lm_head']: the trained copy of the lm_head learns from the next-token loss alone. "
+                "The auxiliary heads keep using the base model's frozen lm_head, so no auxiliary gradient reaches it.",
+                stacklevel=2,
+            )
+        # Two conversions of peft.utils.transformers_weight_conversion (mixture-of-experts models) test for LORA.
+        config.peft_type = PeftType.LORA
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            config.peft_type = PeftType.CAFT  # type: ignore[attr-defined]
+        if "gamma" not in self._buffers:
+            device = backbone.lm_head.weight.device
+            self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
+            self.auxiliary_heads = nn.ModuleDict()
+        self._backbone = backbone
+        if heads is not None:
+            if config.train_heads == "lora":
+                _add_lora(heads, config, adapter_name)
+            self.auxiliary_heads[adapter_name] = heads
+        self._set_heads_trainable()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._set_heads_trainable(inference_mode)
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._set_heads_trainable()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.auxiliary_heads:
+            del self.auxiliary_heads[adapter_name]
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        for module in self.auxiliary_heads.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(enabled)
+        self._set_heads_trainable(inference_mode=not enabled)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self.auxiliary_heads:
+            heads = self.auxiliary_heads[adapter_name]
+            if self.peft_config[adapter_name].train_heads == "full":
+                heads.float()
+            cast_adapter_dtype(heads, adapter_name, autocast_adapter_dtype)
+
+    def _set_heads_trainable(self, inference_mode: bool = False) -> None:
+        if "auxiliary_heads" not in self._modules:
+            return  # called by BaseTuner before the first heads exist
+        for name, heads in self.auxiliary_heads.items():
+            active = name in self.active_adapters and not inference_mode
+            mode = self.peft_config[name].train_heads if active else "frozen"
+            for parameter_name, parameter in heads.named_parameters():
+                is_lora = self.prefix in parameter_name
+                parameter.requires_grad_(mode == "full" or (mode == "lora" and is_lora))
+            heads.train(self.training)
+
+    # The schedule.
+
+    def set_training_progress(self, step: int, total_steps: int | None = None) -> None:
+        """Tell the schedule where the run is; `CAFTCallback` does it for Trainer, a bare loop calls it every step.
+
+        Args:
+            step: s, optimizer steps done so far (0 before the first).
+            total_steps: S, optimizer steps of the whole run; None takes ``total_steps`` of the configuration.
+
+        Raises:
+            ValueError: if S is unknown or not positive, or s is negative.
+        """
+        self._progress.set(step, total_steps)
+        self._update_gamma(self._active_config())
+
+    def _update_gamma(self, config: CAFTConfig) -> None:
+        # Written through .data: module.to(bfloat16) may have cast the buffer, and gamma needs its digits.
+        self.gamma.data = torch.full_like(self.gamma, self._progress.gamma(config), dtype=torch.float32)
+
+    def _active_config(self) -> CAFTConfig:
+        active = self.active_adapters
+        if len(active) != 1:
+            raise ValueError(
+                f"active adapters: got {active}, expected exactly one while training with CAFT. Choose it with "
+                "set_adapter(name), or wrap the step in auxiliary_loss_enabled(False)."
+            )
+        return self.peft_config[active[0]]
+
+    # The loss.
+
+    @contextmanager
+    def auxiliary_loss_enabled(self, enabled: bool) -> Iterator[None]:
+        """Within the block, compute the auxiliary loss or not, e.g. for trainers with another objective."""
+        before = self._auxiliary_loss_enabled
+        self._auxiliary_loss_enabled = enabled
+        try:
+            yield
+        finally:
+            self._auxiliary_loss_enabled = before
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward; in training with ``labels`` its loss includes the auxiliary loss.
+
+        Args:
+            args, kwargs: of the base model. ``labels`` is int64 ``(batch, tokens)``, unshifted, -100 where
+                unsupervised. A batch without any supervised token has loss 0.
+
+        Raises:
+            ValueError: if the adapter was loaded for inference, the schedule does not know where the run is, or more
+                than one adapter is active.
+        """
+        labels = kwargs.get("labels")
+        if labels is None or not self._wants_auxiliary_loss():
+            return self.model(*args, **kwargs)
+        config = self._active_config()
+        heads = self._heads_for_training(config)
+        self._progress.begin_forward(config)
+        self._update_gamma(config)
+        if config.aux_loss_weight == 0:
+            self._progress.auxiliary_loss_computed(None, 0)
+            return self.model(*args, **kwargs)
+        backbone = self._backbone
+        assert backbone is not None
+        with backbone.capture() as records:
+            outputs = self.model(*args, **kwargs)
+        captured = records[-1]
+        own_loss, logits = _loss_and_logits(outputs)
+        if not backbone.verified and self._output_is_the_base_models():
+            backbone.verify(captured, logits)
+        auxiliary = auxiliary_loss(
+            heads,
+            backbone,
+            captured,
+            labels.to(captured.last_layer_input.device),
+            kwargs.get("attention_mask"),
+            kwargs.get("position_ids"),
+            fraction=config.aux_token_fraction,
+            sampling_seed=self._progress.forward_seed(),
+        )
+        return _with_loss(outputs, self._total_loss(own_loss, auxiliary, captured.last_hidden_state, config, kwargs))
+
+    def _total_loss(
+        self, own_loss: Tensor, auxiliary: AuxiliaryLoss, last_hidden_state: Tensor, config: CAFTConfig, kwargs: dict
+    ) -> Tensor:
+        supervised = supervised_count(kwargs["labels"])
+        self._progress.auxiliary_loss_computed(auxiliary, int(supervised))
+        if supervised == 0:
+            # The mean over no tokens is NaN; a zero that hangs on the graph leaves every gradient zero.
+            return last_hidden_state.sum().float() * 0.0
+        divisor = kwargs.get("num_items_in_batch")
+        if divisor is None:
+            divisor = supervised
+        if isinstance(divisor, Tensor):
+            divisor = divisor.to(own_loss.device)
+        weighted = auxiliary.weighted(config.aux_loss_decay).to(own_loss.device) / divisor
+        return own_loss + config.aux_loss_weight * self.gamma.to(own_loss.device) * weighted
+
+    def _wants_auxiliary_loss(self) -> bool:
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and self._auxiliary_loss_enabled
+            and bool(self.active_adapters)
+            and not any(m.disable_adapters for m in self.model.modules() if isinstance(m, BaseTunerLayer))
+        )
+
+    def _heads_for_training(self, config: CAFTConfig) -> AuxiliaryHeads:
+        name = self.active_adapters[0]
+        if name not in self.auxiliary_heads:
+            raise ValueError(
+                f"adapter {name!r}: loaded for inference (inference_mode={config.inference_mode}), so it has no heads, "
+                "expected one made for training. Load it with `peft_caft.load_adapter(model, folder, "
+                "is_trainable=True)`, or call model.eval() if you only want the next-token loss."
+            )
+        return self.auxiliary_heads[name]
+
+    def _output_is_the_base_models(self) -> bool:
+        """Whether norm and lm_head run as the base model has them, so that its logits can be compared."""
+        assert self._backbone is not None
+        own = {id(self._backbone.lm_head), id(self._backbone.final_norm)}
+        replaced = self.model.get_output_embeddings()
+        return id(replaced) in own and all(
+            id(self._backbone.final_norm) != id(getattr(module, "original_module", None))
+            for module in self.model.modules()
+        )
+
+    # Saving: the heads are an artifact of their own.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
+    ) -> dict[str, Tensor]:
+        without_heads = {key: value for key, value in state_dict.items() if HEADS_PREFIX not in key}
+        return super()._get_adapter_state_dict(model, config, adapter_name, without_heads, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict
+    ) -> dict[str, Tensor]:
+        # set_peft_model_state_dict skips this conversion for every type but LORA.
+        state_dict = convert_peft_adapter_state_dict_for_transformers(
+            model, config.to_lora_config(), state_dict, adapter_name
+        )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _make_heads(config: CAFTConfig, model: nn.Module, backbone: Backbone) -> AuxiliaryHeads:
+    """Load or make the heads of one adapter; the configuration then says what they really are."""
+    if config.heads is not None:
+        heads = AuxiliaryHeads.from_pretrained(config.heads, base_model=model, revision=config.heads_revision)
+        heads.keep_first(config.num_auxiliary_heads, config.heads)
+    else:
+        warnings.warn(
+            "CAFTConfig.heads is None: fresh, untrained auxiliary heads. They inject noise into fine-tuning; pretrain "
+            "them once per base model (`peft-caft train-heads`) and give their folder or Hub id as `heads`.",
+            stacklevel=2,
+        )
+        heads = AuxiliaryHeads.from_base_model(
+            model, config.num_auxiliary_heads, config.head_type, config.head_input, config.head_num_layers
+        )
+    config.head_type = heads.config.head_type  # type: ignore[assignment]
+    config.head_input = heads.config.head_input  # type: ignore[assignment]
+    config.head_num_layers = heads.config.head_num_layers
+    return heads
+
+
+def _add_lora(heads: AuxiliaryHeads, config: CAFTConfig, adapter_name: str) -> None:
+    """LoRA of the adapter's rank in every linear layer of the heads, without moving the global random state."""
+    targets = [name for name, module in heads.named_modules() if isinstance(module, nn.Linear)]
+    lora = LoraConfig(
+        r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets
+    )
+    with torch.random.fork_rng():
+        inject_adapter_in_model(lora, heads, adapter_name)
+
+
+def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor]:
+    loss, logits = (outputs.loss, outputs.logits) if isinstance(outputs, ModelOutput) else outputs[:2]
+    if loss is None:
+        raise ValueError(
+            "labels: given, but the model returned no loss, expected its next-token loss. This trainer computes the "
+            "loss itself; train with transformers.Trainer, or wrap the step in auxiliary_loss_enabled(False)."
+        )
+    return loss, logits
+
+
+def _with_loss(outputs: Any, loss: Tensor) -> Any:
+    if isinstance(outputs, ModelOutput):
+        outputs.loss = loss
+        return outputs
+    return (loss, *outputs[1:])
+
+
+def _heads_are_never_missing(module: nn.Module, incompatible: Any) -> None:
+    """Adapter files hold no heads; without this PEFT would warn that the LoRA inside trained heads is missing."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if HEADS_PREFIX not in key]
