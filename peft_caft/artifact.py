@@ -90,6 +90,16 @@ def load_heads(
     return heads.eval()
 
 
+def load_weights(heads: AuxiliaryHeads, folder: Path) -> None:
+    """Copy the weights of an artifact into heads of the same shape, in place.
+
+    Raises:
+        ValueError: if they are damaged or of other shapes.
+    """
+    _config_of_weights(_locate(str(folder), CONFIG_NAME, {}), folder / WEIGHTS_NAME)
+    _fill(heads, _read_weights(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()

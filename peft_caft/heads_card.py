@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .heads_config import HeadsConfig
+from .tables import head_table
 
 
 def heads_card(config: HeadsConfig) -> str:
@@ -55,16 +56,5 @@ def _training_section(config: HeadsConfig) -> list[str]:
     lines = [f"- {name}: {value}" for name, value in training.items() if not isinstance(value, (dict, list))]
     after, before = training.get("metrics_after"), training.get("metrics_before")
     if after and before:
-        lines += [
-            "",
-            "Held-out data, before -> after training:",
-            "",
-            "| head (tokens ahead) | cross entropy (nats/token) | top-1 | top-5 |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| {a['tokens_ahead']} | {b['cross_entropy']:.3f} -> {a['cross_entropy']:.3f} "
-            f"| {b['top1']:.1%} -> {a['top1']:.1%} | {b['top5']:.1%} -> {a['top5']:.1%} |"
-            for b, a in zip(before, after, strict=True)
-        ]
+        lines += ["", "Held-out data, before -> after training:", "", head_table(before, after)]
     return lines

@@ -1,0 +1,196 @@
+"""The command line ``peft-caft``. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(
+    help="Concept-aware fine-tuning (CAFT, arXiv 2506.07833): multi-token fine-tuning of language models with LoRA.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+TRAINING_NOTE = (
+    "Any field of transformers.TrainingArguments is an option too, e.g. --learning_rate 1e-4 --num_train_epochs 3 "
+    "--gradient_accumulation_steps 4 --gradient_checkpointing true --seed 1, or a line of --training-yaml."
+)
+
+Model = Annotated[str, typer.Option(help="Base model: folder or Hub id.")]
+Data = Annotated[str, typer.Option(help="Training data, JSONL: 'messages', or 'prompt' and 'completion', or 'text'.")]
+Output = Annotated[str, typer.Option(help="Folder to write. An interrupted run in it is resumed.")]
+EvalData = Annotated[str | None, typer.Option(help="Held-out data, JSONL.")]
+EvalRows = Annotated[int, typer.Option(help="Held-out rows to use at most.")]
+MaxRows = Annotated[int | None, typer.Option(help="Training rows to use at most; all if unset.", show_default=False)]
+MaxLength = Annotated[int, typer.Option(help="Longest row in tokens; longer rows lose their end.")]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Precision to load the base model in; auto takes the checkpoint's."),
+]
+TrainingYaml = Annotated[str | None, typer.Option(help="YAML file with TrainingArguments.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")]
+
+
+@app.command("train-heads", context_settings=PASS_THROUGH, epilog=TRAINING_NOTE)
+def train_heads_command(
+    context: typer.Context,
+    model: Model,
+    data: Data,
+    output: Output,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Held-out data, JSONL; else the end of the training file.", show_default=False)
+    ] = None,
+    eval_rows: EvalRows = 200,
+    max_rows: MaxRows = None,
+    num_heads: Annotated[int, typer.Option(help="Heads, n - 1; they predict 2 ... n tokens ahead.")] = 4,
+    head_type: Annotated[
+        Literal["residual", "decoder_layer"], typer.Option(help="x + SiLU(W x), or a copy of the last layer.")
+    ] = "decoder_layer",
+    head_input: Annotated[
+        Literal["last_layer_input", "last_hidden_state"],
+        typer.Option(help="What heads read: before the last layer, or after the final norm."),
+    ] = "last_layer_input",
+    head_num_layers: Annotated[int, typer.Option(help="Blocks or layers per head.")] = 1,
+    aux_loss_decay: Annotated[float, typer.Option(help="alpha: head k weighs alpha^(k-1).")] = 0.8,
+    max_length: MaxLength = 512,
+    dtype: DType = "auto",
+    training_yaml: TrainingYaml = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Stage 1: train auxiliary heads on a text or chat file with the base model frozen, once per base model.
+
+    Reports cross entropy and top-1 / top-5 accuracy of every head on held-out rows, before and after.
+    """
+    from .head_training import HeadTrainingSettings, train_heads
+    from .trainer_arguments import trainer_arguments
+
+    defaults = {"learning_rate": 5e-4, "num_train_epochs": 1.0, "warmup_steps": 20}
+    arguments = trainer_arguments(output, defaults, training_yaml, context.args)
+    settings = _settings(HeadTrainingSettings, locals())
+    summary = train_heads(settings, arguments, overwrite)
+    from .tables import head_table
+
+    typer.echo(head_table(summary["metrics_before"], summary["metrics_after"]))
+    typer.echo(f"Heads written to {output}")
+
+
+@app.command("train", context_settings=PASS_THROUGH, epilog=TRAINING_NOTE)
+def train_command(
+    context: typer.Context,
+    model: Model,
+    data: Data,
+    output: Output,
+    method: Annotated[Literal["caft", "lora"], typer.Option(help="With or without the auxiliary loss.")] = "caft",
+    heads: Annotated[
+        str | None,
+        typer.Option(help="Pretrained heads: folder or Hub id; unset makes fresh ones.", show_default=False),
+    ] = None,
+    eval_data: EvalData = None,
+    eval_rows: EvalRows = 200,
+    max_rows: MaxRows = None,
+    max_length: MaxLength = 512,
+    dtype: DType = "auto",
+    r: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
+    lora_alpha: Annotated[int, typer.Option(help="LoRA scale; updates weigh lora_alpha / r.")] = 16,
+    lora_dropout: Annotated[float, typer.Option(help="LoRA dropout probability.")] = 0.0,
+    target_modules: Annotated[str, typer.Option(help="'all-linear', or module names with commas.")] = "all-linear",
+    num_auxiliary_heads: Annotated[int, typer.Option(help="n - 1; at most what the heads hold.")] = 4,
+    aux_loss_weight: Annotated[float, typer.Option(help="beta: weight of all auxiliary losses together.")] = 0.01,
+    aux_loss_decay: Annotated[float, typer.Option(help="alpha: head k weighs alpha^(k-1).")] = 0.8,
+    aux_loss_schedule: Annotated[
+        Literal["reflected_sine", "sine", "linear", "linear_decay", "constant"],
+        typer.Option(help="gamma: course of the auxiliary weight over the run."),
+    ] = "reflected_sine",
+    train_heads: Annotated[
+        Literal["frozen", "lora", "full"], typer.Option(help="Whether the heads are trained along.")
+    ] = "frozen",
+    aux_token_fraction: Annotated[
+        float, typer.Option(help="p: share of positions that the heads see, for less compute.")
+    ] = 1.0,
+    training_yaml: TrainingYaml = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Stage 2: fine-tune with CAFT, or with plain LoRA from the same seed and order of data.
+
+    Writes a plain LoRA adapter, which loads anywhere without this package.
+    """
+    from .fine_tuning import FineTuningSettings, fine_tune
+    from .trainer_arguments import trainer_arguments
+
+    defaults = {"learning_rate": 1e-4, "num_train_epochs": 1.0, "warmup_steps": 10}
+    arguments = trainer_arguments(output, defaults, training_yaml, context.args)
+    settings = _settings(FineTuningSettings, locals())
+    summary = fine_tune(settings, arguments, overwrite)
+    if summary["eval_loss_after"] is not None:
+        typer.echo(
+            f"Held-out next-token loss: {summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f} nats/token"
+        )
+    typer.echo(f"Adapter written to {output}")
+
+
+@app.command("merge")
+def merge_command(
+    adapter: Annotated[str, typer.Argument(help="Folder of a LoRA or CAFT adapter.")],
+    output: Annotated[str, typer.Argument(help="Folder to make.")],
+    model: Annotated[
+        str | None, typer.Option(help="Base model; unset takes the one that the adapter names.", show_default=False)
+    ] = None,
+    dtype: DType = "auto",
+) -> None:
+    """Merge an adapter into its base model: a plain model folder that serves without peft or peft-caft."""
+    from .merging import merge
+
+    merge(adapter, output, model, dtype)
+    typer.echo(f"Merged model written to {output}")
+
+
+@app.command("demo")
+def demo_command(
+    output_dir: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo-output"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, to see that it runs.")] = False,
+    seed: Annotated[int, typer.Option(help="Of initialisation and order of data.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew instead of resuming.")] = False,
+) -> None:
+    """The whole way on a real model and real data, on a CPU in less than 10 minutes.
+
+    Heads, LoRA, CAFT, merge, generate, and a table and plots to compare.
+    """
+    from .demo import demo
+
+    demo(output_dir, smoke=smoke, seed=seed, overwrite=overwrite)
+
+
+def _settings(cls: type, arguments: dict[str, Any]) -> Any:
+    """The settings whose fields are named like a command's options."""
+    return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
+
+
+def main() -> None:
+    """Run the command line; expected errors are one clear message, without a traceback."""
+    try:
+        app()
+    except (
+        ValueError,
+        TypeError,
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        ModuleNotFoundError,
+    ) as error:
+        if os.environ.get("PEFT_CAFT_TRACEBACK"):
+            raise
+        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        typer.echo("(PEFT_CAFT_TRACEBACK=1 shows where.)", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""JSONL training data: reading it with errors that name file and line, and turning rows into supervised tokens.
+
+A row has one of three forms:
+
+- ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}``: the chat template of
+  the tokenizer is applied, and the loss is on what the assistant says;
+- ``{"prompt": "...", "completion": "..."}``: plain text, the loss is on the completion and the end of text;
+- ``{"text": "..."}``: the loss is on everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from .targets import IGNORE_INDEX
+
+FORMS = "{'messages': [...]}, {'prompt': ..., 'completion': ...} or {'text': ...}"
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """Rows ready for a trainer.
+
+    Attributes:
+        rows: ``{"input_ids": list[int], "labels": list[int]}``, labels unshifted, -100 where unsupervised.
+        truncated: rows that were cut to the maximal length.
+        dropped: rows of which nothing supervised was left.
+    """
+
+    rows: list[dict[str, list[int]]]
+    truncated: int
+    dropped: int
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(label != IGNORE_INDEX for row in self.rows for label in row["labels"])
+
+    def describe(self) -> str:
+        tokens = sum(len(row["input_ids"]) for row in self.rows)
+        text = f"{len(self.rows):,} rows, {tokens:,} tokens, {self.supervised_tokens:,} supervised"
+        if self.truncated or self.dropped:
+            text += f" ({self.truncated:,} rows truncated, {self.dropped:,} dropped)"
+        return text
+
+
+def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; blank lines are passed over.
+
+    Args:
+        path: UTF-8 text, one JSON object a line.
+        limit: take the first so many rows.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file and line, if a line is not JSON or not a row of a known form, or if there is no row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: {path} is not a file, expected a JSONL file with rows of the form {FORMS}.")
+    rows: list[dict[str, Any]] = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if limit is not None and len(rows) == limit:
+                break
+            if line.strip():
+                rows.append(_row(line, f"{path}, line {number}"))
+    if not rows:
+        raise ValueError(f"{path}: got no rows, expected at least one of the form {FORMS}.")
+    return rows
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error}). Expected one JSON object a line.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: got a {type(row).__name__}, expected an object of the form {FORMS}.")
+    if "messages" in row:
+        messages = row["messages"]
+        valid = isinstance(messages, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if not valid or not any(m["role"] == "assistant" for m in messages):
+            raise ValueError(
+                f"{where}: messages: expected a list of {{'role': ..., 'content': ...}} with string values, at least "
+                "one of role 'assistant'."
+            )
+        return row
+    needed = ("prompt", "completion") if {"prompt", "completion"} & row.keys() else ("text",)
+    wrong = [name for name in needed if not isinstance(row.get(name), str)]
+    if wrong:
+        raise ValueError(f"{where}: got keys {sorted(row)}, expected {FORMS} with strings; {wrong[0]!r} is missing.")
+    return row
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex digest that names the data in the provenance of what was trained on it."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def encode(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedData:
+    """Tokenize rows and mark what is supervised.
+
+    Args:
+        rows: as `read_jsonl` gives them.
+        tokenizer: with a chat template if there are ``messages``, and an end-of-text token.
+        max_length: longest row in tokens; longer ones lose their end.
+
+    Raises:
+        ValueError: if a row has messages and the tokenizer no chat template, or no row has a supervised token left.
+    """
+    encoded, truncated, dropped = [], 0, 0
+    for row in tqdm(rows, desc="Tokenizing", unit=" rows", leave=False, mininterval=1):
+        input_ids, labels = _encode_row(row, tokenizer)
+        truncated += len(input_ids) > max_length
+        input_ids, labels = input_ids[:max_length], labels[:max_length]
+        if any(label != IGNORE_INDEX for label in labels[1:]):
+            encoded.append({"input_ids": input_ids, "labels": labels})
+        else:
+            dropped += 1
+    if not encoded:
+        raise ValueError(
+            f"data: none of {len(rows)} rows has a supervised token within max_length={max_length} tokens, expected at "
+            "least one. Raise max_length or check that the answers are not empty."
+        )
+    return EncodedData(encoded, truncated, dropped)
+
+
+def _encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    if "messages" in row:
+        return _encode_chat(row["messages"], tokenizer)
+    if "text" in row:
+        input_ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
+        return input_ids, list(input_ids)
+    # Tokenized apart, as at inference, where the prompt's tokens are fixed before the first token of the answer.
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
+
+
+def _encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "messages: the tokenizer has no chat template, expected one. Use rows with 'prompt' and 'completion', or "
+            "the tokenizer of an instruct model."
+        )
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _template(messages[:index], tokenizer, add_generation_prompt=True)
+        after = _template(messages[: index + 1], tokenizer, add_generation_prompt=False)
+        if before[: len(input_ids)] != input_ids or after[: len(before)] != before:
+            raise ValueError(
+                "messages: the chat template rewrites earlier turns when a later one is added, so the answers cannot "
+                "be told from the prompts. Give one answer a row, or use 'prompt' and 'completion'."
+            )
+        labels += [IGNORE_INDEX] * (len(before) - len(input_ids)) + after[len(before) :]
+        input_ids = after
+    return input_ids, labels
+
+
+def _template(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> list[int]:
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+
+
+def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Pads a batch at the right: labels with -100, the attention mask with 0."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)

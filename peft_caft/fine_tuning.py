@@ -1,0 +1,134 @@
+"""Stage 2 of CAFT, and plain LoRA beside it: fine-tune on a JSONL file, so that one setting makes the difference."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+from .callback import TRAINED_HEADS_NAME, CAFTCallback
+from .config import CAFTConfig, require_choice
+from .data import collator, encode, file_sha256, read_jsonl
+from .head_training import training_settings
+from .provenance import peak_memory_mib, provenance
+from .run_folder import RunFolder
+
+
+@dataclass
+class FineTuningSettings:
+    """What to fine-tune: see the help texts of ``peft-caft train``, which mirror these fields."""
+
+    model: str
+    data: str
+    output: str
+    method: str = "caft"
+    eval_data: str | None = None
+    eval_rows: int = 200
+    max_rows: int | None = None
+    max_length: int = 512
+    dtype: str = "auto"
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: str = "all-linear"
+    heads: str | None = None
+    num_auxiliary_heads: int = 4
+    aux_loss_weight: float = 0.01
+    aux_loss_decay: float = 0.8
+    aux_loss_schedule: str = "reflected_sine"
+    train_heads: str = "frozen"
+    aux_token_fraction: float = 1.0
+
+    def peft_config(self) -> LoraConfig:
+        """The `CAFTConfig`, or the ``LoraConfig`` that differs from it in the auxiliary loss alone."""
+        require_choice("method", self.method, ("lora", "caft"))
+        targets = self.target_modules if self.target_modules == "all-linear" else self.target_modules.split(",")
+        lora = {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": targets,
+            "task_type": "CAUSAL_LM",
+        }
+        if self.method == "lora":
+            return LoraConfig(**lora)
+        return CAFTConfig(
+            **lora,
+            heads=self.heads,
+            num_auxiliary_heads=self.num_auxiliary_heads,
+            aux_loss_weight=self.aux_loss_weight,
+            aux_loss_decay=self.aux_loss_decay,
+            aux_loss_schedule=self.aux_loss_schedule,  # type: ignore[arg-type]
+            train_heads=self.train_heads,  # type: ignore[arg-type]
+            aux_token_fraction=self.aux_token_fraction,
+        )
+
+
+def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
+    """Fine-tune and write a LoRA adapter to ``settings.output``; an interrupted run goes on at its last checkpoint.
+
+    The same seed gives LoRA and CAFT the same initial adapter and the same order of data.
+
+    Args:
+        settings: model, data, method.
+        args: of the Trainer; its ``output_dir`` is where checkpoints go and is set here.
+        overwrite: replace a finished run.
+
+    Returns:
+        the summary, also written as ``summary.json``: held-out next-token loss before and after (nats/token), seconds,
+        peak memory, trainable parameters, log history.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError, TypeError: as the message says.
+    """
+    peft_config = settings.peft_config()
+    rows = read_jsonl(settings.data, settings.max_rows)
+    eval_rows = read_jsonl(settings.eval_data, settings.eval_rows) if settings.eval_data else []
+    folder = RunFolder(Path(settings.output))
+    args.output_dir = str(folder.checkpoints)
+    has_trained_heads = settings.method == "caft" and settings.train_heads != "frozen"
+    resume_from = folder.begin(
+        asdict(settings) | training_settings(args), overwrite, (TRAINED_HEADS_NAME,) if has_trained_heads else ()
+    )
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
+    data = encode(rows, tokenizer, settings.max_length)
+    print(f"Training data: {data.describe()}")
+    held_out = encode(eval_rows, tokenizer, settings.max_length).rows if eval_rows else None
+    set_seed(args.seed)
+    model = get_peft_model(model, peft_config)
+    trainable, _ = model.get_nb_trainable_parameters()
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=data.rows,
+        eval_dataset=held_out,
+        data_collator=collator(tokenizer),
+        callbacks=[CAFTCallback()] if settings.method == "caft" else None,
+    )
+    before = trainer.evaluate()["eval_loss"] if held_out else None
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    seconds = time.perf_counter() - started
+    after = trainer.evaluate()["eval_loss"] if held_out else None
+    model.save_pretrained(settings.output)
+    tokenizer.save_pretrained(settings.output)
+    if has_trained_heads:
+        model.base_model.auxiliary_heads["default"].save_pretrained(Path(settings.output) / "trained_heads")
+    summary = {
+        "method": settings.method,
+        "eval_loss_before": before,
+        "eval_loss_after": after,
+        "train_seconds": seconds,
+        "peak_memory_mib": peak_memory_mib(),
+        "trainable_parameters": trainable,
+        "data_sha256": file_sha256(settings.data),
+        **provenance(),
+        "log_history": trainer.state.log_history,
+    }
+    folder.finish(summary)
+    return summary

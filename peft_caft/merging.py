@@ -1,0 +1,49 @@
+"""From an adapter to a plain model folder that serves without peft or peft_caft."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def merge(adapter: str, output: str, model: str | None = None, dtype: str = "auto") -> None:
+    """Merge a LoRA (or CAFT) adapter into its base model and save the result with the tokenizer.
+
+    The folder appears whole or not at all.
+
+    Args:
+        adapter: folder of the adapter.
+        output: folder to make; it must not exist.
+        model: base model, folder or Hub id; None takes the one that the adapter names.
+        dtype: of the merged model, ``"auto"`` for the base model's.
+
+    Raises:
+        FileNotFoundError: if ``adapter`` holds no adapter.
+        FileExistsError: if ``output`` exists.
+        ValueError: if no base model is known.
+    """
+    config_path = Path(adapter, "adapter_config.json")
+    if not config_path.is_file():
+        raise FileNotFoundError(
+            f"adapter: no adapter_config.json in {adapter!r}, expected a folder that `peft-caft train` or "
+            "save_pretrained wrote."
+        )
+    if Path(output).exists():
+        raise FileExistsError(f"output: {output} exists, expected a new folder. Remove it or choose another one.")
+    model = model or json.loads(config_path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not model:
+        raise ValueError(f"model: {config_path} names no base model, expected one. Pass --model.")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    temporary = Path(output).with_name(f".{Path(output).name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        merged.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(model).save_pretrained(temporary)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,83 @@
+"""The folder of a training run: what was asked for, its checkpoints, its result; so that a run can be taken up again.
+
+``run.json`` holds the settings, ``checkpoints/`` what the Trainer saves on the way, ``summary.json`` is written last and
+says that the run is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .atomic import write_text
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder; see the module's docstring."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    def begin(
+        self, settings: dict[str, Any], overwrite: bool = False, checkpoint_files: tuple[str, ...] = ()
+    ) -> Path | None:
+        """Start a run or take up an interrupted one.
+
+        Args:
+            settings: everything that decides the result; JSON values.
+            overwrite: remove the checkpoints that the folder holds and start anew.
+            checkpoint_files: files that a checkpoint must hold to be resumed from, besides the Trainer's.
+
+        Returns:
+            the last whole checkpoint to resume from, or None to start from the beginning.
+
+        Raises:
+            FileExistsError: if the folder holds a finished run, or an interrupted one of other settings.
+        """
+        recorded_path = self.path / "run.json"
+        advice = "Choose another output folder, or pass --overwrite to replace it."
+        if overwrite:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.summary_path.unlink(missing_ok=True)
+        elif self.summary_path.exists():
+            raise FileExistsError(f"output: {self.path} holds a finished run. {advice}")
+        elif recorded_path.exists():
+            recorded = json.loads(recorded_path.read_text(encoding="utf-8"))
+            changed = [k for k in sorted({*recorded, *settings}) if recorded.get(k) != settings.get(k)]
+            if changed:
+                name = changed[0]
+                raise FileExistsError(
+                    f"output: {self.path} holds an interrupted run with other settings; {name}: got "
+                    f"{settings.get(name)!r}, expected {recorded.get(name)!r} to resume it. {advice}"
+                )
+        write_text(recorded_path, json.dumps(settings, indent=2, default=str) + "\n")
+        return last_whole_checkpoint(self.checkpoints, checkpoint_files)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary, which marks the run as finished, and drop its checkpoints."""
+        write_text(self.summary_path, json.dumps(summary, indent=2) + "\n")
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | None:
+    """The newest ``checkpoint-N`` that was saved to its end: Trainer writes ``trainer_state.json`` last."""
+    numbered = [(int(p.name.removeprefix("checkpoint-")), p) for p in folder.glob("checkpoint-*") if p.is_dir()]
+    for _, checkpoint in sorted(numbered, reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        if all((checkpoint / name).is_file() for name in needed):
+            return checkpoint
+    return None
