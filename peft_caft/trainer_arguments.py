@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -13,6 +14,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "save_steps": 200,
     "save_total_limit": 2,
     "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),  # pinning without a GPU only warns
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "cosine",
 }
