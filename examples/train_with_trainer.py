@@ -15,14 +15,13 @@ from peft_caft.data import collator, encode, read_jsonl
 
 base, heads, data_file, out = sys.argv[1:5]
 tokenizer = AutoTokenizer.from_pretrained(base)
-data = encode(read_jsonl(data_file), tokenizer, max_length=512)
+data = encode(read_jsonl(data_file), tokenizer, max_length=512).rows  # loss on the answers only
+collate = collator(tokenizer)
 
 model = AutoModelForCausalLM.from_pretrained(base)
 model = get_peft_model(model, CAFTConfig(heads=heads, r=8, lora_alpha=16, target_modules="all-linear"))
 args = TrainingArguments(out, learning_rate=1e-4, per_device_train_batch_size=8, num_train_epochs=1)
-trainer = Trainer(
-    model, args, train_dataset=data.rows, data_collator=collator(tokenizer), callbacks=[CAFTCallback()]
-)
+trainer = Trainer(model, args, train_dataset=data, data_collator=collate, callbacks=[CAFTCallback()])
 trainer.train()
 model.save_pretrained(out)  # a plain LoRA adapter; loads anywhere without peft_caft
 merged = model.merge_and_unload()  # the plain base model class; no trace of the heads

@@ -142,7 +142,7 @@ def _config_of_weights(config_path: Path, weights_path: Path) -> HeadsConfig:
         config = HeadsConfig.from_file(pending)
     if config.weights_sha256 != digest:
         raise ValueError(
-            f"{weights_path}: damaged. Its sha256 is {digest[:16]}..., expected {config.weights_sha256[:16]}... as "
+            f"{weights_path}: damaged. Its sha256 is {digest}, expected {config.weights_sha256} as "
             f"recorded in {config_path.name}. Download or save the heads again."
         )
     return config

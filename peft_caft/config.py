@@ -92,14 +92,13 @@ class CAFTConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
-        if self.task_type is None:
-            # PeftModel.forward without a task type calls the base model directly and bypasses the tuner.
-            self.task_type = TaskType.CAUSAL_LM
-        if self.task_type != TaskType.CAUSAL_LM:
+        if self.task_type not in (None, TaskType.CAUSAL_LM):
             raise ValueError(
                 f"task_type: got {self.task_type!r}, expected 'CAUSAL_LM' (or None). CAFT predicts future tokens, which "
                 "only a causal language model does; use LoraConfig for other tasks."
             )
+        # PeftModel.forward without a task type calls the base model directly and bypasses the tuner.
+        self.task_type: TaskType = TaskType.CAUSAL_LM
         require_choice("head_type", self.head_type, HEAD_TYPES)
         require_choice("head_input", self.head_input, HEAD_INPUTS)
         require_choice("aux_loss_schedule", self.aux_loss_schedule, tuple(SCHEDULES))

@@ -79,7 +79,9 @@ def _run(output_dir: Path, scale: Scale, seed: int) -> dict[str, Any]:
     model = str(embedded_model())
     _say(2, "Data", "Names of real molecules and their SMILES; multi-token words are where CAFT should help.")
     data = _write_data(output_dir / "data", scale)
-    _say(3, "Stage 1", "Train heads that predict 2 to 5 tokens ahead, the base model frozen. Made once per base model.")
+    _say(
+        3, "Stage 1", "Train heads that predict 2 to 5 tokens ahead, the base model frozen. Made once per base model."
+    )
     heads = _command(
         output_dir / "heads",
         ["train-heads", "--model", model, "--data", data["heads"], "--eval-data", data["dev"]],
@@ -96,7 +98,18 @@ def _run(output_dir: Path, scale: Scale, seed: int) -> dict[str, Any]:
         options = ["--heads", str(output_dir / "heads")] if method == "caft" else []
         runs[method] = _command(
             output_dir / method,
-            ["train", "--model", model, "--data", data["train"], "--eval-data", data["dev"], "--method", method, *options],
+            [
+                "train",
+                "--model",
+                model,
+                "--data",
+                data["train"],
+                "--eval-data",
+                data["dev"],
+                "--method",
+                method,
+                *options,
+            ],
             scale,
             seed,
             ["--learning_rate", "5e-4", "--warmup_steps", "3"],
@@ -106,7 +119,9 @@ def _run(output_dir: Path, scale: Scale, seed: int) -> dict[str, Any]:
         merged = output_dir / f"{method}-merged"
         if not merged.exists():
             _execute(["merge", str(output_dir / method), str(merged)])
-        run["generation"] = _generate(merged, Path(data["test"]), scale.prompts, output_dir / f"{method}-answers.jsonl")
+        run["generation"] = _generate(
+            merged, Path(data["test"]), scale.prompts, output_dir / f"{method}-answers.jsonl"
+        )
     _plot(output_dir, heads, runs)
     return {"scale": asdict(scale), "seed": seed, "heads": heads, "runs": runs, **provenance()}
 
@@ -150,7 +165,14 @@ def _command(output: Path, command: list[str], scale: Scale, seed: int, options:
     else:
         common = ["--output", str(output), "--eval-rows", str(scale.eval_rows), "--max-length", "224"]
         trainer = ["--seed", str(seed), "--per_device_train_batch_size", str(scale.batch_size)]
-        trainer += ["--per_device_eval_batch_size", str(scale.batch_size), "--logging_steps", "2", "--save_steps", "10"]
+        trainer += [
+            "--per_device_eval_batch_size",
+            str(scale.batch_size),
+            "--logging_steps",
+            "2",
+            "--save_steps",
+            "10",
+        ]
         _execute([*command, *common, *trainer, *options])
     return json.loads(summary.read_text(encoding="utf-8"))
 

@@ -47,7 +47,7 @@ class FineTuningSettings:
         """The `CAFTConfig`, or the ``LoraConfig`` that differs from it in the auxiliary loss alone."""
         require_choice("method", self.method, ("lora", "caft"))
         targets = self.target_modules if self.target_modules == "all-linear" else self.target_modules.split(",")
-        lora = {
+        lora: dict[str, Any] = {
             "r": self.r,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,

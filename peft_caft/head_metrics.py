@@ -74,9 +74,10 @@ def evaluate_heads(
             states = heads.states(index, records[-1], positions, backbone)
             totals[index] += _sums(states, targets, backbone)
     heads.train(was_training)
+    means = totals / totals[:, 3:].clamp_min(1)
     return [
-        HeadMetrics(index + 2, *(float(total) / max(float(count), 1.0) for total in (loss, top1, top5)), int(count))
-        for index, (loss, top1, top5, count) in enumerate(totals)
+        HeadMetrics(index + 2, float(mean[0]), float(mean[1]), float(mean[2]), int(total[3]))
+        for index, (mean, total) in enumerate(zip(means, totals, strict=True))
     ]
 
 

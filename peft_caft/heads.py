@@ -247,13 +247,19 @@ def copy_without_adapters(layer: nn.Module) -> nn.Module:
     configs = [module.config for module in layer.modules() if hasattr(module, "config")]
     # The shared configuration lets a later change of the attention implementation reach the copy.
     clone = beneath_adapters(copy.deepcopy(layer, memo={id(config): config for config in configs}))
-    for name, module in list(clone.named_modules()):
-        if name and (bare := beneath_adapters(module)) is not module:
-            parent, _, child = name.rpartition(".")
-            setattr(clone.get_submodule(parent), child, bare)
+    _strip_adapters(clone)
     for module in clone.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
     return clone.requires_grad_(True)
+
+
+def _strip_adapters(module: nn.Module) -> None:
+    """Replace every wrapper below ``module`` by what it wraps; wrappers may be nested (``target_parameters``)."""
+    for name, child in list(module.named_children()):
+        bare = beneath_adapters(child)
+        if bare is not child:
+            setattr(module, name, bare)
+        _strip_adapters(bare)

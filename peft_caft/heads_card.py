@@ -11,7 +11,7 @@ def heads_card(config: HeadsConfig) -> str:
     base = config.base_model_name_or_path or "(unnamed base model)"
     n = config.num_heads + 1
     front = ["---", "library_name: peft-caft", "tags:", "- caft", "- auxiliary-heads", "- multi-token-prediction"]
-    if config.base_model_name_or_path and not config.base_model_name_or_path.startswith(("/", ".")):
+    if "/" in base:  # a Hub id; a local folder was recorded by its name alone
         front.append(f"base_model: {config.base_model_name_or_path}")
     reads = {"last_layer_input": "the input of the last decoder layer", "last_hidden_state": "the last hidden state"}
     kind = {

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel, inject_adapter_in_model
+from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils import PeftType
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .adapter_heads import add_lora, make_heads
 from .backbone import Backbone
 from .config import CAFTConfig
 from .heads import AuxiliaryHeads
@@ -61,7 +64,7 @@ class CAFTModel(LoraModel):
         """Add the LoRA layers of an adapter, and its heads unless it is loaded for inference."""
         config = self.peft_config[adapter_name]
         backbone = self._backbone or Backbone.of(model)
-        heads = None if config.inference_mode else _make_heads(config, model, backbone)
+        heads = None if config.inference_mode else make_heads(config, model)
         if config.modules_to_save and any(name.split(".")[-1] == "lm_head" for name in config.modules_to_save):
             warnings.warn(
                 "modules_to_save=['lm_head']: the trained copy of the lm_head learns from the next-token loss alone. "
@@ -73,7 +76,7 @@ class CAFTModel(LoraModel):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            config.peft_type = PeftType.CAFT  # type: ignore[attr-defined]
+            config.peft_type = PeftType.CAFT
         if "gamma" not in self._buffers:
             device = backbone.lm_head.weight.device
             self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
@@ -81,7 +84,7 @@ class CAFTModel(LoraModel):
         self._backbone = backbone
         if heads is not None:
             if config.train_heads == "lora":
-                _add_lora(heads, config, adapter_name)
+                add_lora(heads, config, adapter_name)
             self.auxiliary_heads[adapter_name] = heads
         self._set_heads_trainable()
 
@@ -91,12 +94,17 @@ class CAFTModel(LoraModel):
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._set_heads_trainable()
+        if not requires_grad:
+            for name in set(names) & set(self.auxiliary_heads):
+                self.auxiliary_heads[name].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         if adapter_name in self.auxiliary_heads:
             del self.auxiliary_heads[adapter_name]
+        self._set_heads_trainable()  # if it was active, PEFT has activated another one
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
@@ -269,35 +277,18 @@ class CAFTModel(LoraModel):
         )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
-
-def _make_heads(config: CAFTConfig, model: nn.Module, backbone: Backbone) -> AuxiliaryHeads:
-    """Load or make the heads of one adapter; the configuration then says what they really are."""
-    if config.heads is not None:
-        heads = AuxiliaryHeads.from_pretrained(config.heads, base_model=model, revision=config.heads_revision)
-        heads.keep_first(config.num_auxiliary_heads, config.heads)
-    else:
-        warnings.warn(
-            "CAFTConfig.heads is None: fresh, untrained auxiliary heads. They inject noise into fine-tuning; pretrain "
-            "them once per base model (`peft-caft train-heads`) and give their folder or Hub id as `heads`.",
-            stacklevel=2,
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: Any, peft_config: Any, path_initial_model_for_weight_conversion: str, *args: Any
+    ) -> dict[str, Tensor]:
+        # PEFT would read the initial adapter from its folder as LORA and refuse to mix the two types; the weights of
+        # an adapter that is there already are loaded whatever the type on disk.
+        initial = copy.deepcopy(peft_config)
+        initial.inference_mode = True
+        peft_model.add_adapter(os.path.basename(path_initial_model_for_weight_conversion), initial)
+        return super()._convert_state_dict_for_initial_model(
+            peft_model, peft_config, path_initial_model_for_weight_conversion, *args
         )
-        heads = AuxiliaryHeads.from_base_model(
-            model, config.num_auxiliary_heads, config.head_type, config.head_input, config.head_num_layers
-        )
-    config.head_type = heads.config.head_type  # type: ignore[assignment]
-    config.head_input = heads.config.head_input  # type: ignore[assignment]
-    config.head_num_layers = heads.config.head_num_layers
-    return heads
-
-
-def _add_lora(heads: AuxiliaryHeads, config: CAFTConfig, adapter_name: str) -> None:
-    """LoRA of the adapter's rank in every linear layer of the heads, without moving the global random state."""
-    targets = [name for name, module in heads.named_modules() if isinstance(module, nn.Linear)]
-    lora = LoraConfig(
-        r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets
-    )
-    with torch.random.fork_rng():
-        inject_adapter_in_model(lora, heads, adapter_name)
 
 
 def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor]:

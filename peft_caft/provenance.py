@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -38,8 +40,10 @@ def git_commit() -> str | None:
 
 def provenance() -> dict[str, object]:
     """Versions, commit and machine of this process, for the record beside an artifact."""
+    # A path means nothing on another machine, so only its last part is recorded.
+    arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
     return {
-        "command": " ".join(["peft-caft", *sys.argv[1:]]),
+        "command": shlex.join(["peft-caft", *arguments]),
         "versions": versions(),
         "git_commit": git_commit(),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,14 @@ def trainer_arguments(
         ValueError: naming an option or YAML key that TrainingArguments lacks, or a value it refuses.
     """
     values = COMMON_DEFAULTS | defaults | _yaml(yaml_file)
-    parser = HfArgumentParser(TrainingArguments, exit_on_error=False)
+    parser = HfArgumentParser(TrainingArguments, exit_on_error=False, allow_abbrev=False)
     parser.set_defaults(**values)
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(
             ["--output_dir", str(Path(output) / "checkpoints"), *(options or [])], return_remaining_strings=True
         )
-    except SystemExit as error:  # argparse exits on a missing or ill-typed value
-        raise ValueError(f"training options: argparse refused {options}; see the message above.") from error
+    except ArgumentError as error:
+        raise ValueError(f"training options: {error}. Expected a value that TrainingArguments takes.") from error
     if unknown:
         raise ValueError(
             f"{unknown[0]}: unknown option, expected one of this command or a field of transformers.TrainingArguments "

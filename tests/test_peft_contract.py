@@ -350,6 +350,16 @@ def test_auxiliary_loss_draws_no_random_number():
     assert torch.equal(*after)
 
 
+@pytest.mark.parametrize("train_heads", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
+def test_making_heads_draws_no_random_number(head_type, train_heads):
+    after = []
+    for config in (caft_config(**QV, head_type=head_type, train_heads=train_heads), lora_config(**QV)):
+        seeded_peft(llama, config)
+        after.append(torch.rand(4))
+    assert torch.equal(*after)
+
+
 def test_evaluation_loss_is_loras():
     caft, lora = pair(llama, QV)
     state = {name: value for name, value in caft.state_dict().items() if "auxiliary_heads" not in name}

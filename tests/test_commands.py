@@ -1,0 +1,231 @@
+"""The commands on a tiny checkpoint, with their output, their errors, and a process that is killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from peft_caft import AuxiliaryHeads
+from peft_caft.cli import main
+from peft_caft.run_folder import RunFolder, last_whole_checkpoint
+from peft_caft.trainer_arguments import trainer_arguments
+
+from .tiny_checkpoint import save_checkpoint, write_chats
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
+
+
+def peft_caft(*arguments: str, expect: int = 0) -> str:
+    """Run a command in this process, as the console script does; its output."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+        patch.setattr(sys, "argv", ["peft-caft", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+    assert code == expect, output.getvalue()
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint, data, and heads that the command itself trained."""
+    folder = tmp_path_factory.mktemp("files")
+    model = save_checkpoint(folder / "model")
+    data = write_chats(folder / "data.jsonl", 60)
+    heads = str(folder / "heads")
+    options = ["--max-length", "64", "--learning_rate", "1e-2", "--num_train_epochs", "6", *SMALL]
+    output = peft_caft("train-heads", "--model", model, "--data", data, "--output", heads, *options)
+    return {"model": model, "data": data, "heads": heads, "output": output}
+
+
+def test_train_heads_improves_every_head_and_reports_it(files):
+    summary = json.loads((Path(files["heads"]) / "summary.json").read_text())
+    for before, after in zip(summary["metrics_before"], summary["metrics_after"], strict=True):
+        assert after["cross_entropy"] < before["cross_entropy"] - 0.3
+        assert after["top1"] >= before["top1"]
+        assert 0 <= after["top1"] <= after["top5"] <= 1
+    assert "| head (tokens ahead) |" in files["output"]
+
+
+def test_trained_heads_record_where_they_come_from(files):
+    model = AutoModelForCausalLM.from_pretrained(files["model"])
+    heads = AuxiliaryHeads.from_pretrained(files["heads"], base_model=model)
+    training = heads.config.training
+    assert training["data_sha256"]
+    assert training["seed"] == 42
+    assert training["versions"]["torch"] == torch.__version__
+    assert training["metrics_after"][0]["tokens_ahead"] == 2
+    assert heads.config.base_model_name_or_path == "model"  # no path of this machine
+    card = (Path(files["heads"]) / "README.md").read_text()
+    assert "| head (tokens ahead) |" in card
+    assert str(Path(files["heads"]).parent) not in card
+
+
+@pytest.mark.parametrize("method", ["caft", "lora"])
+def test_train_and_merge_give_a_plain_model(method, files, tmp_path):
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    heads = ["--heads", files["heads"]] if method == "caft" else []
+    output = peft_caft(
+        *("train", "--method", method, "--model", files["model"], "--data", files["data"], *heads),
+        *("--eval-data", files["data"], "--output", adapter, "--max_steps", "12", "--learning_rate", "1e-2", *SMALL),
+    )
+    summary = json.loads(Path(adapter, "summary.json").read_text())
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert "Held-out next-token loss" in output
+    peft_caft("merge", adapter, merged)
+    base = AutoModelForCausalLM.from_pretrained(files["model"])
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    assert type(plain) is type(base)
+    assert plain.state_dict().keys() == base.state_dict().keys()
+    tokens = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        unmerged = PeftModel.from_pretrained(base, adapter)(input_ids=tokens).logits
+        torch.testing.assert_close(plain(input_ids=tokens).logits, unmerged, rtol=1e-4, atol=1e-4)
+
+
+def test_methods_share_seed_and_order_of_data(files, tmp_path):
+    weights = {}
+    for method, options in (("lora", []), ("caft", ["--heads", files["heads"], "--aux-loss-weight", "0"])):
+        arguments = ["--model", files["model"], "--data", files["data"], "--output", str(tmp_path / method)]
+        peft_caft("train", "--method", method, *arguments, *options, "--max_steps", "3", *SMALL)
+        weights[method] = load_file(tmp_path / method / "adapter_model.safetensors")
+    assert weights["lora"].keys() == weights["caft"].keys()
+    assert all(torch.equal(weights["lora"][name], weights["caft"][name]) for name in weights["lora"])
+
+
+@pytest.mark.parametrize("command", ["train", "train-heads"])
+def test_killed_run_is_taken_up_and_ends_as_an_unbroken_one(command, files, tmp_path):
+    common = [command, "--model", files["model"], "--data", files["data"], "--max-length", "64"]
+    common += ["--heads", files["heads"]] if command == "train" else []
+    trainer = ["--max_steps", "60", "--save_steps", "5", *SMALL]
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peft_caft.cli", *common, "--output", str(broken), *trainer],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while last_whole_checkpoint(broken / "checkpoints") is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (broken / "summary.json").exists()
+    peft_caft(*common, "--output", str(broken), *trainer)
+    peft_caft(*common, "--output", str(unbroken), *trainer)
+    name = "adapter_model.safetensors" if command == "train" else "model.safetensors"
+    resumed, expected = load_file(broken / name), load_file(unbroken / name)
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+
+
+def test_finished_run_is_not_overwritten_by_accident(files):
+    output = peft_caft(
+        "train-heads", "--model", files["model"], "--data", files["data"], "--output", files["heads"], expect=1
+    )
+    assert "finished run" in output
+    assert "--overwrite" in output
+    assert "Traceback" not in output
+
+
+def test_interrupted_run_of_other_settings_is_not_resumed(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin({"seed": 1, "learning_rate": 0.1})
+    with pytest.raises(FileExistsError, match="seed: got 2, expected 1"):
+        folder.begin({"seed": 2, "learning_rate": 0.1})
+    assert folder.begin({"seed": 2, "learning_rate": 0.1}, overwrite=True) is None
+
+
+def test_half_saved_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((5, "{}"), (10, '{"global_st'), (15, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert last_whole_checkpoint(tmp_path, ("needed",)) is None
+
+
+def test_training_arguments_come_from_options_before_yaml_before_defaults(tmp_path):
+    yaml_file = tmp_path / "training.yaml"
+    yaml_file.write_text("learning_rate: 0.25\nmax_steps: 7\n")
+    arguments = trainer_arguments(
+        str(tmp_path), {"learning_rate": 0.5, "warmup_steps": 3}, str(yaml_file), ["--max_steps", "9"]
+    )
+    assert (arguments.learning_rate, arguments.max_steps, arguments.warmup_steps) == (0.25, 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning-rat", "1"], "--learning-rat: unknown option"),
+        (["--max_steps", "many"], "max_steps"),
+        (["--training-yaml", "missing.yaml"], "missing.yaml"),
+        (["--data", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_wrong_option_is_named_without_traceback(options, message, files, tmp_path):
+    arguments = ["--model", files["model"], "--output", str(tmp_path / "out")]
+    data = [] if "--data" in options else ["--data", files["data"]]
+    output = peft_caft("train", *arguments, *data, *options, expect=1)
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_wrong_yaml_key_is_named(tmp_path):
+    yaml_file = tmp_path / "training.yaml"
+    yaml_file.write_text("learning_speed: 1\n")
+    with pytest.raises(ValueError, match="learning_speed"):
+        trainer_arguments(str(tmp_path), {}, str(yaml_file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["missing", "out"], "no adapter_config.json in 'missing'"), (["{adapter}", "{existing}"], "exists")],
+)
+def test_merge_refuses_what_it_cannot_merge(arguments, message, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    places = {"adapter": tmp_path / "adapter", "existing": tmp_path}
+    output = peft_caft("merge", *(argument.format(**places) for argument in arguments), expect=1)
+    assert message in output
+
+
+def test_example_of_the_readme_runs(files, tmp_path):
+    script = ROOT / "examples" / "train_with_trainer.py"
+    subprocess.run(
+        [sys.executable, str(script), files["model"], files["heads"], files["data"], str(tmp_path / "out")],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+
+
+def test_readme_shows_the_example():
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / "examples" / "train_with_trainer.py").read_text()
+    block = readme.split("```python\n")[1].split("```")[0]
+    assert [line for line in block.splitlines() if line and line not in script] == []
+
+
+@pytest.mark.parametrize("command", ["train-heads", "train", "merge", "demo"])
+def test_every_command_explains_itself(command):
+    output = peft_caft(command, "--help")
+    assert "Usage:" in output
+    assert "--help" in output
