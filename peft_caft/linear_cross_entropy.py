@@ -35,8 +35,9 @@ class Unembedding:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits ``(rows, vocabulary)`` of ``(rows, hidden)`` in the dtype of the weight."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        """Logits ``(rows, vocabulary)``, fp32 or better, of ``(rows, hidden)`` in the dtype of the weight."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
@@ -44,7 +45,7 @@ class Unembedding:
         return logits
 
     def backward(self, grad_logits: Tensor, logits: Tensor) -> Tensor:
-        """dL/dhidden ``(rows, hidden)`` from dL/dlogits and the logits, both fp32; overwrites ``grad_logits``."""
+        """dL/dhidden ``(rows, hidden)`` from dL/dlogits and the logits, in one dtype; overwrites ``grad_logits``."""
         if self.softcap is not None:
             grad_logits *= 1 - (logits / self.softcap) ** 2
         if self.scale != 1.0:
@@ -61,7 +62,7 @@ def linear_cross_entropy(hidden: Tensor, targets: Tensor, unembedding: Unembeddi
         unembedding: the frozen layer.
 
     Returns:
-        fp32 scalar, differentiable in ``hidden``; 0 for no rows.
+        scalar, fp32 (float64 for a float64 layer), differentiable in ``hidden``; 0 for no rows.
     """
     loss, _ = _LinearCrossEntropy.apply(hidden, targets, unembedding, torch.is_grad_enabled() and hidden.requires_grad)
     return loss
@@ -74,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unembedding.weight.dtype
         bias = None if unembedding.bias is None else unembedding.bias.to(dtype)
         layer = Unembedding(unembedding.weight.to(dtype), bias, unembedding.scale, unembedding.softcap)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         grad = torch.empty_like(hidden) if needs_grad else None
         rows_per_chunk = max(1, CHUNK_ELEMENTS // layer.weight.shape[0])
         with torch.autocast(device, enabled=False):
