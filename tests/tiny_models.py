@@ -12,7 +12,7 @@ from transformers import (
     Qwen2Config,
 )
 
-VOCABULARY = 96
+VOCABULARY = 97
 LLAMA_LIKE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -44,6 +44,10 @@ CONFIGS = {
     ),
 }
 ARCHITECTURES = tuple(CONFIGS)
+# transformers offers no sdpa for Gemma 2, whose attention scores are capped.
+WITH_ATTENTION = [
+    (a, attention) for a in CONFIGS for attention in ("eager", "sdpa") if (a, attention) != ("gemma2", "sdpa")
+]
 
 
 def tiny_model(architecture: str, seed: int = 0, attention: str = "eager") -> PreTrainedModel:

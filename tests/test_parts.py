@@ -1,0 +1,129 @@
+"""The small parts by themselves: schedules, targets, linear cross entropy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from peft_caft import linear_cross_entropy as module
+from peft_caft.linear_cross_entropy import Unembedding, linear_cross_entropy
+from peft_caft.schedule import gamma
+from peft_caft.targets import supervised_count, supervised_rows
+
+
+@pytest.mark.parametrize(
+    ("schedule", "start", "third", "end"),
+    [
+        ("reflected_sine", 1.0, math.sin(math.pi / 3), 0.0),
+        ("sine", 0.0, math.sin(math.pi / 6), 1.0),
+        ("linear", 0.0, 1 / 3, 1.0),
+        ("linear_decay", 1.0, 2 / 3, 0.0),
+        ("constant", 1.0, 1.0, 1.0),
+    ],
+)
+def test_schedule_has_the_papers_values(schedule, start, third, end):
+    values = [gamma(schedule, step, 9) for step in (0, 3, 9, 20)]
+    assert values == pytest.approx([start, third, end, end], abs=1e-12)
+
+
+@pytest.mark.parametrize(("step", "total", "name"), [(0, 0, "total_steps"), (-1, 5, "step")])
+def test_impossible_progress_is_refused(step, total, name):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        gamma("sine", step, total)
+
+
+def test_targets_are_the_labels_k_ahead():
+    labels = torch.tensor([[10, 11, -100, 13, 14], [20, -100, 22, -100, 24]])
+    rows, targets = supervised_rows(labels, 2)
+    assert rows.tolist() == [1, 2, 5, 7]
+    assert targets.tolist() == [13, 14, 22, 24]
+
+
+def test_targets_skip_padding_and_other_documents():
+    labels = torch.arange(12).view(2, 6)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    rows, targets = supervised_rows(labels, 2, mask, positions)
+    assert rows.tolist() == [3, 6, 7]
+    assert targets.tolist() == [5, 8, 9]
+    shared_rows, _ = supervised_rows(labels, 2, mask, positions[:1])  # one row of positions for the whole batch
+    assert shared_rows.tolist() == [3, 6]
+
+
+def test_no_target_beyond_the_sequence():
+    for k in (3, 4, 9):
+        rows, targets = supervised_rows(torch.ones(2, 3, dtype=torch.long), k)
+        assert rows.tolist() == targets.tolist() == []
+
+
+def test_count_leaves_the_first_column_out():
+    assert supervised_count(torch.tensor([[1, 2, -100], [-100, 5, 6]])) == 3
+
+
+def reference(hidden, targets, layer: Unembedding):
+    logits = (hidden @ layer.weight.T + (0 if layer.bias is None else layer.bias)).float() * layer.scale
+    if layer.softcap is not None:
+        logits = layer.softcap * torch.tanh(logits / layer.softcap)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def layer_and_rows(rows: int, bias: bool = False, dtype=torch.float32, **kwargs):
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(37, 19, generator=generator)
+    layer = Unembedding(weight.to(dtype), torch.randn(37, generator=generator).to(dtype) if bias else None, **kwargs)
+    hidden = torch.randn(rows, 19, generator=generator).to(dtype).requires_grad_()
+    return layer, hidden, torch.randint(0, 37, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 5.0}])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "chunk_rows"), [(1, 100), (5, 5), (11, 4), (12, 4), (7, 1)])
+def test_linear_cross_entropy_equals_plain_torch(rows, chunk_rows, bias, options, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_rows * 37)
+    layer, hidden, targets = layer_and_rows(rows, bias, **options)
+    (3 * linear_cross_entropy(hidden, targets, layer)).backward()
+    got = hidden.grad.clone()
+    hidden.grad = None
+    expected = reference(hidden, targets, layer)
+    (3 * expected).backward()
+    torch.testing.assert_close(linear_cross_entropy(hidden, targets, layer), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got, hidden.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_cross_entropy_of_no_rows_is_zero():
+    layer, hidden, targets = layer_and_rows(0)
+    loss = linear_cross_entropy(hidden, targets, layer)
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad.shape == (0, 19)
+
+
+def test_linear_cross_entropy_in_bf16_is_no_worse_than_plain_bf16():
+    layer, hidden, targets = layer_and_rows(400, dtype=torch.bfloat16)
+    exact_hidden = hidden.detach().float().requires_grad_()
+    reference(exact_hidden, targets, Unembedding(layer.weight.float())).backward()
+
+    def error(loss_function) -> float:
+        hidden.grad = None
+        loss_function(hidden, targets, layer).backward()
+        return float((hidden.grad.float() - exact_hidden.grad).norm() / exact_hidden.grad.norm())
+
+    assert error(linear_cross_entropy) <= 1.05 * error(reference)
+
+
+def test_linear_cross_entropy_follows_autocast():
+    layer, hidden, targets = layer_and_rows(50)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, targets, layer)
+        expected = reference(hidden, targets, layer)
+    assert loss.dtype == torch.float32
+    assert loss != linear_cross_entropy(hidden, targets, layer)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+
+
+def test_linear_cross_entropy_without_gradients_keeps_none():
+    layer, hidden, targets = layer_and_rows(5)
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, targets, layer).requires_grad
