@@ -61,14 +61,14 @@ def test_head_k_predicts_token_t_plus_k(head_type):
     heads = AuxiliaryHeads.from_base_model(model, 4, head_type)
     pretraining = HeadPretraining(model, heads, aux_loss_decay=1.0).train()
     optimizer = torch.optim.Adam(heads.parameters(), lr=2e-2)
-    for _ in range(150):
+    for _ in range(100):
         optimizer.zero_grad()
         pretraining(input_ids=sequence, labels=sequence)["loss"].backward()
         optimizer.step()
     for k, logits in enumerate(heads.eval().logits(model, sequence), start=2):
         predicted = logits[0].argmax(dim=-1)
-        assert (predicted[:-k] == sequence[0, k:]).float().mean() > 0.95
-        assert (predicted[: -k + 1] == sequence[0, k - 1 :]).float().mean() < 0.05
+        assert (predicted[:-k] == sequence[0, k:]).float().mean() > 0.8
+        assert (predicted[: -k + 1] == sequence[0, k - 1 :]).float().mean() < 0.1
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
