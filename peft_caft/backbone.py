@@ -70,11 +70,11 @@ class Captured:
 
 @dataclass
 class Backbone:
-    """References to the parts of one base model; it owns nothing. Resolved once, before FSDP wraps the layers."""
+    """References to the parts of one base model; it owns nothing. Resolved once, before FSDP wraps the modules."""
 
     model: PreTrainedModel
     trunk: nn.Module  # the module that runs the layers and the final norm
-    last_layer: nn.Module
+    layers: nn.ModuleList
     final_norm: nn.Module | None
     lm_head: nn.Module
     logit_scale: float
@@ -112,12 +112,17 @@ class Backbone:
         return cls(
             model=base,
             trunk=trunk,
-            last_layer=layers[-1],
+            layers=layers,
             final_norm=_final_norm(trunk, layers),
             lm_head=lm_head,
             logit_scale=float(scale),
             logit_softcap=getattr(config, "final_logit_softcapping", None),
         )
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """Looked up anew, since ``modules_to_save`` or FSDP may wrap it later; the wrapper gets the same arguments."""
+        return self.layers[-1]
 
     @property
     def hidden_size(self) -> int:

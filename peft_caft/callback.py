@@ -31,9 +31,7 @@ class CAFTCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = caft_model(kwargs["model"])
-        model.set_training_progress(state.global_step, state.max_steps)
-        trained = _trained_head_parameters(model)
+        trained = _trained_head_parameters(caft_model(kwargs["model"]))
         if state.global_step > 0 and trained:
             _restore(trained, _checkpoint(args, state) / TRAINED_HEADS_NAME)
 
@@ -56,6 +54,11 @@ class CAFTCallback(TrainerCallback):
                 "leave both unset. To train without the auxiliary loss on purpose, use "
                 "`model.auxiliary_loss_enabled(False)` or CAFTConfig(aux_loss_weight=0)."
             )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        caft_model(kwargs["model"]).forget_training_progress()  # the next run has a length of its own
 
     def on_log(
         self,

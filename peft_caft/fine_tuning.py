@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from .callback import TRAINED_HEADS_NAME, CAFTCallback
 from .config import CAFTConfig, require_choice
 from .data import collator, encode, file_sha256, read_jsonl
-from .head_training import training_settings
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder
+from .trainer_arguments import training_settings
 
 
 @dataclass

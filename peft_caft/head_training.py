@@ -24,6 +24,7 @@ from .loss import auxiliary_loss
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder
 from .targets import supervised_count
+from .trainer_arguments import training_settings
 
 
 @dataclass
@@ -135,8 +136,8 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     )
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.perf_counter() - started
+    heads.to(model.dtype)  # as they are saved, so that the figures are those of the artifact
     after = evaluate_heads(heads, model, eval_data.rows, collate, description="Held-out, after training")
-    heads.to(model.dtype)
     heads.config.training = _training_record(settings, args, train_data, before, after)
     heads.save_pretrained(settings.output)
     summary = {
@@ -148,22 +149,6 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     }
     folder.finish(summary)
     return summary
-
-
-def training_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The trainer arguments that decide a result, for comparing a run with the one that it would resume."""
-    names = (
-        "learning_rate",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "max_steps",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "seed",
-    )
-    return {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names}
 
 
 def _rows(settings: HeadTrainingSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

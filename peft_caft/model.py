@@ -147,6 +147,10 @@ class CAFTModel(LoraModel):
         self._progress.set(step, total_steps)
         self._update_gamma(self._active_config())
 
+    def forget_training_progress(self) -> None:
+        """End a run: the next one must tell its own progress, or the first training forward is an error."""
+        self._progress = Progress()
+
     def _update_gamma(self, config: CAFTConfig) -> None:
         # Written through .data: module.to(bfloat16) may have cast the buffer, and gamma needs its digits.
         self.gamma.data = torch.full_like(self.gamma, self._progress.gamma(config), dtype=torch.float32)

@@ -53,6 +53,22 @@ def trainer_arguments(
     return arguments
 
 
+def training_settings(args: TrainingArguments) -> dict[str, Any]:
+    """The trainer arguments that decide a result, for comparing a run with the one that it would resume."""
+    names = (
+        "learning_rate",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_steps",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "seed",
+    )
+    return {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names}
+
+
 def _yaml(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}

@@ -174,6 +174,14 @@ def test_run_without_callback_stops_at_the_first_step(tmp_path):
         train(caft_model(), tmp_path, callbacks=())
 
 
+def test_progress_of_a_finished_run_is_not_taken_for_the_next_ones(tmp_path):
+    model = caft_model()
+    train(model, tmp_path)
+    ids = torch.arange(10)[None]
+    with pytest.raises(ValueError, match="set_training_progress"):
+        model(input_ids=ids, labels=ids)
+
+
 def test_beta_zero_run_equals_plain_lora(tmp_path):
     caft = caft_model(aux_loss_weight=0.0, lora_dropout=0.1)
     train(caft, tmp_path)
