@@ -28,6 +28,7 @@ CAVEAT = (
 )
 
 
+NAMES = {"lora": "LoRA", "caft": "CAFT"}
 MAX_NAME_LENGTH = 48  # characters
 MAX_SMILES_LENGTH = 40  # characters
 
@@ -98,7 +99,7 @@ def _run(output_dir: Path, scale: Scale, seed: int) -> dict[str, Any]:
         (4, "lora", "Plain LoRA, for comparison."),
         (5, "caft", "The same adapter, seed and order of data, with the auxiliary loss of the heads added."),
     ):
-        _say(number, f"Stage 2, {method.upper()}", why)
+        _say(number, f"Stage 2, {NAMES[method]}", why)
         options = ["--heads", str(output_dir / "heads")] if method == "caft" else []
         runs[method] = _command(
             output_dir / method,
@@ -239,7 +240,7 @@ def _generate(model_folder: Path, data: Path, count: int, answers: Path) -> dict
 def _plot(output_dir: Path, heads: dict[str, Any], runs: dict[str, Any]) -> None:
     from .plots import plot_head_accuracy, plot_training
 
-    plot_training(output_dir / "training.png", {m.upper(): run["log_history"] for m, run in runs.items()})
+    plot_training(output_dir / "training.png", {NAMES[m]: run["log_history"] for m, run in runs.items()})
     plot_head_accuracy(output_dir / "heads.png", heads["metrics_before"], heads["metrics_after"])
 
 

@@ -54,6 +54,8 @@ def _training_section(config: HeadsConfig) -> list[str]:
     if not training:
         return ["These heads are **not trained**: they carry no knowledge of the base model yet."]
     lines = [f"- {name}: {value}" for name, value in training.items() if not isinstance(value, (dict, list))]
+    if "versions" in training:
+        lines.append("- versions: " + ", ".join(f"{name} {value}" for name, value in training["versions"].items()))
     after, before = training.get("metrics_after"), training.get("metrics_before")
     if after and before:
         lines += ["", "Held-out data, before -> after training:", "", head_table(before, after)]

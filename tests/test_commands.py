@@ -70,7 +70,7 @@ def test_trained_heads_record_where_they_come_from(files):
     training = heads.config.training
     assert training["data_sha256"]
     assert training["seed"] == 42
-    assert training["versions"]["torch"] == torch.__version__
+    assert training["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert training["metrics_after"][0]["tokens_ahead"] == 2
     assert heads.config.base_model_name_or_path == "model"  # no path of this machine
     card = (Path(files["heads"]) / "README.md").read_text()
