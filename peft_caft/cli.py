@@ -177,14 +177,7 @@ def main() -> None:
     """Run the command line; expected errors are one clear message, without a traceback."""
     try:
         app()
-    except (
-        ValueError,
-        TypeError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        ModuleNotFoundError,
-    ) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("PEFT_CAFT_TRACEBACK"):
             raise
         typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)

@@ -60,7 +60,7 @@ def demo(output_dir: Path, smoke: bool = False, seed: int = 0, overwrite: bool =
     Raises:
         ModuleNotFoundError: if a package of the ``demo`` extra is missing; the message says how to install it.
         FileExistsError: if the folder holds another demo.
-        RuntimeError: if a step failed.
+        ChildProcessError: if a step failed.
     """
     _require_demo_extra()
     if overwrite:
@@ -196,7 +196,7 @@ def _execute(arguments: list[str]) -> None:
     print(f"$ peft-caft {shlex.join(arguments)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "peft_caft.cli", *arguments], check=False).returncode
     if code:
-        raise RuntimeError(
+        raise ChildProcessError(
             f"peft-caft {arguments[0]} ended with exit code {code}; see its message above. Running the demo again "
             "resumes it."
         )

@@ -86,6 +86,11 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         FileExistsError, FileNotFoundError, ValueError, TypeError: as the message says.
     """
     peft_config = settings.peft_config()
+    if settings.method == "caft" and args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0. With it Trainer keeps the labels "
+            "from the model, which then cannot compute the auxiliary loss."
+        )
     rows = read_jsonl(settings.data, settings.max_rows)
     eval_rows = read_jsonl(settings.eval_data, settings.eval_rows) if settings.eval_data else []
     folder = RunFolder(Path(settings.output))

@@ -175,6 +175,7 @@ def test_training_arguments_come_from_options_before_yaml_before_defaults(tmp_pa
     [
         (["--learning-rat", "1"], "--learning-rat: unknown option"),
         (["--max_steps", "many"], "max_steps"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor: got 0.1, expected 0"),
         (["--training-yaml", "missing.yaml"], "missing.yaml"),
         (["--data", "missing.jsonl"], "missing.jsonl"),
     ],
