@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
+from .atomic import filling
 from .callback import TRAINED_HEADS_NAME, CAFTCallback
 from .config import CAFTConfig, require_choice
 from .data import collator, encode, file_sha256, read_jsonl
@@ -120,8 +121,9 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.perf_counter() - started
     after = trainer.evaluate()["eval_loss"] if held_out else None
-    model.save_pretrained(settings.output)
-    tokenizer.save_pretrained(settings.output)
+    with filling(settings.output) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
     if has_trained_heads:
         model.base_model.auxiliary_heads["default"].save_pretrained(Path(settings.output) / "trained_heads")
     summary = {

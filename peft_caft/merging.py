@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
+import tempfile
 from pathlib import Path
 
 from peft import PeftModel
@@ -40,10 +39,9 @@ def merge(adapter: str, output: str, model: str | None = None, dtype: str = "aut
         raise ValueError(f"model: {config_path} names no base model, expected one. Pass --model.")
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    temporary = Path(output).with_name(f".{Path(output).name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        merged.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(model).save_pretrained(temporary)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=Path(output).parent) as scratch:
+        whole = Path(scratch) / "model"
+        merged.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(model).save_pretrained(whole)
+        whole.rename(output)

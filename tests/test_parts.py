@@ -1,4 +1,4 @@
-"""The small parts by themselves: schedules, targets, linear cross entropy."""
+"""The small parts by themselves: schedules, targets, linear cross entropy, writing files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from peft_caft import linear_cross_entropy as module
+from peft_caft.atomic import filling, replacing
 from peft_caft.linear_cross_entropy import Unembedding, linear_cross_entropy
 from peft_caft.schedule import gamma
 from peft_caft.targets import supervised_count, supervised_rows
@@ -127,3 +128,29 @@ def test_linear_cross_entropy_without_gradients_keeps_none():
     layer, hidden, targets = layer_and_rows(5)
     with torch.no_grad():
         assert not linear_cross_entropy(hidden, targets, layer).requires_grad
+
+
+def interrupted(writing, name: str) -> None:
+    with writing as temporary:
+        (temporary if name == "" else temporary / name).write_text("ne")
+        raise KeyboardInterrupt
+
+
+def test_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(replacing(tmp_path / "file"), "")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_interrupted_save_of_a_folder_leaves_every_old_file(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(filling(folder), "weights")
+    assert (folder / "weights").read_text() == "old"
+    with filling(folder) as temporary:
+        (temporary / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
