@@ -223,8 +223,11 @@ def _trunk_and_layers(model: nn.Module, count: int) -> tuple[nn.Module, nn.Modul
 
 
 def _final_norm(trunk: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
-    """The last norm among the trunk's children after its layers (before them stand embedding norms)."""
-    children = [beneath_adapters(child) for child in trunk.children()]
-    position = next(index for index, child in enumerate(children) if child is layers)
-    norms = [child for child in children[position + 1 :] if "norm" in type(child).__name__.lower()]
-    return norms[-1] if norms else None
+    """The last norm among the trunk's children after its layers, or before them (OPT), where embedding norms stand too."""
+    children = [(name, beneath_adapters(child)) for name, child in trunk.named_children()]
+    position = next(index for index, (_, child) in enumerate(children) if child is layers)
+    for candidates in (children[position + 1 :], children[:position]):
+        norms = [child for name, child in candidates if "norm" in type(child).__name__.lower() and "emb" not in name]
+        if norms:
+            return norms[-1]
+    return None

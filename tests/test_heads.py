@@ -10,7 +10,7 @@ from peft_caft import AuxiliaryHeads
 from peft_caft.backbone import Backbone
 from peft_caft.head_training import HeadPretraining
 
-from .tiny_models import VOCABULARY, WITH_ATTENTION, tiny_model, tokens
+from .tiny_models import PECULIAR, VOCABULARY, WITH_ATTENTION, tiny_model, tokens
 
 HEAD_TYPES = ("residual", "decoder_layer")
 
@@ -30,6 +30,15 @@ def test_untrained_decoder_layer_head_reproduces_the_base_models_logits(architec
         expected = model(input_ids=tokens()).logits
     for logits in heads.logits(model, tokens()):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", PECULIAR)
+def test_norm_and_logit_scale_are_found_in_peculiar_architectures(architecture):
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).logits
+    logits = AuxiliaryHeads.from_base_model(model, 1, "decoder_layer").logits(model, tokens())[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_untrained_residual_head_is_the_identity():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
+    OPTConfig,
     PreTrainedModel,
     Qwen2Config,
 )
@@ -44,6 +47,22 @@ CONFIGS = {
     ),
 }
 ARCHITECTURES = tuple(CONFIGS)
+# Peculiar after the last layer: OPT registers its final norm before the layers, the others scale their logits.
+PECULIAR = {
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        init_std=0.2,
+        dropout=0.0,
+    ),
+    "cohere": lambda: CohereConfig(**LLAMA_LIKE, logit_scale=0.3),
+    "granite": lambda: GraniteConfig(**LLAMA_LIKE, logits_scaling=3.0),
+}
 # transformers offers no sdpa for Gemma 2, whose attention scores are capped.
 WITH_ATTENTION = [
     (a, attention) for a in CONFIGS for attention in ("eager", "sdpa") if (a, attention) != ("gemma2", "sdpa")
@@ -54,7 +73,7 @@ def tiny_model(architecture: str, seed: int = 0, attention: str = "eager") -> Pr
     """A model in fp32, with norm weights that are no ones, so that leaving a norm out shows."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config((CONFIGS | PECULIAR)[architecture](), attn_implementation=attention)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += 0.3 * torch.randn_like(parameter)
