@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -43,6 +48,7 @@ def save_heads(heads: AuxiliaryHeads, save_directory: str | os.PathLike) -> None
     if folder.is_file():
         raise NotADirectoryError(f"save_directory: got the file {folder}, expected a folder to write heads into.")
     folder.mkdir(parents=True, exist_ok=True)
+    _finish_interrupted_save(folder)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.plain_state_dict().items()}
     config = heads.config
     with replacing(folder / WEIGHTS_NAME) as temporary:
@@ -50,8 +56,15 @@ def save_heads(heads: AuxiliaryHeads, save_directory: str | os.PathLike) -> None
         config.weights_sha256 = sha256(temporary)
         write_text(folder / PENDING_CONFIG_NAME, config.to_json())
     write_text(folder / CONFIG_NAME, config.to_json())
-    (folder / PENDING_CONFIG_NAME).unlink()
+    (folder / PENDING_CONFIG_NAME).unlink(missing_ok=True)
     write_text(folder / CARD_NAME, heads_card(config))
+
+
+def _finish_interrupted_save(folder: Path) -> None:
+    """Give weights whose save was cut off the configuration that belongs to them, before the next save replaces it."""
+    pending, weights = folder / PENDING_CONFIG_NAME, folder / WEIGHTS_NAME
+    if pending.is_file() and weights.is_file() and HeadsConfig.from_file(pending).weights_sha256 == sha256(weights):
+        os.replace(pending, folder / CONFIG_NAME)
 
 
 def load_heads(
@@ -124,10 +137,10 @@ def _locate(source: str, name: str, hub: dict) -> Path:
         raise FileNotFoundError(
             f"heads: {source!r} is neither a folder nor a Hub repository id such as 'org/Llama-2-7b-hf-caft-heads'."
         ) from error
-    except EntryNotFoundError as error:
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
-            f"heads: no {name} in the Hub repository {source!r} (revision {hub['revision'] or 'main'}), or not in the "
-            "local cache. Expected a repository that holds auxiliary heads, not an adapter or a model."
+            f"heads: no {name} in the Hub repository {source!r} (revision {hub.get('revision') or 'main'}), or no such "
+            "repository, or it is private and the token is missing, or it is not in the local cache. Expected a repository that holds auxiliary heads, not an adapter or a model."
         ) from error
 
 

@@ -189,7 +189,6 @@ class Backbone:
         Raises:
             TypeError: if they are not; training would follow a wrong gradient.
         """
-        self.verified = True
         own_norm = self.normed(captured.last_layer_output[:1, :1])
         own = self.unembedding().logits(captured.last_hidden_state[:1, :1].to(self.lm_head.weight.dtype))
         for what, got, expected in (
@@ -203,6 +202,7 @@ class Backbone:
                     f"an lm_head, a scale and a soft cap (its {what} differ). CAFT does not know this architecture "
                     "yet; please report it."
                 )
+        self.verified = True
 
 
 def layer_output(output: Any) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +101,8 @@ class CAFTConfig(LoraConfig):
             )
         # PeftModel.forward without a task type calls the base model directly and bypasses the tuner.
         self.task_type: TaskType = TaskType.CAUSAL_LM
+        if self.heads is not None:
+            self.heads = os.fspath(self.heads)  # a Path would not go into JSON
         require_choice("head_type", self.head_type, HEAD_TYPES)
         require_choice("head_input", self.head_input, HEAD_INPUTS)
         require_choice("aux_loss_schedule", self.aux_loss_schedule, tuple(SCHEDULES))
@@ -107,8 +111,10 @@ class CAFTConfig(LoraConfig):
         self._require_at_least_one("head_num_layers")
         if self.total_steps is not None:
             self._require_at_least_one("total_steps")
-        if not self.aux_loss_weight >= 0:
-            raise ValueError(f"aux_loss_weight (beta): got {self.aux_loss_weight}, expected 0 (plain LoRA) or more.")
+        if not 0 <= self.aux_loss_weight < math.inf:
+            raise ValueError(
+                f"aux_loss_weight (beta): got {self.aux_loss_weight}, expected 0 (plain LoRA) or more, and finite."
+            )
         if not 0 < self.aux_loss_decay <= 1:
             raise ValueError(f"aux_loss_decay (alpha): got {self.aux_loss_decay}, expected 0 < alpha <= 1.")
         if not 0 < self.aux_token_fraction <= 1:
@@ -186,7 +192,9 @@ def _read_caft_config(source: str, subfolder: str | None, hub_kwargs: dict[str, 
         raise _not_a_caft_adapter(source)
     try:
         caft = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        if not isinstance(caft, dict):
+            raise TypeError(f"a {type(caft).__name__} instead of an object")
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}). Save the adapter again.") from error
     version = caft.pop("format_version", None)
     if version != CAFT_CONFIG_FORMAT_VERSION:

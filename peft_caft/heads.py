@@ -238,6 +238,7 @@ def copy_without_adapters(layer: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: if an adapter is merged into the layer, whose own weights are then not at hand.
+        TypeError: if the layer is quantised.
     """
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in layer.modules()):
         raise ValueError(
@@ -253,6 +254,12 @@ def copy_without_adapters(layer: nn.Module) -> nn.Module:
         module._forward_pre_hooks.clear()
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
+    quantised = {str(p.dtype).removeprefix("torch.") for p in clone.parameters() if not p.is_floating_point()}
+    if quantised:
+        raise TypeError(
+            f"last layer: got weights of dtype {', '.join(sorted(quantised))}, expected floating point to copy into "
+            "decoder_layer heads. Use head_type='residual', or load the model unquantised."
+        )
     return clone.requires_grad_(True)
 
 

@@ -110,6 +110,11 @@ class HeadsConfig:
         got_fingerprint = fingerprint(unembedding)
         if got_fingerprint is None:
             return
+        if len(self.unembedding_fingerprint) != len(got_fingerprint):
+            raise ValueError(
+                f"unembedding_fingerprint: got {len(self.unembedding_fingerprint)} numbers in the heads {source!r}, "
+                f"expected {len(got_fingerprint)}. Download or save the heads again."
+            )
         distance = max(abs(a - b) for a, b in zip(got_fingerprint, self.unembedding_fingerprint, strict=True))
         if not distance <= FINGERPRINT_TOLERANCE:
             raise ValueError(

@@ -223,8 +223,8 @@ class CAFTModel(LoraModel):
         supervised = supervised_count(kwargs["labels"])
         self._progress.auxiliary_loss_computed(auxiliary, int(supervised))
         if supervised == 0:
-            # The mean over no tokens is NaN; a zero that hangs on the graph leaves every gradient zero.
-            return last_hidden_state.sum().float() * 0.0
+            # The mean over no tokens is NaN; a zero that hangs on the graph, of the heads too, leaves every gradient 0.
+            return (last_hidden_state.sum().float() + auxiliary.weighted(config.aux_loss_decay)) * 0.0
         divisor = kwargs.get("num_items_in_batch")
         if divisor is None:
             divisor = supervised
@@ -296,7 +296,10 @@ class CAFTModel(LoraModel):
 
 
 def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor]:
-    loss, logits = (outputs.loss, outputs.logits) if isinstance(outputs, ModelOutput) else outputs[:2]
+    if isinstance(outputs, ModelOutput):
+        loss, logits = outputs.loss, outputs.logits
+    else:  # a tuple; a mixture of experts puts its router's loss, a scalar, before the logits
+        loss, logits = outputs[0], next(value for value in outputs if isinstance(value, Tensor) and value.dim() == 3)
     if loss is None:
         raise ValueError(
             "labels: given, but the model returned no loss, expected its next-token loss. This trainer computes the "

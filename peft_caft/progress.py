@@ -51,7 +51,7 @@ class Progress:
 
     def gamma(self, config: CAFTConfig) -> float:
         """gamma(s) of the configured schedule."""
-        total_steps = self.total_steps or config.total_steps
+        total_steps = config.total_steps if self.total_steps is None else self.total_steps
         if config.aux_loss_schedule == "constant":
             return 1.0
         if total_steps is None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from peft import get_peft_model
 
-from peft_caft import AuxiliaryHeads, CAFTConfig
+from peft_caft import AuxiliaryHeads, CAFTConfig, artifact
 from peft_caft.heads_config import fingerprint
 
 from .tiny_checkpoint import tiny_llama
@@ -56,6 +60,29 @@ def test_heads_take_the_dtype_of_the_base_model(tmp_path):
     model = tiny_model("llama").to(torch.bfloat16)
     loaded = AuxiliaryHeads.from_pretrained(saved(tmp_path), base_model=model)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    for name, tensor in made(1).state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.to(torch.bfloat16))
+
+
+def test_config_json_says_what_the_heads_are(tmp_path):
+    weights = saved(tmp_path) / "model.safetensors"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert len(config.pop("unembedding_fingerprint")) == 16
+    assert config == {
+        "format_version": 1,
+        "head_type": "residual",
+        "head_input": "last_layer_input",
+        "final_norm": True,
+        "num_heads": 3,
+        "head_num_layers": 1,
+        "hidden_size": 32,
+        "vocab_size": 97,
+        "base_model_name_or_path": None,
+        "base_model_revision": None,
+        "base_model_class": "LlamaForCausalLM",
+        "training": {},
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
 
 
 def test_fingerprint_survives_rounding_and_tells_models_apart():
@@ -119,6 +146,15 @@ def test_repository_that_is_not_in_the_cache_is_named_offline(tmp_path):
         )
 
 
+def test_repository_that_the_hub_does_not_know_is_named(monkeypatch):
+    def unknown(*args, **kwargs):
+        raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(artifact, "hf_hub_download", unknown)
+    with pytest.raises(FileNotFoundError, match="org/heads"):
+        AuxiliaryHeads.from_pretrained("org/heads", base_model=tiny_model("llama"))
+
+
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
 def test_truncated_weights_are_refused(keep, tmp_path):
     path = saved(tmp_path) / "model.safetensors"
@@ -161,6 +197,12 @@ def test_configuration_that_cannot_be_right_is_refused(changes, message, tmp_pat
         AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
 
 
+def test_fingerprint_of_another_length_is_refused_by_name(tmp_path):
+    edit_config(saved(tmp_path), unembedding_fingerprint=[0.1, 0.2])
+    with pytest.raises(ValueError, match="unembedding_fingerprint: got 2"):
+        AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+
+
 def test_configuration_that_is_no_json_is_refused(tmp_path):
     (saved(tmp_path) / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
@@ -194,6 +236,11 @@ def cut_off_at(call: int, monkeypatch) -> None:
     monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
 
 
+def equal(first: AuxiliaryHeads, second: AuxiliaryHeads) -> bool:
+    own, other = first.state_dict(), second.state_dict()
+    return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+
+
 @pytest.mark.parametrize("call", range(12))
 def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, tmp_path, monkeypatch):
     model = tiny_model("llama")
@@ -207,9 +254,7 @@ def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, tmp_pa
         except CutOff:
             finished = False
     loaded = AuxiliaryHeads.from_pretrained(tmp_path, base_model=model)
-    matches = [
-        all(torch.equal(loaded.state_dict()[k], v) for k, v in heads.state_dict().items()) for heads in (old, new)
-    ]
+    matches = [equal(loaded, heads) for heads in (old, new)]
     assert any(matches)
     if call == 0:
         assert matches[0]
@@ -224,3 +269,25 @@ def test_cutting_off_reaches_every_step_of_a_save(tmp_path, monkeypatch):
         cut_off_at(11, patch)
         with pytest.raises(CutOff):
             made(1).save_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_saves_cut_off_one_after_the_other_leave_heads_whole(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    versions = [made(seed) for seed in (1, 2, 3)]
+    lost = []
+    for first in range(12):
+        for second in range(12):
+            folder = tmp_path / f"{first}-{second}"
+            versions[0].save_pretrained(folder)
+            for call, heads in zip((first, second), versions[1:], strict=True):
+                with monkeypatch.context() as patch, suppress(CutOff):
+                    cut_off_at(call, patch)
+                    heads.save_pretrained(folder)
+            try:
+                loaded = AuxiliaryHeads.from_pretrained(folder, base_model=model)
+            except ValueError:
+                lost.append((first, second))
+            else:
+                assert any(equal(loaded, heads) for heads in versions)
+    assert not lost

@@ -98,3 +98,11 @@ def test_progress_without_length_of_the_run_is_refused():
     model = get_peft_model(tiny_model("llama"), config(aux_loss_schedule="sine"))
     with pytest.raises(ValueError, match="total_steps: got None"):
         model.set_training_progress(3)
+
+
+@pytest.mark.parametrize("moment", ["configured", "unknown"])
+def test_run_of_no_steps_is_refused(moment):
+    fields = {"total_steps": 5} if moment == "configured" else {}
+    model = get_peft_model(tiny_model("llama"), config(aux_loss_schedule="sine", **fields))
+    with pytest.raises(ValueError, match="total_steps: got 0"):
+        model.set_training_progress(0, 0)

@@ -28,6 +28,7 @@ from peft_caft.registration import register
         ({"train_heads": "yes"}, "train_heads: got 'yes', expected one of 'frozen', 'lora', 'full'"),
         ({"aux_loss_weight": -0.1}, r"aux_loss_weight \(beta\): got -0.1, expected 0"),
         ({"aux_loss_weight": float("nan")}, r"aux_loss_weight \(beta\): got nan"),
+        ({"aux_loss_weight": float("inf")}, r"aux_loss_weight \(beta\): got inf"),
         ({"aux_loss_decay": 0.0}, r"aux_loss_decay \(alpha\): got 0.0, expected 0 < alpha <= 1"),
         ({"aux_loss_decay": 1.1}, r"aux_loss_decay \(alpha\): got 1.1"),
         ({"aux_token_fraction": 0.0}, r"aux_token_fraction \(p\): got 0.0, expected 0 < p <= 1"),
@@ -95,6 +96,27 @@ def test_round_trip_keeps_every_field(tmp_path):
     loaded = CAFTConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert loaded.peft_type == config.peft_type == "CAFT"
+
+
+def test_heads_given_as_a_path_can_be_saved(tmp_path):
+    config = CAFTConfig(heads=tmp_path / "heads")
+    config.save_pretrained(tmp_path)
+    assert CAFTConfig.from_pretrained(tmp_path).heads == str(tmp_path / "heads")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"{", id="cut"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b"\xff\xfe", id="binary"),
+    ],
+)
+def test_caft_configuration_that_is_no_json_object_is_refused(content, tmp_path):
+    CAFTConfig().save_pretrained(tmp_path)
+    (tmp_path / "caft_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"caft_config\.json: not valid JSON"):
+        CAFTConfig.from_pretrained(tmp_path)
 
 
 def test_plain_lora_folder_is_not_taken_for_caft(tmp_path):

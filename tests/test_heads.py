@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
-from peft_caft import AuxiliaryHeads
+from peft_caft import AuxiliaryHeads, CAFTConfig
 from peft_caft.backbone import Backbone
 from peft_caft.head_training import HeadPretraining
 
@@ -130,6 +131,52 @@ def test_frozen_heads_have_no_dropout_in_training():
     assert not any(module.training for module in heads.modules())
     heads.requires_grad_(True).train()
     assert all(module.training for module in heads.modules())
+
+
+@pytest.mark.parametrize("train_heads", ["frozen", "full"])
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None")
+def test_training_registers_no_head_in_the_base_and_no_base_in_the_heads(head_type, train_heads):
+    config = CAFTConfig(head_type=head_type, train_heads=train_heads, aux_loss_schedule="constant")
+    model = get_peft_model(tiny_model("llama"), config).train()
+    base, heads = model.get_base_model(), model.auxiliary_heads["default"]
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert not {id(m) for m in base.modules()} & {id(m) for m in heads.modules()}
+    assert not {p.data_ptr() for p in base.parameters()} & {p.data_ptr() for p in heads.parameters()}
+    assert not any("auxiliary" in key for key in base.state_dict())
+    assert all(key.startswith("heads.") for key in heads.state_dict())
+    hooked = [m for m in base.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooked
+
+
+class Int8Linear(nn.Module):
+    """What a quantised layer looks like: its weight is no floating-point tensor."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter((linear.weight * 20).to(torch.int8), requires_grad=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(states, self.weight.to(states.dtype) / 20)
+
+
+def quantised() -> nn.Module:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Int8Linear(layer.mlp.up_proj)
+    return model
+
+
+def test_residual_heads_of_a_quantised_model_follow_the_reference():
+    model = quantised()
+    heads = AuxiliaryHeads.from_base_model(model, head_type="residual", head_input="last_hidden_state")
+    with torch.no_grad():
+        torch.testing.assert_close(heads.logits(model, tokens())[0], model(input_ids=tokens()).logits)
+
+
+def test_decoder_layer_heads_of_a_quantised_model_are_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"int8.*residual"):
+        AuxiliaryHeads.from_base_model(quantised(), head_type="decoder_layer")
 
 
 def test_heads_of_another_model_are_refused_when_asked_for_logits():

@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from peft_caft import CAFTConfig
 
 from .reference import all_logits, reference_loss
-from .tiny_models import ARCHITECTURES, VOCABULARY, tiny_model, tokens
+from .tiny_models import ARCHITECTURES, CONFIGS, LLAMA_LIKE, VOCABULARY, tiny_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None")
 BETA, ALPHA = 0.7, 0.8
@@ -89,6 +90,13 @@ def test_trained_heads_get_the_references_gradient(head_type, train_heads):
     assert_equal_to_reference(model, tokens(), {"input_ids": tokens()})
 
 
+def test_frozen_heads_and_base_get_no_gradient_while_every_lora_weight_does():
+    model = caft()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert with_gradient == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
 @pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
 def test_gradient_is_the_slope_of_the_loss(head_type):
     model = caft("gemma2", head_type=head_type).double()
@@ -124,18 +132,20 @@ def test_prompt_masked_by_minus_100_supervises_only_the_answer():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
-def test_padding_is_neither_context_nor_target(head_type, side):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_is_neither_context_nor_target(architecture, head_type, side):
     labels, attention_mask = tokens().clone(), torch.ones_like(tokens())
     padding = slice(9, None) if side == "right" else slice(None, 5)
     attention_mask[1, padding] = 0
     labels[1, padding] = -100
     allowed = torch.stack([attention_mask.bool()] * 6)
     inputs = {"input_ids": tokens(), "attention_mask": attention_mask}
-    assert_equal_to_reference(caft(head_type=head_type), labels, inputs, mask=allowed)
+    assert_equal_to_reference(caft(architecture, head_type=head_type), labels, inputs, mask=allowed)
 
 
 @pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
-def test_packing_never_crosses_documents(head_type):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packing_never_crosses_documents(architecture, head_type):
     lengths = (5, 2, 7)
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
     labels = tokens(1).clone()
@@ -145,16 +155,31 @@ def test_packing_never_crosses_documents(head_type):
             allowed[k, 0, max(start, start + length - k) : start + length] = False
     # With a cache, as by default, transformers does not look for documents in position_ids.
     inputs = {"input_ids": tokens(1), "position_ids": position_ids}
-    model = caft(head_type=head_type)
+    model = caft(architecture, head_type=head_type)
     assert_equal_to_reference(model, labels, {**inputs, "use_cache": False}, reference_inputs=inputs, mask=allowed)
 
 
-def test_all_terms_are_divided_by_num_items_in_batch():
+@pytest.mark.parametrize("count", [77, torch.tensor(77)], ids=["int", "tensor"])
+def test_all_terms_are_divided_by_num_items_in_batch(count):
     inputs = {"input_ids": tokens()}
     model = caft()
     assert_equal_to_reference(
-        model, tokens(), {**inputs, "num_items_in_batch": torch.tensor(77)}, reference_inputs=inputs, divisor=77.0
+        model, tokens(), {**inputs, "num_items_in_batch": count}, reference_inputs=inputs, divisor=77.0
     )
+
+
+def test_changed_document_leaves_the_others_loss_unchanged():
+    """The same promise as packing's, without the reference: what each document adds is what it adds alone."""
+    model = caft()
+    ids, count = tokens(1), torch.tensor(12)
+    position_ids = torch.cat([torch.arange(6), torch.arange(8)])[None]
+    labels = ids.clone()
+    labels[0, 6] = -100  # else the first document's last token would predict the second one's first
+    packed = model(
+        input_ids=ids, labels=labels, position_ids=position_ids, num_items_in_batch=count, use_cache=False
+    ).loss
+    alone = [model(input_ids=part, labels=part, num_items_in_batch=count).loss for part in (ids[:, :6], ids[:, 6:])]
+    torch.testing.assert_close(packed, sum(alone), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +211,18 @@ def test_batch_without_supervised_token_has_zero_loss_and_gradients():
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("length", [1, 14])
+@pytest.mark.parametrize("train_heads", ["lora", "full"])
+@pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
+def test_batch_without_supervised_token_reaches_trained_heads_with_zero_gradients(head_type, train_heads, length):
+    """A parameter outside the graph stops DistributedDataParallel at the next step."""
+    model = caft(head_type=head_type, train_heads=train_heads)
+    ids = tokens(2, length)
+    model(input_ids=ids, labels=torch.full_like(ids, -100)).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in trained)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
 def test_sequence_shorter_than_n_trains_on_the_heads_that_have_a_target(length):
     model, ids = caft(), tokens(2, length)
@@ -199,7 +236,7 @@ def test_sequence_shorter_than_n_trains_on_the_heads_that_have_a_target(length):
 def test_sampled_positions_leave_the_expected_loss_unchanged():
     full, sampled = caft(), caft(aux_token_fraction=0.3)
     batch = {"input_ids": tokens(), "labels": tokens()}
-    expected = float(full(**batch).loss)
+    expected = float(full(**batch).loss.detach())
     state = torch.get_rng_state()
     with torch.enable_grad():
         losses = torch.tensor([float(sampled(**batch).loss.detach()) for _ in range(400)])
@@ -240,6 +277,35 @@ def test_architecture_that_changes_its_logits_otherwise_is_refused():
     head.register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(TypeError, match="LlamaForCausalLM does more between its last layer and its logits"):
         model(input_ids=tokens(), labels=tokens())
+
+
+class DoubledLogits(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 2
+        return outputs
+
+
+def test_subclass_that_changes_its_logits_is_refused_by_name():
+    model = get_peft_model(DoubledLogits(CONFIGS["llama"]()), CAFTConfig(aux_loss_schedule="constant")).train()
+    with pytest.raises(TypeError, match="DoubledLogits does more between its last layer and its logits"):
+        model(input_ids=tokens(), labels=tokens())
+
+
+def test_refused_architecture_stays_refused():
+    """Running the cell of a notebook again must not train."""
+    model = get_peft_model(DoubledLogits(CONFIGS["llama"]()), CAFTConfig(aux_loss_schedule="constant")).train()
+    for _ in range(2):
+        with pytest.raises(TypeError, match="DoubledLogits"):
+            model(input_ids=tokens(), labels=tokens())
+
+
+def test_tuple_outputs_of_a_mixture_with_router_loss_carry_the_same_loss():
+    mixtral = MixtralConfig(**LLAMA_LIKE, num_local_experts=3, num_experts_per_tok=2, output_router_logits=True)
+    config = CAFTConfig(aux_loss_schedule="constant", target_modules=["q_proj"])
+    model = get_peft_model(MixtralForCausalLM(mixtral), config).train()
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    assert torch.equal(model(**batch, return_dict=False)[0], model(**batch).loss)
 
 
 def test_gamma_keeps_its_digits_in_half_precision():
