@@ -215,16 +215,16 @@ class CAFTModel(LoraModel):
             fraction=config.aux_token_fraction,
             sampling_seed=self._progress.forward_seed(),
         )
-        return _with_loss(outputs, self._total_loss(own_loss, auxiliary, captured.last_hidden_state, config, kwargs))
+        return _with_loss(outputs, self._total_loss(own_loss, auxiliary, logits, config, kwargs))
 
     def _total_loss(
-        self, own_loss: Tensor, auxiliary: AuxiliaryLoss, last_hidden_state: Tensor, config: CAFTConfig, kwargs: dict
+        self, own_loss: Tensor, auxiliary: AuxiliaryLoss, logits: Tensor, config: CAFTConfig, kwargs: dict
     ) -> Tensor:
         supervised = supervised_count(kwargs["labels"])
         self._progress.auxiliary_loss_computed(auxiliary, int(supervised))
         if supervised == 0:
-            # The mean over no tokens is NaN; a zero that hangs on the graph, of the heads too, leaves every gradient 0.
-            return (last_hidden_state.sum().float() + auxiliary.weighted(config.aux_loss_decay)) * 0.0
+            # The mean over no tokens is NaN; a zero that hangs on the graph, lm_head and heads too, leaves every gradient 0.
+            return (logits[:1, :1].float().sum() + auxiliary.weighted(1.0).to(logits.device)) * 0.0
         divisor = kwargs.get("num_items_in_batch")
         if divisor is None:
             divisor = supervised

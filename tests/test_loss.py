@@ -223,6 +223,15 @@ def test_batch_without_supervised_token_reaches_trained_heads_with_zero_gradient
     assert all(p.grad is not None and not p.grad.any() for p in trained)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}], ids=["saved", "lora"]
+)
+def test_batch_without_supervised_token_reaches_a_trained_lm_head_with_zero_gradients(fields):
+    model = caft(**fields)
+    model(input_ids=tokens(), labels=torch.full_like(tokens(), -100)).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
 def test_sequence_shorter_than_n_trains_on_the_heads_that_have_a_target(length):
     model, ids = caft(), tokens(2, length)
