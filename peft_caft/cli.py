@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+
+from . import cli_heads
+from .cli_options import (
+    PASS_THROUGH,
+    TRAINING_NOTE,
+    Data,
+    DType,
+    EvalData,
+    EvalRows,
+    MaxLength,
+    MaxRows,
+    Model,
+    Output,
+    Overwrite,
+    TrainingYaml,
+    settings_of,
+)
 
 app = typer.Typer(
     help="Concept-aware fine-tuning (CAFT, arXiv 2506.07833): multi-token fine-tuning of language models with LoRA.",
@@ -17,69 +33,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-TRAINING_NOTE = (
-    "Any field of transformers.TrainingArguments is an option too, e.g. --learning_rate 1e-4 --num_train_epochs 3 "
-    "--gradient_accumulation_steps 4 --gradient_checkpointing true --seed 1, or a line of --training-yaml."
-)
-
-Model = Annotated[str, typer.Option(help="Base model: folder or Hub id.")]
-Data = Annotated[str, typer.Option(help="Training data, JSONL: 'messages', or 'prompt' and 'completion', or 'text'.")]
-Output = Annotated[str, typer.Option(help="Folder to write. An interrupted run in it is resumed.")]
-EvalData = Annotated[str | None, typer.Option(help="Held-out data, JSONL.")]
-EvalRows = Annotated[int, typer.Option(help="Held-out rows to use at most.")]
-MaxRows = Annotated[int | None, typer.Option(help="Training rows to use at most; all if unset.", show_default=False)]
-MaxLength = Annotated[int, typer.Option(help="Longest row in tokens; longer rows lose their end.")]
-DType = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Precision to load the base model in; auto takes the checkpoint's."),
-]
-TrainingYaml = Annotated[str | None, typer.Option(help="YAML file with TrainingArguments.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")]
-
-
-@app.command("train-heads", context_settings=PASS_THROUGH, epilog=TRAINING_NOTE)
-def train_heads_command(
-    context: typer.Context,
-    model: Model,
-    data: Data,
-    output: Output,
-    eval_data: Annotated[
-        str | None, typer.Option(help="Held-out data, JSONL; else the end of the training file.", show_default=False)
-    ] = None,
-    eval_rows: EvalRows = 200,
-    max_rows: MaxRows = None,
-    num_heads: Annotated[int, typer.Option(help="Heads, n - 1; they predict 2 ... n tokens ahead.")] = 4,
-    head_type: Annotated[
-        Literal["residual", "decoder_layer"], typer.Option(help="x + SiLU(W x), or a copy of the last layer.")
-    ] = "decoder_layer",
-    head_input: Annotated[
-        Literal["last_layer_input", "last_hidden_state"],
-        typer.Option(help="What heads read: before the last layer, or after the final norm."),
-    ] = "last_layer_input",
-    head_num_layers: Annotated[int, typer.Option(help="Blocks or layers per head.")] = 1,
-    aux_loss_decay: Annotated[float, typer.Option(help="alpha: head k weighs alpha^(k-1).")] = 0.8,
-    max_length: MaxLength = 512,
-    dtype: DType = "auto",
-    training_yaml: TrainingYaml = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Stage 1: train auxiliary heads on a text or chat file with the base model frozen, once per base model.
-
-    Reports cross entropy and top-1 / top-5 accuracy of every head on held-out rows, before and after.
-    """
-    from .head_training import HeadTrainingSettings, train_heads
-    from .trainer_arguments import trainer_arguments
-
-    defaults = {"learning_rate": 5e-4, "num_train_epochs": 1.0, "warmup_steps": 20}
-    arguments = trainer_arguments(output, defaults, training_yaml, context.args)
-    settings = _settings(HeadTrainingSettings, locals())
-    summary = train_heads(settings, arguments, overwrite)
-    from .tables import head_table
-
-    typer.echo(head_table(summary["metrics_before"], summary["metrics_after"]))
-    typer.echo(f"Heads written to {output}")
+app.add_typer(cli_heads.app)
 
 
 @app.command("train", context_settings=PASS_THROUGH, epilog=TRAINING_NOTE)
@@ -127,7 +81,7 @@ def train_command(
 
     defaults = {"learning_rate": 1e-4, "num_train_epochs": 1.0, "warmup_steps": 10}
     arguments = trainer_arguments(output, defaults, training_yaml, context.args)
-    settings = _settings(FineTuningSettings, locals())
+    settings = settings_of(FineTuningSettings, locals())
     summary = fine_tune(settings, arguments, overwrite)
     if summary["eval_loss_after"] is not None:
         typer.echo(
@@ -166,11 +120,6 @@ def demo_command(
     from .demo import demo
 
     demo(output_dir, smoke=smoke, seed=seed, overwrite=overwrite)
-
-
-def _settings(cls: type, arguments: dict[str, Any]) -> Any:
-    """The settings whose fields are named like a command's options."""
-    return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
 
 
 def main() -> None:
