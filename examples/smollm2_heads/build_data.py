@@ -1,0 +1,85 @@
+"""Build the data of the SmolLM2 heads: standard-library functions, and prompts for self-distillation.
+
+    pip install reasoning-gym==0.1.25
+    python examples/smollm2_heads/build_data.py OUTPUT_FOLDER [--seed 0]
+
+writes ``functions_train.jsonl`` and ``functions_test.jsonl`` (rows ``{"text", "name", "module"}``),
+``prompts_train.jsonl`` and ``prompts_test.jsonl`` (rows ``{"prompt", "source"}``), and ``data.provenance.json``.
+
+The same Python and the same reasoning-gym give the same bytes. Another Python version has another standard library, and
+so other functions; the split of a module stays. Nothing of a benchmark goes in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+from instruction_prompts import make_prompts
+from stdlib_functions import stdlib_functions
+
+from peft_caft.atomic import write_text
+from peft_caft.data import file_sha256
+from peft_caft.provenance import provenance
+from peft_caft.tables import markdown_table
+
+
+def build(
+    folder: str | Path, seed: int = 0, train_prompts: int = 6000, test_prompts: int = 300, max_files: int | None = None
+) -> dict:
+    """Write the four files and their provenance into ``folder``, and return the provenance."""
+    folder = Path(folder)
+    functions = stdlib_functions(max_files=max_files)
+    prompts = make_prompts(functions, {"train": train_prompts, "test": test_prompts}, seed)
+    contents = {
+        f"functions_{split}.jsonl": [
+            {"text": f.source, "name": f.name, "module": f.module} for f in functions if f.test == (split == "test")
+        ]
+        for split in ("train", "test")
+    } | {f"prompts_{split}.jsonl": rows for split, rows in prompts.items()}
+    described = {}
+    for name, rows in contents.items():
+        write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        described[name] = {
+            "rows": len(rows),
+            "characters": sum(len(row.get("text", row.get("prompt", ""))) for row in rows),
+            "sha256": file_sha256(folder / name),
+        }
+        if name.startswith("prompts"):
+            described[name]["sources"] = dict(sorted(Counter(row["source"].split(":")[0] for row in rows).items()))
+        else:
+            described[name]["modules"] = sorted({row["module"].split(".")[0] for row in rows})
+    record = {
+        **provenance(),
+        "command": shlex.join(["build_data.py", *(Path(argument).name for argument in sys.argv[1:])]),
+        "seed": seed,
+        "reasoning_gym": version("reasoning-gym"),
+        "note": "functions are those of the standard library of this Python version; another has others",
+        "files": described,
+    }
+    write_text(folder / "data.provenance.json", json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the data of the SmolLM2 heads.")
+    parser.add_argument("folder", type=Path, metavar="OUTPUT_FOLDER")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-prompts", type=int, default=6000)
+    parser.add_argument("--test-prompts", type=int, default=300)
+    arguments = parser.parse_args()
+    record = build(arguments.folder, arguments.seed, arguments.train_prompts, arguments.test_prompts)
+    rows = [
+        [name, f"{file['rows']:,}", f"{file['characters']:,}", file["sha256"][:12]]
+        for name, file in record["files"].items()
+    ]
+    print(markdown_table(["file", "rows", "characters", "sha256"], rows))
+
+
+if __name__ == "__main__":
+    main()
