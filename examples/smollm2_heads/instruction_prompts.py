@@ -38,14 +38,15 @@ CODING = (
     "{task}\n\nWrite Python code for this, with a short explanation.",
 )
 # Generators of reasoning-gym 0.1.25 that ask in words, in under 900 characters, and take milliseconds a question. Left
-# out: grids, boards and drawings (a small model has nothing to say about them), and the slow knight_swap.
+# out: grids, boards and drawings (a small model has nothing to say about them), the slow knight_swap, and three whose
+# questions change with the hash seed of the process: isomorphic_strings, list_functions and ransom_note.
 GENERATORS = (
     "aiw", "base_conversion", "basic_arithmetic", "bitwise_arithmetic", "caesar_cipher", "calendar_arithmetic",
     "chain_sum", "coin_flip", "complex_arithmetic", "count_bits", "count_primes", "countdown", "course_schedule",
     "decimal_arithmetic", "dice", "family_relationships", "fraction_simplification", "gcd", "group_anagrams",
-    "gsm_symbolic", "isomorphic_strings", "knights_knaves", "lcm", "leg_counting", "letter_counting", "letter_jumble",
-    "list_functions", "number_filtering", "number_format", "number_sequence", "number_sorting",
-    "palindrome_generation", "power_function", "prime_factorization", "products", "propositional_logic", "ransom_note",
+    "gsm_symbolic", "knights_knaves", "lcm", "leg_counting", "letter_counting", "letter_jumble",
+    "number_filtering", "number_format", "number_sequence", "number_sorting",
+    "palindrome_generation", "power_function", "prime_factorization", "products", "propositional_logic",
     "self_reference", "sentence_reordering", "simple_equations", "simple_geometry", "spell_backward", "syllogism",
     "time_intervals", "tower_of_hanoi", "word_ladder", "word_sequence_reversal", "word_sorting",
 )  # fmt: skip
