@@ -80,6 +80,7 @@ class Backbone:
     logit_scale: float
     logit_softcap: float | None
     verified: bool = False
+    layers_return_tuples: bool = False  # seen at the first captured pass
 
     @classmethod
     def of(cls, model: nn.Module) -> Backbone:
@@ -161,6 +162,7 @@ class Backbone:
 
         def after_last_layer(module: nn.Module, args: tuple, output: Any) -> None:
             seen["output"] = layer_output(output)
+            self.layers_return_tuples = not isinstance(output, Tensor)
 
         def after_trunk(module: nn.Module, args: tuple, output: Any) -> None:
             last_hidden_state = output["last_hidden_state"] if isinstance(output, dict) else output[0]
@@ -177,6 +179,32 @@ class Backbone:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def starting_at_last_layer(self, hidden: Tensor | None) -> Iterator[None]:
+        """Inside the block the trunk passes over all layers but the last, which reads ``hidden`` instead.
+
+        Args:
+            hidden: ``(batch, tokens, hidden)``, ``Captured.last_layer_input`` of an earlier pass over the same tokens;
+                None changes nothing.
+        """
+        if hidden is None:
+            yield
+            return
+
+        def replace_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+        skipped = list(self.layers)[:-1]
+        hook = self.last_layer.register_forward_pre_hook(replace_input, with_kwargs=True, prepend=True)
+        try:
+            for index, layer in enumerate(skipped):
+                self.layers[index] = _PassedOver(layer, self.layers_return_tuples)
+            yield
+        finally:
+            hook.remove()
+            for index, layer in enumerate(skipped):
+                self.layers[index] = layer
 
     @torch.no_grad()
     def verify(self, captured: Captured, logits: Tensor) -> None:
@@ -205,6 +233,21 @@ class Backbone:
                     "yet; please report it."
                 )
         self.verified = True
+
+
+class _PassedOver(nn.Module):
+    """Stands for a decoder layer and does nothing; the model may still read the layer's attributes."""
+
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not registered: it is no part of anything while it is passed over
+        self.returns_tuple = returns_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
 def layer_output(output: Any) -> Tensor:

@@ -71,7 +71,7 @@ class CAFTCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         model = caft_model(kwargs["model"])
-        losses = model._progress.read_losses(model._active_config().aux_loss_decay)
+        losses = model._progress.recent.read(model._active_config().aux_loss_decay)
         metrics = {"gamma": float(model.gamma)} | losses
         metrics = {f"caft/{name}": value for name, value in metrics.items()}
         logs.update(metrics)  # for the callbacks after this one

@@ -6,6 +6,9 @@ A row has one of three forms:
   the tokenizer is applied, and the loss is on what the assistant says;
 - ``{"prompt": "...", "completion": "..."}``: plain text, the loss is on the completion and the end of text;
 - ``{"text": "..."}``: the loss is on everything.
+
+``"complete": false`` says that the row's last answer was cut off where it was made (`peft-caft distill` writes it), so
+that no end of it is learned.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from .targets import IGNORE_INDEX
 
@@ -39,12 +42,15 @@ class EncodedData:
     dropped: int
 
     @property
+    def tokens(self) -> int:
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    @property
     def supervised_tokens(self) -> int:
         return sum(label != IGNORE_INDEX for row in self.rows for label in row["labels"])
 
     def describe(self) -> str:
-        tokens = sum(len(row["input_ids"]) for row in self.rows)
-        text = f"{len(self.rows):,} rows, {tokens:,} tokens, {self.supervised_tokens:,} supervised"
+        text = f"{len(self.rows):,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
         if self.truncated or self.dropped:
             text += f" ({self.truncated:,} rows truncated, {self.dropped:,} dropped)"
         return text
@@ -107,6 +113,20 @@ def file_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def require_tokenizer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the model has an embedding for every token of the tokenizer.
+
+    Raises:
+        ValueError: if not.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ValueError(
+            f"tokenizer: got {len(tokenizer):,} tokens, expected at most {embeddings:,}, the rows of the model's embedding. "
+            "It belongs to another model; put the model's own tokenizer into its folder."
+        )
+
+
 def encode(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedData:
     """Tokenize rows and mark what is supervised.
 
@@ -136,18 +156,23 @@ def encode(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_l
 
 
 def _encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    complete = row.get("complete", True)
     if "messages" in row:
-        return _encode_chat(row["messages"], tokenizer)
+        return _encode_chat(row["messages"], tokenizer, complete)
     if "text" in row:
         input_ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
         return input_ids, list(input_ids)
     # Tokenized apart, as at inference, where the prompt's tokens are fixed before the first token of the answer.
     prompt = tokenizer(row["prompt"])["input_ids"]
-    answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+    if complete:
+        answer = [*answer, tokenizer.eos_token_id]
     return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
 
 
-def _encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _encode_chat(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, complete: bool
+) -> tuple[list[int], list[int]]:
     if tokenizer.chat_template is None:
         raise ValueError(
             "messages: the tokenizer has no chat template, expected one. Use rows with 'prompt' and 'completion', or "
@@ -158,8 +183,9 @@ def _encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        cut_off = not complete and index == len(messages) - 1
         before = _template(messages[:index], tokenizer, add_generation_prompt=True)
-        after = _template(messages[: index + 1], tokenizer, add_generation_prompt=False)
+        after = _template(messages[: index + 1], tokenizer, continue_final_message=cut_off)
         if before[: len(input_ids)] != input_ids or after[: len(before)] != before:
             raise ValueError(
                 "messages: the chat template rewrites earlier turns when a later one is added, so the answers cannot "

@@ -1,29 +1,31 @@
-"""Stage 1 of CAFT: train auxiliary heads with the base model frozen, once per base model.
-
-The objective is the auxiliary sum alone, with beta = gamma = 1: sum over heads of alpha^(k-1) * CE_k.
-"""
+"""Stage 1 of CAFT as one run: data, heads, training, evaluation before and after, artifact. Made once per base model."""
 
 from __future__ import annotations
 
-import os
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 
-from .artifact import load_weights
-from .backbone import Backbone
-from .data import EncodedData, collator, encode, file_sha256, read_jsonl
-from .head_metrics import HeadMetrics, evaluate_heads
+from .config import require_choice
+from .data import EncodedData, collator, encode, file_sha256, read_jsonl, require_tokenizer_of
+from .head_metrics import HeadEvaluation
+from .head_pretraining import TARGETS, HeadPretraining, HeadTrainer
 from .heads import AuxiliaryHeads
-from .loss import auxiliary_loss
+from .hidden_cache import cached_rows, with_hidden_states
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder
-from .targets import supervised_count
 from .trainer_arguments import training_settings
 
 
@@ -32,67 +34,48 @@ class HeadTrainingSettings:
     """What to train: see the help texts of ``peft-caft train-heads``, which mirror these fields."""
 
     model: str
-    data: str
+    data: list[str]
     output: str
-    eval_data: str | None = None
+    eval_data: list[str] | None = None
     eval_rows: int = 200
-    num_heads: int = 4
-    head_type: str = "decoder_layer"
-    head_input: str = "last_layer_input"
-    head_num_layers: int = 1
+    init_heads: str | None = None
+    num_heads: int | None = None
+    head_type: str | None = None
+    head_input: str | None = None
+    head_num_layers: int | None = None
+    targets: str = "soft"
     aux_loss_decay: float = 0.8
     max_length: int = 512
     max_rows: int | None = None
     dtype: str = "auto"
+    cache: str | None = None
+    early_stopping_patience: int | None = None
+
+    def fresh_heads(self) -> dict[str, Any]:
+        """The arguments for `AuxiliaryHeads.from_base_model` that were given."""
+        names = ("num_heads", "head_type", "head_input", "head_num_layers")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-class HeadPretraining(nn.Module):
-    """The frozen base model with trainable heads, as a module that ``transformers.Trainer`` can train.
+@dataclass
+class DataFile:
+    """A data file, encoded, with what the provenance says of it."""
 
-    The base model runs up to its last layer's norm and computes no logits of its own.
-    """
+    path: Path
+    encoded: EncodedData
 
-    loss_type = "ForCausalLM"  # tells Trainer that labels are shifted, for num_items_in_batch
-
-    def __init__(self, model: nn.Module, heads: AuxiliaryHeads, aux_loss_decay: float) -> None:
-        super().__init__()
-        self.base = model.requires_grad_(False)
-        self.heads = heads.requires_grad_(True)
-        self.config = model.config
-        self.aux_loss_decay = aux_loss_decay
-        self._backbone = Backbone.of(model)
-
-    def train(self, mode: bool = True) -> HeadPretraining:
-        super().train(mode)
-        self.base.eval()  # its dropout would make the hidden states, which the heads learn from, noisy
-        return self
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Loss of a batch; ``input_ids``, ``labels`` and ``attention_mask`` are ``(batch, tokens)``."""
-        with torch.no_grad(), self._backbone.capture() as records:
-            self._backbone.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        auxiliary = auxiliary_loss(self.heads, self._backbone, records[-1], labels, attention_mask)
-        divisor = supervised_count(labels).clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": auxiliary.weighted(self.aux_loss_decay) / divisor}
-
-
-class HeadTrainer(Trainer):
-    """Trainer whose checkpoints hold the heads artifact instead of the whole model."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        self.accelerator.unwrap_model(self.model).heads.save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.accelerator.unwrap_model(model or self.model).heads, Path(resume_from_checkpoint))
+    def record(self) -> dict[str, Any]:
+        provenance_path = self.path.with_suffix(".provenance.json")
+        return {
+            "file": self.path.name,
+            "sha256": file_sha256(self.path),
+            "rows": len(self.encoded.rows),
+            "tokens": self.encoded.tokens,
+            "supervised_tokens": self.encoded.supervised_tokens,
+            "provenance": json.loads(provenance_path.read_text(encoding="utf-8"))
+            if provenance_path.is_file()
+            else None,
+        }
 
 
 def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
@@ -104,81 +87,151 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         overwrite: replace a finished run.
 
     Returns:
-        the summary, also written as ``summary.json``: per-head metrics before and after, seconds, peak memory.
+        the training record that the heads' ``config.json`` holds, with peak memory and the Trainer's log history; also
+        written as ``summary.json``.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError, TypeError: as the message says.
+        FileExistsError, FileNotFoundError, ValueError, TypeError, OSError: as the message says.
     """
+    require_choice("targets", settings.targets, TARGETS)
+    if settings.init_heads is not None and settings.fresh_heads():
+        name, value = next(iter(settings.fresh_heads().items()))
+        raise ValueError(
+            f"{name}: got {value!r} together with init_heads={settings.init_heads!r}, expected it unset, since the "
+            "initial heads have their own. Drop one of the two."
+        )
     folder = RunFolder(Path(settings.output))
     args.output_dir = str(folder.checkpoints)
+    _prepare_evaluation(settings, args)
     # Fails on bad data before anything is written.
     train_rows, eval_rows = _rows(settings)
-    resume_from = folder.begin(asdict(settings) | training_settings(args), overwrite)
+    with args.main_process_first(local=False):
+        is_first = args.process_index == 0
+        resume_from = folder.begin(asdict(settings) | training_settings(args), overwrite and is_first)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(args.device)
-    train_data, eval_data = (encode(rows, tokenizer, settings.max_length) for rows in (train_rows, eval_rows))
-    print(f"Training data: {train_data.describe()}\nHeld-out data: {eval_data.describe()}")
-    heads = AuxiliaryHeads.from_base_model(
-        model, settings.num_heads, settings.head_type, settings.head_input, settings.head_num_layers
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(args.device).eval()
+    require_tokenizer_of(model, tokenizer)
+    train, evals = (
+        [DataFile(path, encode(rows, tokenizer, settings.max_length)) for path, rows in files]
+        for files in (train_rows, eval_rows)
     )
-    print(f"Heads: {sum(p.numel() for p in heads.parameters()):,} parameters, {settings.head_type}")
+    if is_first:
+        for what, files in (("Training", train), ("Held-out", evals)):
+            for file in files:
+                print(f"{what} data, {file.path.name}: {file.encoded.describe()}")
+    heads = _initial_heads(settings, model)
+    if is_first:
+        print(f"Heads: {sum(p.numel() for p in heads.parameters()):,} parameters, {heads.config.head_type}")
     # The optimizer steps in fp32 even where the base model computes in half precision.
     heads.float()
-    collate = collator(tokenizer)
-    before = evaluate_heads(heads, model, eval_data.rows, collate, description="Held-out, before training")
+    trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)
+    before = trainer.evaluate_heads("Held-out, before training")
     started = time.perf_counter()
-    trainer = HeadTrainer(
-        HeadPretraining(model, heads, settings.aux_loss_decay),
-        args,
-        train_dataset=train_data.rows,
-        data_collator=collate,
-    )
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.perf_counter() - started
-    heads.to(model.dtype)  # as they are saved, so that the figures are those of the artifact
-    after = evaluate_heads(heads, model, eval_data.rows, collate, description="Held-out, after training")
-    heads.config.training = _training_record(settings, args, train_data, before, after)
-    heads.save_pretrained(settings.output)
-    summary = {
-        "metrics_before": [m.to_dict() for m in before],
-        "metrics_after": [m.to_dict() for m in after],
-        "train_seconds": seconds,
+    trained = trainer.trained_heads()
+    trained.to(model.dtype)  # as they are saved, so that the figures are those of the artifact
+    after = trainer.evaluate_heads("Held-out, after training")
+    trained.config.training = {
+        "data": [file.record() for file in train],
+        "targets": settings.targets,
+        "aux_loss_decay": settings.aux_loss_decay,
+        "max_length": settings.max_length,
+        "initial_heads": Path(settings.init_heads).name if settings.init_heads else None,
+        **training_settings(args),
+        "processes": args.world_size,
+        "steps": trainer.state.global_step,
+        "stopped_early": trainer.state.global_step < trainer.state.max_steps,
+        "seconds": seconds,
+        "evaluations": [_evaluation_record(file, before, after) for file in evals],
+        **provenance(),
+    }
+    summary = trained.config.training | {
         "peak_memory_mib": peak_memory_mib(),
         "log_history": trainer.state.log_history,
     }
-    folder.finish(summary)
+    if is_first:
+        trained.save_pretrained(settings.output)
+        folder.finish(summary)
     return summary
 
 
-def _rows(settings: HeadTrainingSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    rows = read_jsonl(settings.data, settings.max_rows)
-    if settings.eval_data is not None:
-        return rows, read_jsonl(settings.eval_data, settings.eval_rows)
-    held_out = min(settings.eval_rows, len(rows) // 10)
-    if held_out < 1:
+def _prepare_evaluation(settings: HeadTrainingSettings, args: TrainingArguments) -> None:
+    if settings.early_stopping_patience is None:
+        return
+    if settings.early_stopping_patience < 1 or args.eval_strategy == "no":
         raise ValueError(
-            f"data: got {len(rows)} rows in {settings.data}, expected at least 10, of which one in ten is held out. "
-            "Give more rows, or held-out ones with --eval-data."
+            f"early_stopping_patience: got {settings.early_stopping_patience} with eval_strategy="
+            f"{str(args.eval_strategy)!r}, expected at least 1 and evaluations during the run. Leave it out, or set "
+            "--eval_strategy steps --eval_steps N."
         )
-    return rows[:-held_out], rows[-held_out:]
+    args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
+    args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps
 
 
-def _training_record(
+def _initial_heads(settings: HeadTrainingSettings, model: PreTrainedModel) -> AuxiliaryHeads:
+    if settings.init_heads is not None:
+        return AuxiliaryHeads.from_pretrained(settings.init_heads, base_model=model)
+    return AuxiliaryHeads.from_base_model(model, **settings.fresh_heads())
+
+
+def _trainer(
     settings: HeadTrainingSettings,
     args: TrainingArguments,
-    data: EncodedData,
-    before: list[HeadMetrics],
-    after: list[HeadMetrics],
+    model: PreTrainedModel,
+    heads: AuxiliaryHeads,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[DataFile],
+    evals: list[DataFile],
+) -> HeadTrainer:
+    collate: Any = collator(tokenizer)
+    rows: Any = [row for file in train for row in file.encoded.rows]
+    if settings.cache is not None:
+        rows = cached_rows(Path(settings.cache), rows, model, collate, args.distributed_state)
+    patience = settings.early_stopping_patience
+    return HeadTrainer(
+        HeadPretraining(model, heads, settings.aux_loss_decay, settings.targets),
+        args,
+        train_dataset=rows,
+        eval_dataset={file.path.stem: file.encoded.rows for file in evals},
+        data_collator=with_hidden_states(collate),
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+    )
+
+
+def _rows(settings: HeadTrainingSettings) -> tuple[list[tuple[Path, list]], list[tuple[Path, list]]]:
+    """Rows of each training and each held-out file; without the latter a tenth of each training file is held out."""
+    train = [(Path(path), read_jsonl(path, settings.max_rows)) for path in settings.data]
+    if settings.eval_data:
+        evals = [(Path(path), read_jsonl(path, settings.eval_rows)) for path in settings.eval_data]
+    else:
+        evals = []
+        for index, (path, rows) in enumerate(train):
+            held_out = min(settings.eval_rows, len(rows) // 10)
+            if held_out < 1:
+                raise ValueError(
+                    f"data: got {len(rows)} rows in {path}, expected at least 10, of which one in ten is held out. Give "
+                    "more rows, or held-out ones with --eval-data."
+                )
+            train[index] = (path, rows[:-held_out])
+            evals.append((path, rows[-held_out:]))
+    stems = [path.stem for path, _ in evals]
+    if len(set(stems)) < len(stems):
+        raise ValueError(
+            f"eval_data: got the names {stems}, expected different ones, which name the figures. Rename a file."
+        )
+    return train, evals
+
+
+def _evaluation_record(
+    file: DataFile, before: dict[str, HeadEvaluation], after: dict[str, HeadEvaluation]
 ) -> dict[str, Any]:
+    name = file.path.stem
+    record = file.record()
     return {
-        "data": f"{Path(settings.data).name}, {data.describe()}",
-        "data_sha256": file_sha256(settings.data),
-        "targets": "hard",
-        "aux_loss_decay": settings.aux_loss_decay,
-        "max_length": settings.max_length,
-        **training_settings(args),
-        **provenance(),
-        "metrics_before": [m.to_dict() for m in before],
-        "metrics_after": [m.to_dict() for m in after],
+        "name": name,
+        **{key: record[key] for key in ("file", "sha256", "rows")},
+        "before": before[name].to_dict(),
+        "after": after[name].to_dict(),
     }

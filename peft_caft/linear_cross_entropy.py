@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MiB in fp32, 340 rows of a 49k vocabulary
+CHUNK_ELEMENTS = 2**23  # logits per chunk: 32 MiB in fp32, 170 rows of a 49k vocabulary
+
+
+def rows_per_chunk(weight: Tensor) -> int:
+    """Rows whose logits are computed together by an unembedding of this weight ``(vocabulary, hidden)``."""
+    return max(1, CHUNK_ELEMENTS // weight.shape[0])
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,14 @@ class Unembedding:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def in_compute_dtype(self, device_type: str) -> Unembedding:
+        """The same layer in the dtype of autocast, where that is on, for use with autocast switched off."""
+        if not torch.is_autocast_enabled(device_type):
+            return self
+        dtype = torch.get_autocast_dtype(device_type)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Unembedding(self.weight.to(dtype), bias, self.scale, self.softcap)
 
     def backward(self, grad_logits: Tensor, logits: Tensor) -> Tensor:
         """dL/dhidden ``(rows, hidden)`` from dL/dlogits and the logits, in one dtype; overwrites ``grad_logits``."""
@@ -72,15 +85,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, unembedding: Unembedding, needs_grad: bool) -> Any:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else unembedding.weight.dtype
-        bias = None if unembedding.bias is None else unembedding.bias.to(dtype)
-        layer = Unembedding(unembedding.weight.to(dtype), bias, unembedding.scale, unembedding.softcap)
+        layer = unembedding.in_compute_dtype(device)
+        dtype = layer.weight.dtype
         loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         grad = torch.empty_like(hidden) if needs_grad else None
-        rows_per_chunk = max(1, CHUNK_ELEMENTS // layer.weight.shape[0])
+        chunk_rows = rows_per_chunk(layer.weight)
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(targets), rows_per_chunk):
-                chunk = slice(start, start + rows_per_chunk)
+            for start in range(0, len(targets), chunk_rows):
+                chunk = slice(start, start + chunk_rows)
                 logits = layer.logits(hidden[chunk].to(dtype))
                 target = targets[chunk, None]
                 log_normaliser = logits.logsumexp(dim=1, keepdim=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .backbone import Backbone, Captured
 from .heads import AuxiliaryHeads
 from .linear_cross_entropy import linear_cross_entropy
+from .soft_cross_entropy import soft_cross_entropy
 from .targets import sample_rows, supervised_rows
 
 
@@ -69,4 +70,29 @@ def auxiliary_loss(
             rows, targets = rows[kept], targets[kept]
         states = heads.states(index, captured, rows, backbone)
         sums.append(linear_cross_entropy(states, targets, unembedding) / fraction)
+    return AuxiliaryLoss(sums, counts)
+
+
+def soft_auxiliary_loss(
+    heads: AuxiliaryHeads,
+    backbone: Backbone,
+    captured: Captured,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> AuxiliaryLoss:
+    """`auxiliary_loss` with the base model's own distributions as targets, at the same positions (self-distillation).
+
+    Head k at t learns what the base model predicts for token t+k when it has read the tokens up to t+k-1, which the same
+    forward pass computed.
+    """
+    states, teacher_rows = [], []
+    for index in range(len(heads.heads)):
+        rows, _ = supervised_rows(labels, index + 2, attention_mask, position_ids)
+        states.append(heads.states(index, captured, rows, backbone))
+        teacher_rows.append(rows + index + 1)  # of the same sequence, since t+k is
+    counts = [len(rows) for rows in teacher_rows]
+    needed, matched = torch.cat(teacher_rows).unique(return_inverse=True)
+    teacher_states = captured.last_hidden_state.flatten(0, 1)[needed]
+    sums = soft_cross_entropy(states, list(matched.split(counts)), teacher_states, backbone.unembedding())
     return AuxiliaryLoss(sums, counts)

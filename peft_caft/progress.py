@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from .config import CAFTConfig
 from .loss import AuxiliaryLoss
+from .recent_losses import RecentLosses
 from .schedule import gamma
 
 
@@ -17,6 +16,7 @@ class Progress:
 
     Attributes:
         computed: forward passes whose auxiliary loss was computed (or is zero by ``aux_loss_weight=0``).
+        recent: auxiliary losses since they were last read.
     """
 
     step: int = 0
@@ -24,9 +24,7 @@ class Progress:
     told: bool = False
     forwards_since_told: int = 0
     computed: int = 0
-    _head_sums: list[Tensor] = field(default_factory=list)
-    _head_counts: list[int] = field(default_factory=list)
-    _supervised: int = 0
+    recent: RecentLosses = field(default_factory=RecentLosses)
 
     def set(self, step: int, total_steps: int | None) -> None:
         self.step, self.total_steps, self.told = step, total_steps, True
@@ -68,28 +66,5 @@ class Progress:
 
     def auxiliary_loss_computed(self, auxiliary: AuxiliaryLoss | None, supervised: int) -> None:
         self.computed += 1
-        if auxiliary is None:
-            return
-        sums = [head_sum.detach() for head_sum in auxiliary.sums]
-        if len(self._head_sums) != len(sums):
-            self._head_sums, self._head_counts, self._supervised = [0.0 * s for s in sums], [0] * len(sums), 0
-        self._head_sums = [total + new for total, new in zip(self._head_sums, sums, strict=True)]
-        self._head_counts = [total + new for total, new in zip(self._head_counts, auxiliary.counts, strict=True)]
-        self._supervised += supervised
-
-    def read_losses(self, decay: float) -> dict[str, float]:
-        """Losses since the last call, in nats, and forget them; empty if there were none.
-
-        Returns:
-            ``loss_head_k``: mean cross entropy over the positions that supervise head k; ``aux_loss``: sum over heads
-            of alpha^(k-1) * CE_k, with CE_k divided by the number of next-token targets as in the training loss.
-        """
-        if self._supervised == 0:
-            return {}
-        sums = [float(head_sum) for head_sum in self._head_sums]
-        losses = {"aux_loss": sum(s * decay ** (i + 1) for i, s in enumerate(sums)) / self._supervised}
-        for index, (head_sum, count) in enumerate(zip(sums, self._head_counts, strict=True)):
-            if count:
-                losses[f"loss_head_{index + 2}"] = head_sum / count
-        self._head_sums, self._head_counts, self._supervised = [], [], 0
-        return losses
+        if auxiliary is not None:
+            self.recent.add(auxiliary, supervised)

@@ -31,3 +31,10 @@ def head_table(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str
             for b, a in zip(before, after, strict=True)
         ],
     )
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> str:
+    """Per-head metrics and acceptance length on one held-out set, before and after training."""
+    before, after = evaluation["before"], evaluation["after"]
+    lengths = f"{before['acceptance_length']:.2f} -> {after['acceptance_length']:.2f}"
+    return f"{head_table(before['heads'], after['heads'])}\n\nAcceptance length: {lengths} of {len(after['heads'])} heads."

@@ -1,0 +1,159 @@
+"""The module and the Trainer of stage 1: the frozen base model with trainable heads on it.
+
+The objective is the auxiliary sum alone, with beta = gamma = 1: sum over heads of alpha^(k-1) * CE_k, against the tokens of
+the text (hard targets) or the base model's own distributions (soft targets).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Trainer
+
+from .artifact import load_weights
+from .backbone import Backbone, Captured
+from .config import require_choice
+from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
+from .heads import AuxiliaryHeads
+from .loss import auxiliary_loss, soft_auxiliary_loss
+from .recent_losses import RecentLosses
+from .targets import IGNORE_INDEX, supervised_count
+
+TARGETS = ("hard", "soft")
+
+
+class HeadPretraining(nn.Module):
+    """The frozen base model with trainable heads, as a module that ``transformers.Trainer`` can train.
+
+    The base model runs up to its last layer's norm and computes no logits of its own; with soft targets its distributions
+    are computed at the supervised positions alone. Where hidden states are given, only its last layer runs.
+    """
+
+    loss_type = "ForCausalLM"  # tells Trainer that labels are shifted, for num_items_in_batch
+
+    def __init__(self, model: nn.Module, heads: AuxiliaryHeads, aux_loss_decay: float, targets: str = "hard") -> None:
+        super().__init__()
+        require_choice("targets", targets, TARGETS)
+        self.base = model.requires_grad_(False)
+        self.heads = heads.requires_grad_(True)
+        self.config = model.config
+        self.aux_loss_decay = aux_loss_decay
+        self.targets = targets
+        self.recent = RecentLosses()
+        self._backbone = Backbone.of(model)
+
+    def train(self, mode: bool = True) -> HeadPretraining:
+        super().train(mode)
+        self.base.eval()  # its dropout would make the hidden states, which the heads learn from, noisy
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Loss of a batch in training mode, its `batch_totals` in evaluation mode.
+
+        Args:
+            input_ids, labels, attention_mask: ``(batch, tokens)``.
+            hidden_states: what enters the base model's last layer, ``(batch, tokens, hidden)``, from an earlier pass.
+            num_items_in_batch: divisor of the loss; next-token targets of this batch if None.
+
+        Returns:
+            ``{"loss": scalar}`` or ``{"totals": float64 (heads + 1, 4)}``.
+        """
+        captured = self._captured(input_ids, attention_mask, hidden_states)
+        if not self.training:
+            with torch.no_grad():
+                return {"totals": batch_totals(self.heads, self._backbone, captured, labels, attention_mask)}
+        loss_of = auxiliary_loss if self.targets == "hard" else soft_auxiliary_loss
+        auxiliary = loss_of(self.heads, self._backbone, captured, labels, attention_mask)
+        supervised = supervised_count(labels)
+        self.recent.add(auxiliary, int(supervised))
+        divisor = supervised.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": auxiliary.weighted(self.aux_loss_decay) / divisor}
+
+    @torch.no_grad()
+    def _captured(self, input_ids: Tensor, attention_mask: Tensor | None, hidden_states: Tensor | None) -> Captured:
+        with self._backbone.starting_at_last_layer(hidden_states), self._backbone.capture() as records:
+            self._backbone.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return records[-1]
+
+
+class HeadTrainer(Trainer):
+    """Trainer whose checkpoints hold the heads artifact instead of the whole model, and that evaluates every head.
+
+    ``eval_dataset`` is a dict of encoded rows by name.
+    """
+
+    def trained_heads(self) -> AuxiliaryHeads:
+        """The heads, with whole parameters."""
+        return self.accelerator.unwrap_model(self.model).heads
+
+    def evaluate_heads(self, description: str) -> dict[str, HeadEvaluation]:
+        """`HeadEvaluation` of every evaluation set; under several processes each takes a share of the rows."""
+        evaluations = {}
+        self.model_wrapped.eval()
+        for name, rows in self.eval_dataset.items():
+            share = rows[self.args.process_index :: self.args.world_size]
+            if len(share) * self.args.world_size < len(rows):  # all processes must run the same number of batches
+                share = [
+                    *share,
+                    {"input_ids": rows[0]["input_ids"], "labels": [IGNORE_INDEX] * len(rows[0]["labels"])},
+                ]
+            batches = length_sorted(share, self.data_collator, self.args.per_device_eval_batch_size)
+            bar = tqdm(
+                batches,
+                desc=f"{description}, {name}",
+                unit=" batches",
+                leave=False,
+                disable=not self.is_world_process_zero(),
+            )
+            totals = sum_totals(self._totals(batch) for batch in bar)
+            evaluations[name] = HeadEvaluation.from_totals(self.accelerator.reduce(totals))
+        return evaluations
+
+    @torch.no_grad()
+    def _totals(self, batch: Any) -> Tensor:
+        return self.model_wrapped(**batch.to(self.args.device))["totals"]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Per-head metrics of every set into the log; ``eval_loss`` is the objective with hard targets, over all sets."""
+        metrics = {}
+        evaluations = self.evaluate_heads("Held-out")
+        for name, evaluation in evaluations.items():
+            for head in evaluation.heads:
+                prefix = f"eval_{name}_head_{head.tokens_ahead}"
+                metrics[f"{prefix}_loss"] = head.cross_entropy
+                metrics[f"{prefix}_top1"], metrics[f"{prefix}_top5"] = head.top1, head.top5
+            metrics[f"eval_{name}_acceptance_length"] = evaluation.acceptance_length
+        losses = [e.weighted_cross_entropy(self.model.aux_loss_decay) for e in evaluations.values()]
+        metrics["eval_loss"] = sum(losses) / len(losses)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = logs | self.accelerator.unwrap_model(self.model).recent.read(self.model.aux_loss_decay)
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        self.trained_heads().save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.trained_heads(), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,0 +1,44 @@
+"""`RecentLosses`: the auxiliary losses of the forward passes since they were last logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .loss import AuxiliaryLoss
+
+
+@dataclass
+class RecentLosses:
+    """Sums over forward passes, kept on the device until they are read."""
+
+    _head_sums: list[Tensor] = field(default_factory=list)
+    _head_counts: list[int] = field(default_factory=list)
+    _supervised: int = 0
+
+    def add(self, auxiliary: AuxiliaryLoss, supervised: int) -> None:
+        """Add one forward pass with ``supervised`` next-token targets."""
+        sums = [head_sum.detach() for head_sum in auxiliary.sums]
+        if len(self._head_sums) != len(sums):
+            self._head_sums, self._head_counts, self._supervised = [0.0 * s for s in sums], [0] * len(sums), 0
+        self._head_sums = [total + new for total, new in zip(self._head_sums, sums, strict=True)]
+        self._head_counts = [total + new for total, new in zip(self._head_counts, auxiliary.counts, strict=True)]
+        self._supervised += supervised
+
+    def read(self, decay: float) -> dict[str, float]:
+        """Losses since the last call, in nats, and forget them; empty if there were none.
+
+        Returns:
+            ``loss_head_k``: mean cross entropy over the positions that supervise head k; ``aux_loss``: sum over heads
+            of alpha^(k-1) * CE_k, with CE_k divided by the number of next-token targets as in the training loss.
+        """
+        if self._supervised == 0:
+            return {}
+        sums = [float(head_sum) for head_sum in self._head_sums]
+        losses = {"aux_loss": sum(s * decay ** (i + 1) for i, s in enumerate(sums)) / self._supervised}
+        for index, (head_sum, count) in enumerate(zip(sums, self._head_counts, strict=True)):
+            if count:
+                losses[f"loss_head_{index + 2}"] = head_sum / count
+        self._head_sums, self._head_counts, self._supervised = [], [], 0
+        return losses

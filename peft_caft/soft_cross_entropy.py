@@ -1,0 +1,74 @@
+"""Cross entropy of several heads' logits against the base model's own next-token distributions (self-distillation).
+
+The base model's distribution for token t+k is in its own forward pass, at position t+k-1. All heads are compared with it
+chunk by chunk: one chunk of the model's probabilities serves every head, and, as in `linear_cross_entropy`, the gradient
+is computed where the logits are at hand, so that no logits are kept. In plain torch, for one head:
+
+    teacher = softmax(scale(teacher_states[rows] @ weight.T + bias))
+    loss = -(teacher * log_softmax(scale(states @ weight.T + bias))).sum()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .linear_cross_entropy import Unembedding, rows_per_chunk
+
+
+def soft_cross_entropy(
+    states: list[Tensor], rows: list[Tensor], teacher_states: Tensor, unembedding: Unembedding
+) -> list[Tensor]:
+    """Sums over rows of the cross entropy between each head's logits and the teacher's distributions.
+
+    Args:
+        states: for each head ``(rows_i, hidden)``, any floating dtype; computed in the dtype of the weight or of autocast.
+        rows: for each head int64 ``(rows_i,)``, ascending: the row of ``teacher_states`` that each state has to match.
+        teacher_states: ``(teacher_rows, hidden)``, final hidden states of the teacher; no gradient reaches them.
+        unembedding: the frozen layer, which both sides share.
+
+    Returns:
+        one scalar per head, fp32 (float64 for a float64 layer), nats, differentiable in the states; 0 for no rows. Its
+        minimum is the entropy of the teacher, not 0.
+    """
+    needs_grad = torch.is_grad_enabled() and any(s.requires_grad for s in states)
+    return list(_SoftCrossEntropy.apply(rows, teacher_states.detach(), unembedding, needs_grad, *states)[: len(states)])
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: list[Tensor], teacher_states: Tensor, unembedding: Unembedding, needs_grad: bool, *states: Tensor
+    ) -> Any:
+        device = teacher_states.device
+        layer = unembedding.in_compute_dtype(device.type)
+        dtype = layer.weight.dtype
+        losses = torch.zeros(len(states), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        grads = [torch.empty_like(s) if needs_grad else None for s in states]
+        chunk_rows = rows_per_chunk(layer.weight)
+        starts = torch.arange(0, len(teacher_states) + chunk_rows, chunk_rows, device=device)
+        bounds = [torch.searchsorted(head_rows, starts).tolist() for head_rows in rows]
+        with torch.autocast(device.type, enabled=False):
+            for chunk, start in enumerate(range(0, len(teacher_states), chunk_rows)):
+                teacher = layer.logits(teacher_states[start : start + chunk_rows].to(dtype)).softmax(dim=1)
+                for head, head_states in enumerate(states):
+                    own = slice(bounds[head][chunk], bounds[head][chunk + 1])
+                    picked = rows[head][own] - start
+                    if not len(picked):
+                        continue
+                    target = teacher if len(picked) == len(teacher) else teacher[picked]
+                    logits = layer.logits(head_states[own].to(dtype))
+                    log_probs = logits.log_softmax(dim=1)
+                    losses[head] -= torch.dot(target.flatten(), log_probs.flatten())
+                    if (grad := grads[head]) is not None:
+                        grad[own] = layer.backward(log_probs.exp_().sub_(target), logits)
+        ctx.save_for_backward(*grads)
+        return *losses.unbind(), None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_losses: Tensor) -> Any:
+        grads = (grad * grad_loss for grad, grad_loss in zip(ctx.saved_tensors, grad_losses, strict=False))
+        return None, None, None, None, *grads
