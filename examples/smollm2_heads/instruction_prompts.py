@@ -38,17 +38,17 @@ CODING = (
     "{task}\n\nWrite Python code for this, with a short explanation.",
 )
 # Generators of reasoning-gym 0.1.25 that ask in words, in under 900 characters, and take milliseconds a question. Left
-# out: grids, boards and drawings (a small model has nothing to say about them), the slow knight_swap, and three whose
-# questions change with the hash seed of the process: isomorphic_strings, list_functions and ransom_note.
+# out: grids, boards and drawings (a small model has nothing to say about them); the slow knight_swap; isomorphic_strings,
+# list_functions and ransom_note, whose questions change with the hash seed of the process; spell_backward, word_ladder
+# and group_anagrams, whose dictionaries hold slurs.
 GENERATORS = (
     "aiw", "base_conversion", "basic_arithmetic", "bitwise_arithmetic", "caesar_cipher", "calendar_arithmetic",
     "chain_sum", "coin_flip", "complex_arithmetic", "count_bits", "count_primes", "countdown", "course_schedule",
-    "decimal_arithmetic", "dice", "family_relationships", "fraction_simplification", "gcd", "group_anagrams",
-    "gsm_symbolic", "knights_knaves", "lcm", "leg_counting", "letter_counting", "letter_jumble",
-    "number_filtering", "number_format", "number_sequence", "number_sorting",
-    "palindrome_generation", "power_function", "prime_factorization", "products", "propositional_logic",
-    "self_reference", "sentence_reordering", "simple_equations", "simple_geometry", "spell_backward", "syllogism",
-    "time_intervals", "tower_of_hanoi", "word_ladder", "word_sequence_reversal", "word_sorting",
+    "decimal_arithmetic", "dice", "family_relationships", "fraction_simplification", "gcd", "gsm_symbolic",
+    "knights_knaves", "lcm", "leg_counting", "letter_counting", "letter_jumble", "number_filtering", "number_format",
+    "number_sequence", "number_sorting", "palindrome_generation", "power_function", "prime_factorization",
+    "products", "propositional_logic", "self_reference", "sentence_reordering", "simple_equations",
+    "simple_geometry", "syllogism", "time_intervals", "tower_of_hanoi", "word_sequence_reversal", "word_sorting",
 )  # fmt: skip
 # Item i of a generator has the seed first + i, always below 1,000,000.
 FIRST_SEED = {"train": 1_000, "test": 500_000}
@@ -110,6 +110,8 @@ def _write(function: Function, rng: random.Random) -> dict[str, str] | None:
     paragraph = " ".join(function.docstring.split("\n\n")[0].split())
     name = function.name.split(".")[-1]
     if name.startswith("__") or len(paragraph.split()) < 5 or len(paragraph) > 400 or not paragraph.isascii():
+        return None
+    if paragraph.startswith(f"{name}("):  # a signature, as old modules write it
         return None
     summary = paragraph if paragraph.endswith((".", "?", "!", ":")) else paragraph + "."
     signature = f"{name}({function.arguments})"
