@@ -55,19 +55,22 @@ FIRST_SEED = {"train": 1_000, "test": 500_000}
 SEEDS_PER_RUN = 400
 
 
-def make_prompts(functions: list[Function], counts: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]]:
+def make_prompts(
+    functions: list[Function], counts: dict[str, int], seed: int, shares: dict[str, float] = SHARES
+) -> dict[str, list[dict[str, str]]]:
     """Rows ``{"prompt": str, "source": str}`` for each of ``train`` and ``test``, shuffled.
 
     Args:
         functions: of both splits.
         counts: rows wanted of each split. A kind gives fewer than its share when its sources are used up.
         seed: of the choice; what is held out does not depend on it.
+        shares: of the kinds. ``coding`` and ``reasoning`` need reasoning-gym.
     """
     chosen: dict[str, list[dict[str, str]]] = {}
     taken: set[str] = set()
     for split in ("test", "train"):  # test first: a sentence that both could give is held out
         rows = []
-        for kind, share in SHARES.items():
+        for kind, share in shares.items():
             rng = random.Random(f"{seed}/{split}/{kind}")
             wanted = round(share * counts[split])
             rows += _take(_candidates(kind, functions, split, seed, wanted, rng), wanted, taken)
