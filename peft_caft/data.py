@@ -127,19 +127,22 @@ def require_tokenizer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         )
 
 
-def encode(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedData:
+def encode(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool = False
+) -> EncodedData:
     """Tokenize rows and mark what is supervised.
 
     Args:
         rows: as `read_jsonl` gives them.
         tokenizer: with a chat template if there are ``messages``, and an end-of-text token.
         max_length: longest row in tokens; longer ones lose their end.
+        quiet: show no progress bar.
 
     Raises:
         ValueError: if a row has messages and the tokenizer no chat template, or no row has a supervised token left.
     """
     encoded, truncated, dropped = [], 0, 0
-    for row in tqdm(rows, desc="Tokenizing", unit=" rows", leave=False, mininterval=1):
+    for row in tqdm(rows, desc="Tokenizing", unit=" rows", leave=False, mininterval=1, disable=quiet):
         input_ids, labels = _encode_row(row, tokenizer)
         truncated += len(input_ids) > max_length
         input_ids, labels = input_ids[:max_length], labels[:max_length]

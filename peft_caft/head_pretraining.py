@@ -18,6 +18,7 @@ from transformers import Trainer
 from .artifact import load_weights
 from .backbone import Backbone, Captured
 from .config import require_choice
+from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
 from .heads import AuxiliaryHeads
 from .loss import auxiliary_loss, soft_auxiliary_loss
@@ -144,13 +145,40 @@ class HeadTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = logs | self.accelerator.unwrap_model(self.model).recent.read(self.model.aux_loss_decay)
+            recent = self.accelerator.unwrap_model(self.model).recent
+            logs = logs | recent.read(self.model.aux_loss_decay, self.accelerator.reduce)
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        self.trained_heads().save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = getattr(self.train_dataset, "rows", self.train_dataset)  # without reading cached hidden states
+        lengths = [len(row["input_ids"]) for row in rows]
+        return EpochOrder(
+            lengths if self.args.train_sampling_strategy == "group_by_length" else None,
+            len(rows),
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run interrupted between its last step and its end is at its end: Trainer would take one step more.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        heads = self.trained_heads()
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            heads.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # then comes trainer_state.json, which says that the checkpoint is whole
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.trained_heads(), Path(resume_from_checkpoint))

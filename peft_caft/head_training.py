@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from .config import require_choice
 from .data import EncodedData, collator, encode, file_sha256, read_jsonl, require_tokenizer_of
@@ -102,18 +103,22 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         )
     folder = RunFolder(Path(settings.output))
     args.output_dir = str(folder.checkpoints)
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every head takes part in every batch
     _prepare_evaluation(settings, args)
     # Fails on bad data before anything is written.
     train_rows, eval_rows = _rows(settings)
     with args.main_process_first(local=False):
         is_first = args.process_index == 0
         resume_from = folder.begin(asdict(settings) | training_settings(args), overwrite and is_first)
+    if not is_first:
+        disable_progress_bar()
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(args.device).eval()
     require_tokenizer_of(model, tokenizer)
     train, evals = (
-        [DataFile(path, encode(rows, tokenizer, settings.max_length)) for path, rows in files]
+        [DataFile(path, encode(rows, tokenizer, settings.max_length, quiet=not is_first)) for path, rows in files]
         for files in (train_rows, eval_rows)
     )
     if is_first:
@@ -168,6 +173,15 @@ def _prepare_evaluation(settings: HeadTrainingSettings, args: TrainingArguments)
         )
     args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
     args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps
+    args.restore_callback_states_from_checkpoint = True  # the evaluations without a better loss so far
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """It stays stopped when a run is taken up that was interrupted after the stop."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 def _initial_heads(settings: HeadTrainingSettings, model: PreTrainedModel) -> AuxiliaryHeads:
@@ -196,7 +210,7 @@ def _trainer(
         train_dataset=rows,
         eval_dataset={file.path.stem: file.encoded.rows for file in evals},
         data_collator=with_hidden_states(collate),
-        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+        callbacks=None if patience is None else [_EarlyStopping(patience)],
     )
 
 

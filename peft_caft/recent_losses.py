@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .loss import AuxiliaryLoss
@@ -26,19 +29,28 @@ class RecentLosses:
         self._head_counts = [total + new for total, new in zip(self._head_counts, auxiliary.counts, strict=True)]
         self._supervised += supervised
 
-    def read(self, decay: float) -> dict[str, float]:
+    def read(self, decay: float, reduce: Callable[[Tensor], Any] | None = None) -> dict[str, float]:
         """Losses since the last call, in nats, and forget them; empty if there were none.
+
+        Args:
+            decay: alpha.
+            reduce: sums a tensor over the processes, all of which then call this; None for the losses of this one alone.
 
         Returns:
             ``loss_head_k``: mean cross entropy over the positions that supervise head k; ``aux_loss``: sum over heads
             of alpha^(k-1) * CE_k, with CE_k divided by the number of next-token targets as in the training loss.
         """
-        if self._supervised == 0:
+        if not self._head_sums:
             return {}
-        sums = [float(head_sum) for head_sum in self._head_sums]
-        losses = {"aux_loss": sum(s * decay ** (i + 1) for i, s in enumerate(sums)) / self._supervised}
-        for index, (head_sum, count) in enumerate(zip(sums, self._head_counts, strict=True)):
+        sums = torch.stack(self._head_sums)
+        totals = torch.cat([sums, sums.new_tensor([*self._head_counts, self._supervised])])
+        self._head_sums, self._head_counts, self._supervised = [], [], 0
+        *values, supervised = (totals if reduce is None else reduce(totals)).tolist()
+        if not supervised:
+            return {}
+        head_sums, counts = values[: len(sums)], values[len(sums) :]
+        losses = {"aux_loss": sum(s * decay ** (i + 1) for i, s in enumerate(head_sums)) / supervised}
+        for index, (head_sum, count) in enumerate(zip(head_sums, counts, strict=True)):
             if count:
                 losses[f"loss_head_{index + 2}"] = head_sum / count
-        self._head_sums, self._head_counts, self._supervised = [], [], 0
         return losses
