@@ -19,6 +19,7 @@ def make_heads(config: CAFTConfig, model: nn.Module) -> AuxiliaryHeads:
     if config.heads is not None:
         heads = AuxiliaryHeads.from_pretrained(config.heads, base_model=model, revision=config.heads_revision)
         heads.keep_first(config.num_auxiliary_heads, config.heads)
+        config.heads_commit = heads.commit
     else:
         warnings.warn(
             "CAFTConfig.heads is None: fresh, untrained auxiliary heads. They inject noise into fine-tuning; pretrain "

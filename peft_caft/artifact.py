@@ -9,32 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .atomic import replacing, write_text
 from .backbone import Backbone
-from .heads_card import heads_card
+from .heads_card import write_card
 from .heads_config import HeadsConfig
+from .hub_errors import explained
 
 if TYPE_CHECKING:
     from .heads import AuxiliaryHeads
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-CARD_NAME = "README.md"
 PENDING_CONFIG_NAME = ".config.json.pending"
 
 
@@ -57,49 +53,93 @@ def save_heads(heads: AuxiliaryHeads, save_directory: str | os.PathLike) -> None
         write_text(folder / PENDING_CONFIG_NAME, config.to_json())
     write_text(folder / CONFIG_NAME, config.to_json())
     (folder / PENDING_CONFIG_NAME).unlink(missing_ok=True)
-    write_text(folder / CARD_NAME, heads_card(config))
+    write_card(folder, config)
 
 
 def _finish_interrupted_save(folder: Path) -> None:
     """Give weights whose save was cut off the configuration that belongs to them, before the next save replaces it."""
     pending, weights = folder / PENDING_CONFIG_NAME, folder / WEIGHTS_NAME
-    if pending.is_file() and weights.is_file() and HeadsConfig.from_file(pending).weights_sha256 == sha256(weights):
+    if not pending.is_file() or not weights.is_file():
+        return
+    try:
+        belongs = HeadsConfig.from_file(pending).weights_sha256 == sha256(weights)
+    except ValueError:  # another version of this package left it: the save that starts now replaces it anyway
+        return
+    if belongs:
         os.replace(pending, folder / CONFIG_NAME)
 
 
-def load_heads(
-    pretrained_model_name_or_path: str | os.PathLike,
-    base_model: nn.Module,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-) -> AuxiliaryHeads:
-    """Load heads, on the base model's device and in its dtype, without drawing a random number.
+@dataclass(frozen=True)
+class HeadsFiles:
+    """Where an artifact's two files lie on this machine, and where they came from."""
+
+    config: Path
+    weights: Path
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def read_config(self) -> HeadsConfig:
+        """The configuration that belongs to the weights on disk; see the module's docstring.
+
+        Raises:
+            ValueError: if it is not one of heads, or the weights are damaged.
+        """
+        return _config_of_weights(self.config, self.weights)
+
+
+def find_heads(source: str, field: str = "heads", revision: str | None = None, **hub: Any) -> HeadsFiles:
+    """The files of heads in a folder or on the Hub, both from one commit.
 
     Args:
-        pretrained_model_name_or_path: folder, or repository id on the Hub.
-        base_model: the model that the heads were made for, with or without PEFT adapters.
+        source: folder, or repository id.
+        field: the argument that named the heads, for messages.
         revision: branch, tag or commit on the Hub.
-        token: Hub token, or True for the stored one.
-        cache_dir: Hub cache folder.
-        local_files_only: take what the cache holds and never ask the Hub.
+        hub: further arguments of ``huggingface_hub.hf_hub_download``.
 
     Raises:
-        FileNotFoundError: if there are no heads.
-        ValueError: if they are damaged, of an unknown kind or version, or made for another base model.
-        TypeError: if ``base_model`` is not a decoder-only causal language model.
+        FileNotFoundError, PermissionError, ConnectionError: see `hub_errors.explained`.
     """
+    folder = Path(source)
+    if folder.is_dir():
+        files = HeadsFiles(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+        for path in (files.config, files.weights):
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{field}: no {path.name} in {source!r}, expected a folder written by AuxiliaryHeads.save_pretrained."
+                    " Train heads with `peft-caft train-heads`, or give a Hub repository id."
+                )
+        return files
+    with explained(field, source, revision):
+        config = Path(_download(field, source, CONFIG_NAME, revision, hub))
+        # The cache keeps a file under snapshots/COMMIT. Someone may push between the two downloads.
+        commit = config.parent.name
+        weights = Path(_download(field, source, WEIGHTS_NAME, commit, hub))
+    return HeadsFiles(config, weights, source, commit)
+
+
+def _download(field: str, repo_id: str, name: str, revision: str | None, hub: dict) -> str:
+    try:
+        return hf_hub_download(repo_id, name, revision=revision, **hub)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{field}: no {name} in the Hub repository {repo_id!r} (revision {revision or 'main'}). Expected a repository "
+            "that holds auxiliary heads, not an adapter or a model."
+        ) from error
+
+
+def load_heads(source: str, base_model: nn.Module, revision: str | None = None, **hub: Any) -> AuxiliaryHeads:
+    """Load heads; `AuxiliaryHeads.from_pretrained` describes the arguments and errors."""
     from .heads import AuxiliaryHeads
 
-    source = str(pretrained_model_name_or_path)
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    config_path, weights_path = (_locate(source, name, hub) for name in (CONFIG_NAME, WEIGHTS_NAME))
-    config = _config_of_weights(config_path, weights_path)
+    files = find_heads(source, revision=revision, **hub)
+    config = files.read_config()
     backbone = Backbone.of(base_model)
     config.require_base_model(backbone.lm_head.weight, source)
     heads = AuxiliaryHeads._build(config, backbone)
-    _fill(heads, _read_weights(weights_path), weights_path)
+    _fill(heads, _read_weights(files.weights), files.weights)
+    heads.repo_id, heads.commit = files.repo_id, files.commit
     return heads.eval()
 
 
@@ -109,8 +149,9 @@ def load_weights(heads: AuxiliaryHeads, folder: Path) -> None:
     Raises:
         ValueError: if they are damaged or of other shapes.
     """
-    _config_of_weights(_locate(str(folder), CONFIG_NAME, {}), folder / WEIGHTS_NAME)
-    _fill(heads, _read_weights(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+    files = find_heads(str(folder))
+    files.read_config()
+    _fill(heads, _read_weights(files.weights), files.weights)
 
 
 def sha256(path: Path) -> str:
@@ -122,30 +163,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _locate(source: str, name: str, hub: dict) -> Path:
-    if Path(source).is_dir():
-        path = Path(source, name)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"heads: no {name} in {source!r}, expected a folder written by AuxiliaryHeads.save_pretrained. Train "
-                "heads with `peft-caft train-heads`, or give a Hub repository id."
-            )
-        return path
-    try:
-        return Path(hf_hub_download(source, name, **hub))
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"heads: {source!r} is neither a folder nor a Hub repository id such as 'org/Llama-2-7b-hf-caft-heads'."
-        ) from error
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise FileNotFoundError(
-            f"heads: no {name} in the Hub repository {source!r} (revision {hub.get('revision') or 'main'}), or no such "
-            "repository, or it is private and the token is missing, or it is not in the local cache. Expected a repository that holds auxiliary heads, not an adapter or a model."
-        ) from error
-
-
 def _config_of_weights(config_path: Path, weights_path: Path) -> HeadsConfig:
-    """The configuration that belongs to the weights on disk; see the module's docstring."""
     config = HeadsConfig.from_file(config_path)
     if config.weights_sha256 is None:
         return config
@@ -156,7 +174,7 @@ def _config_of_weights(config_path: Path, weights_path: Path) -> HeadsConfig:
     if config.weights_sha256 != digest:
         raise ValueError(
             f"{weights_path}: damaged. Its sha256 is {digest}, expected {config.weights_sha256} as "
-            f"recorded in {config_path.name}. Download or save the heads again."
+            f"recorded in {config_path.name}. Save the heads again, or download them again (force_download=True)."
         )
     return config
 

@@ -119,3 +119,38 @@ def train_heads_command(
     for evaluation in summary["evaluations"]:
         typer.echo(f"\n{evaluation['name']}, before -> after\n{evaluation_table(evaluation)}")
     typer.echo(f"Heads written to {output}")
+
+
+@app.command("push")
+def push_command(
+    folder: Annotated[str, typer.Argument(help="Folder of heads or of an adapter.")],
+    repo_id: Annotated[str, typer.Argument(help="Hub repository, ORG/NAME; it is made if there is none.")],
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            help="ORG/NAME[@REVISION] of the heads that an adapter was trained with, if that was a local folder.",
+            show_default=False,
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, if that was a local folder.", show_default=False)
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Such as apache-2.0.", show_default=False)] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Visibility of a new repository.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; it is made if there is none.", show_default=False)] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace whatever the repository holds.")] = False,
+) -> None:
+    """Publish heads or an adapter on the Hub, with a model card, in one commit.
+
+    Uses the token of HF_TOKEN or `hf auth login`. Uploads configuration, weights, card, plot and tokenizer, nothing else.
+    """
+    from .hub_repository import Destination
+    from .publishing import push
+
+    to = Destination(repo_id, message, private, revision=revision, create_pr=create_pr)
+    commit = push(folder, to, heads=heads, base_model=base_model, license=license, force=force)
+    typer.echo(f"Published at {commit.pr_url or commit.repo_url}, commit {commit.oid}")

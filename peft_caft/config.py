@@ -55,6 +55,10 @@ class CAFTConfig(LoraConfig):
         metadata={"help": "Hub repository id or local folder of pretrained auxiliary heads; None makes fresh ones."},
     )
     heads_revision: str | None = field(default=None, metadata={"help": "Git revision of the heads on the Hub."})
+    heads_commit: str | None = field(
+        default=None,
+        metadata={"help": "Set when heads are loaded from the Hub: the commit they came from. A record, never an input."},
+    )
     num_auxiliary_heads: int = field(
         default=4,
         metadata={

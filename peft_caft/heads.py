@@ -10,7 +10,6 @@ import copy
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, Captured, beneath_adapters, layer_output
 from .heads_config import HeadsConfig, fingerprint
+from .pretrained_heads import PretrainedHeads
 
 
 class ResidualBlock(nn.Module):
@@ -54,7 +54,7 @@ class DecoderLayerHead(nn.Sequential):
         return hidden.flatten(0, 1)[rows]
 
 
-class AuxiliaryHeads(nn.Module):
+class AuxiliaryHeads(PretrainedHeads, nn.Module):
     """n - 1 auxiliary heads of one base model; ``heads[0]`` predicts 2 tokens ahead, ``heads[-1]`` n.
 
     From the input x of the last decoder layer, head k computes ``lm_head(final_norm(head_k(x)))``; from the last hidden
@@ -218,19 +218,6 @@ class AuxiliaryHeads(nn.Module):
                 parent, _, child = name.rpartition(".")
                 setattr(merged.get_submodule(parent), child, module.get_base_layer())
         return merged.state_dict()
-
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write ``config.json``, ``model.safetensors`` and a model card; an interrupted save leaves the old ones."""
-        from .artifact import save_heads
-
-        save_heads(self, save_directory)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> AuxiliaryHeads:
-        """Load heads from a folder or the Hub; see `peft_caft.artifact.load_heads` for the arguments."""
-        from .artifact import load_heads
-
-        return load_heads(pretrained_model_name_or_path, **kwargs)
 
 
 def copy_without_adapters(layer: nn.Module) -> nn.Module:

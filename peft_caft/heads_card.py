@@ -1,62 +1,198 @@
-"""The model card that is written beside auxiliary heads."""
+"""The model card that lies beside auxiliary heads, and its plot."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from .atomic import write_text
 from .heads_config import HeadsConfig
-from .tables import head_table
+from .tables import evaluation_table
+
+CARD_NAME = "README.md"
+PLOT_NAME = "heads.png"
+PAPER = "[CAFT, arXiv 2506.07833](https://arxiv.org/abs/2506.07833)"
+UNTRAINED = "These heads are **not trained**: they carry no knowledge of the base model yet."
 
 
-def heads_card(config: HeadsConfig) -> str:
-    """Markdown with Hub metadata: what the heads are, for which base model, how to use them, how good they are."""
+def write_card(folder: Path, config: HeadsConfig, repo_id: str | None = None) -> None:
+    """Write ``README.md`` into an artifact's folder, and ``heads.png`` if there are figures and matplotlib.
+
+    A plot from an earlier save goes, since it shows other heads. The Hub repository ``repo_id`` is the one that the card
+    tells to load them from.
+    """
+    plot = folder / PLOT_NAME
+    evaluations = evaluations_of(config)
+    if evaluations and importlib.util.find_spec("matplotlib"):
+        from .plots import plot_evaluations
+
+        plot_evaluations(plot, {e["name"]: (e["before"]["heads"], e["after"]["heads"]) for e in evaluations})
+    elif plot.exists():
+        plot.unlink()
+    write_text(folder / CARD_NAME, heads_card(config, repo_id, has_plot=plot.exists()))
+
+
+def evaluations_of(config: HeadsConfig) -> list[dict[str, Any]]:
+    """The evaluations that the heads' training recorded before and after; heads made elsewhere have none."""
+    return [e for e in config.training.get("evaluations") or [] if e.get("before") and e.get("after")]
+
+
+def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool = False) -> str:
+    """Markdown with Hub metadata: what the heads are, for which base model, how to use them, how good they are.
+
+    Args:
+        repo_id: repository that the card is for; None for a folder.
+        has_plot: whether ``heads.png`` lies beside the card.
+    """
     base = config.base_model_name_or_path or "(unnamed base model)"
     n = config.num_heads + 1
-    front = ["---", "library_name: peft-caft", "tags:", "- caft", "- auxiliary-heads", "- multi-token-prediction"]
-    if "/" in base:  # a Hub id; a local folder was recorded by its name alone
-        front.append(f"base_model: {config.base_model_name_or_path}")
-    reads = {"last_layer_input": "the input of the last decoder layer", "last_hidden_state": "the last hidden state"}
-    kind = {
-        "residual": "residual blocks `x + SiLU(W x)`",
-        "decoder_layer": "decoder layers of the base model's own kind",
-    }
+    metadata = {"base_model": base, "base_model_relation": "adapter"} if "/" in base else {}
     lines = [
-        *front,
-        "---",
-        "",
+        front_matter(
+            **metadata,
+            library_name="peft-caft",
+            license=config.license,
+            tags=["auxiliary-heads", "multi-token-prediction"],
+        ),
         f"# Auxiliary heads for {base}",
         "",
-        f"{config.num_heads} heads that predict the tokens 2 to {n} ahead, for concept-aware fine-tuning "
-        "([CAFT, arXiv 2506.07833](https://arxiv.org/abs/2506.07833)) with "
-        "`peft-caft`. They are used while fine-tuning and dropped for inference.",
+        f"{config.num_heads} heads that predict the tokens 2 to {n} ahead, for concept-aware fine-tuning ({PAPER}) with "
+        "`peft-caft`. They add a multi-token loss while an adapter is trained and are dropped afterwards: the fine-tuned "
+        "model pays nothing for them.",
+        *([] if config.training else ["", UNTRAINED]),
         "",
-        f"- Head: {config.head_num_layers} x {kind[config.head_type]}, reading {reads[config.head_input]}",
-        f"- Base model: `{base}`, revision `{config.base_model_revision or 'unknown'}`, class "
-        f"`{config.base_model_class or 'unknown'}`; its final norm "
-        + ("stands" if config.final_norm else "does not stand")
-        + " between head and unembedding",
+        *_description(config, base),
         "",
+        "## Use",
+        "",
+        *_usage(config, repo_id, base),
+    ]
+    evaluations = evaluations_of(config)
+    if evaluations:
+        lines += ["", "## How good they are", "", "Held-out data, before -> after training."]
+        for evaluation in evaluations:
+            about = f"{evaluation['rows']:,} rows of `{evaluation['file']}`, sha256 `{evaluation['sha256'][:12]}`"
+            lines += ["", f"**{evaluation['name']}** ({about})", "", evaluation_table(evaluation)]
+        if has_plot:
+            lines += ["", f"![Accuracy and cross entropy of each head, before and after training]({PLOT_NAME})"]
+    if config.training:
+        lines += ["", "## Training", "", *_training(config.training)]
+    lines += ["", "## Limits", "", *_limits(base)]
+    return "\n".join(lines) + "\n"
+
+
+def front_matter(library_name: str, license: str | None, tags: list[str], **values: Any) -> str:
+    """The YAML head of a card, which the Hub reads; ``None`` values are left out."""
+    data = ModelCardData(
+        library_name=library_name, license=license, pipeline_tag="text-generation", tags=["caft", *tags], **values
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _description(config: HeadsConfig, base: str) -> list[str]:
+    kind = {"residual": "residual block, `x + SiLU(W x)`", "decoder_layer": "decoder layer of the base model's kind"}
+    reads = {"last_layer_input": "the input of the last decoder layer", "last_hidden_state": "the last hidden state"}
+    norm = "final norm and unembedding" if config.final_norm else "unembedding, without its final norm"
+    revision = f", revision `{config.base_model_revision}`" if config.base_model_revision else ""
+    return [
+        f"- Base model: `{base}`{revision} (`{config.base_model_class or 'class unknown'}`, hidden size "
+        f"{config.hidden_size:,}, vocabulary {config.vocab_size:,})",
+        f"- Each head: {config.head_num_layers} x {kind[config.head_type]}, on {reads[config.head_input]}",
+        f"- Output: through the base model's own frozen {norm}, which the files do not hold",
+    ]
+
+
+def _usage(config: HeadsConfig, repo_id: str | None, base: str) -> list[str]:
+    revision = f', revision="{config.base_model_revision}"' if config.base_model_revision and "/" in base else ""
+    return [
         "```python",
         "from peft import get_peft_model",
         "from peft_caft import CAFTCallback, CAFTConfig",
+        "from transformers import AutoModelForCausalLM, Trainer",
         "",
-        'model = get_peft_model(base_model, CAFTConfig(heads="<this folder or repository>", target_modules="all-linear"))',
-        "# transformers.Trainer(model, ..., callbacks=[CAFTCallback()])",
+        f'base = AutoModelForCausalLM.from_pretrained("{base}"{revision})',
+        f'config = CAFTConfig(heads="{repo_id or "path/to/this/folder"}", target_modules="all-linear")',
+        "model = get_peft_model(base, config)",
+        "Trainer(model, args, train_dataset=data, callbacks=[CAFTCallback()]).train()",
+        'model.save_pretrained("adapter")  # a plain LoRA adapter',
         "```",
-        "",
-        "## Training",
-        "",
-        *_training_section(config),
     ]
-    return "\n".join(lines).rstrip() + "\n"
 
 
-def _training_section(config: HeadsConfig) -> list[str]:
-    training = config.training
-    if not training:
-        return ["These heads are **not trained**: they carry no knowledge of the base model yet."]
-    lines = [f"- {name}: {value}" for name, value in training.items() if not isinstance(value, (dict, list))]
-    if "versions" in training:
-        lines.append("- versions: " + ", ".join(f"{name} {value}" for name, value in training["versions"].items()))
-    after, before = training.get("metrics_after"), training.get("metrics_before")
-    if after and before:
-        lines += ["", "Held-out data, before -> after training:", "", head_table(before, after)]
+def _training(training: dict[str, Any]) -> list[str]:
+    """What is known of stage 1, in sentences; whatever else was recorded follows as a list."""
+    rest = {k: v for k, v in training.items() if v is not None and not isinstance(v, (dict, list))}
+    lines = [line for file in training.get("data") or [] if isinstance(file, dict) for line in _data_lines(file)]
+    if targets := rest.pop("targets", None):
+        meaning = {"soft": "the base model's own distributions", "hard": "the tokens of the text"}
+        decay = f", head k weighing {rest.pop('aux_loss_decay')}^(k-1)" if "aux_loss_decay" in rest else ""
+        lines.append(f"- Targets: {targets} ({meaning.get(targets, 'see the command')}){decay}")
+    if "learning_rate" in rest:
+        batch = [rest.pop("per_device_train_batch_size", 1), rest.pop("gradient_accumulation_steps", 1)]
+        batch.append(rest.pop("processes", 1))
+        lines.append(
+            f"- Optimiser: AdamW, learning rate {rest.pop('learning_rate'):g}, {rest.pop('lr_scheduler_type', 'unknown')} "
+            f"schedule, {rest.pop('warmup_steps', 0)} warm-up steps, weight decay {rest.pop('weight_decay', 0):g}, "
+            f"{' x '.join(str(b) for b in batch)} rows a step (batch x accumulation x processes), rows of at most "
+            f"{rest.pop('max_length', 'unknown')} tokens, seed {rest.pop('seed', 'unknown')}"
+        )
+    if "steps" in rest:
+        steps, epochs = rest.pop("steps"), rest.pop("num_train_epochs", None)
+        rest.pop("max_steps", None)
+        early = "; stopped early" if rest.pop("stopped_early", False) else ""
+        asked = f" of {epochs:g} epoch(s)" if epochs else ""
+        took = f" in {duration(rest.pop('seconds'))}" if "seconds" in rest else ""
+        machine = f" on {rest.pop('machine')}" if "machine" in rest else ""
+        lines.append(f"- Run: {steps:,} steps{asked}{took}{machine}{early}")
+    if initial := rest.pop("initial_heads", None):
+        lines.append(f"- Started from the heads `{initial}`")
+    command, commit = rest.pop("command", None), rest.pop("git_commit", None)
+    lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in rest.items()]
+    versions = training.get("versions") or {}
+    if versions:
+        named = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines.append(f"- Versions: {named}" + (f" (commit `{commit[:12]}`)" if commit else ""))
+    if command:
+        lines += ["", "```bash", command, "```"]
     return lines
+
+
+def _data_lines(file: dict[str, Any]) -> list[str]:
+    counts = [f"{file[key]:,} {what}" for key, what in _COUNTS.items() if isinstance(file.get(key), int)]
+    line = f"- Data: `{file.get('file', 'unnamed')}`, {', '.join(counts)}"
+    if file.get("sha256"):
+        line += f", sha256 `{file['sha256'][:12]}`"
+    provenance = file.get("provenance")
+    if not isinstance(provenance, dict):
+        return [line]
+    known = {k: v for k, v in provenance.items() if isinstance(v, (str, int, float, bool)) and k not in _NO_NEWS}
+    facts = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in known.items())
+    return [line, f"  - written by the base model itself: {facts}"] if facts else [line]
+
+
+_COUNTS = {"rows": "rows", "tokens": "tokens", "supervised_tokens": "of them supervised"}
+_NO_NEWS = ("command", "git_commit", "machine", "seconds", "format_version")
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return f"`{text[:12]}`" if len(text) in (40, 64) and text.isalnum() else text
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _limits(base: str) -> list[str]:
+    return [
+        f"- They fit `{base}` alone. Loading them beside a model with another unembedding is an error; a model fine-tuned "
+        "far from it deserves heads of its own.",
+        "- They are a training signal, not a language model and not a drafter for speculative decoding. Acceptance length "
+        "is measured on given text, not while generating.",
+        "- Their accuracy elsewhere than on the held-out data above is unknown.",
+    ]

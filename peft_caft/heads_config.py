@@ -31,6 +31,7 @@ class HeadsConfig:
         hidden_size, vocab_size: sizes of the base model's unembedding.
         unembedding_fingerprint: a few numbers that tell this unembedding from others, see `fingerprint`.
         base_model_name_or_path, base_model_revision, base_model_class: where the base model came from.
+        license: identifier on the Hub, such as ``"apache-2.0"``; None if nobody said.
         training: provenance of stage 1 (data, settings, versions, per-head metrics); empty for untrained heads.
         weights_sha256: hash of ``model.safetensors``, set when saving.
     """
@@ -46,6 +47,7 @@ class HeadsConfig:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_class: str | None = None
+    license: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
     format_version: int = FORMAT_VERSION

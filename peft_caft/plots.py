@@ -70,14 +70,43 @@ def plot_head_accuracy(
     Raises:
         ValueError: if ``before`` and ``after`` describe different heads, or none.
     """
-    heads, heads_after = ([int(entry["tokens_ahead"]) for entry in metrics] for metrics in (before, after))
-    if not heads or heads != heads_after:
-        raise ValueError(
-            f"before and after: got heads for {heads} and {heads_after} tokens ahead, expected the same heads, at least "
-            "one. Evaluate the same heads before and after training."
-        )
-    figure = Figure(figsize=(3.2 + 1.7 * max(4, len(heads)), 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
+    plot_evaluations(path, {"": (before, after)})
+
+
+def plot_evaluations(
+    path: str | os.PathLike,
+    evaluations: Mapping[str, tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, float]]]],
+) -> None:
+    """Draw `plot_head_accuracy` of several held-out sets, one row for each.
+
+    Args:
+        path: the PNG file to write.
+        evaluations: name of the set -> (before, after).
+
+    Raises:
+        ValueError: if before and after describe different heads, or none.
+    """
+    for before, after in evaluations.values():
+        heads, heads_after = ([int(entry["tokens_ahead"]) for entry in metrics] for metrics in (before, after))
+        if not heads or heads != heads_after:
+            raise ValueError(
+                f"before and after: got heads for {heads} and {heads_after} tokens ahead, expected the same heads, at "
+                "least one. Evaluate the same heads before and after training."
+            )
+    most = max(len(before) for before, _ in evaluations.values())
+    figure = Figure(figsize=(3.2 + 1.7 * max(4, most), 0.3 + 3.3 * len(evaluations)), layout="constrained")
+    rows = [list(row) for row in figure.subplots(len(evaluations), 3, squeeze=False)]
+    for panels, (name, (before, after)) in zip(rows, evaluations.items(), strict=True):
+        _draw_accuracies(panels, before, after)
+        panels[0].set_ylabel(name)
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def _draw_accuracies(
+    panels: Sequence[Axes], before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]
+) -> None:
+    heads = [int(entry["tokens_ahead"]) for entry in before]
     titles = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "cross_entropy": CROSS_ENTROPY}
     for axes, (metric, title) in zip(panels, titles.items(), strict=True):
         label_format = "{:.2f}" if metric == "cross_entropy" else "{:.0%}"
@@ -93,8 +122,6 @@ def plot_head_accuracy(
         axes.set(title=title, xlabel="tokens ahead", xticks=heads)
         axes.margins(y=0.1)
         _tidy(axes, grid="y")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
 
 
 def _draw_next_token_losses(axes: Axes, logs: dict[str, list], aux_loss_weight: float) -> None:

@@ -49,7 +49,7 @@ def test_task_type_is_causal_language_modelling_unless_told():
 def test_every_added_field_has_a_help_text():
     fields = CAFTConfig.__dataclass_fields__
     assert all(fields[name].metadata["help"] for name in caft_field_names())
-    assert len(caft_field_names()) == 12
+    assert len(caft_field_names()) == 13
 
 
 def test_adapter_config_on_disk_is_what_lora_writes(tmp_path):

@@ -1,0 +1,86 @@
+"""What goes wrong with the Hub, said so that a user knows what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may {}"
+
+
+@contextmanager
+def explained(field: str, repo_id: str, revision: str | None = None, action: str = "read") -> Iterator[None]:
+    """Turn huggingface_hub's errors about a repository into built-in ones that name the field and the way out.
+
+    Args:
+        field: the argument that named the repository.
+        action: ``"read"`` or ``"write"``, what the token must allow.
+
+    Raises:
+        FileNotFoundError: no such repository, revision or file, or it is private, or not in the cache while offline.
+        PermissionError: the token is missing, unknown or not allowed to do this.
+        ConnectionError: the Hub cannot be reached, failed, or the connection broke off.
+    """
+    where = f"{field}: {repo_id!r} on {constants.ENDPOINT}"
+    at = f"revision {revision or 'main'}"
+    log_in = LOG_IN.format(f"{action} {repo_id!r}")
+    retry = "Nothing half done is kept: run the same again later."
+    try:
+        yield
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{field}: {repo_id!r} is neither a folder nor a Hub repository id such as 'org/Llama-2-7b-hf-caft-heads'."
+        ) from error
+    except GatedRepoError as error:
+        raise PermissionError(f"{where} is gated. Accept its terms on its page; then: {log_in}.") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where}: no such repository, or it is private and the token is missing or not allowed to see it. Check "
+            f"the name. If it is private: {log_in}."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where} has no {at}. Give a branch, tag or full commit id that its page lists."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, OfflineModeIsEnabled):
+            raise FileNotFoundError(
+                f"{field}: {repo_id!r}, {at}, is not in the local cache, and asking the Hub is switched off "
+                "(HF_HUB_OFFLINE or local_files_only). Load it once online."
+            ) from error
+        raise ConnectionError(f"{where} cannot be reached ({_first_line(error.__cause__)}). {retry}") from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{where}, {at}, holds no such file ({_first_line(error)}).") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise PermissionError(f"{where}: {_first_line(error)} {log_in}.") from error
+        if status == 412:
+            raise ConnectionError(f"{where} was changed by someone else meanwhile. Run the same again.") from error
+        if status < 500 and status not in (408, 429):
+            raise
+        raise ConnectionError(f"{where}: the Hub failed ({_first_line(error)}). {retry}") from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(f"{where}: no connection, or it broke off ({_first_line(error)}). {retry}") from error
+    except RuntimeError as error:
+        # huggingface_hub wraps what stops the upload of a large file.
+        reason = _first_line(error.__cause__ or error)
+        raise ConnectionError(f"{where}: the transfer failed ({reason}). {retry}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

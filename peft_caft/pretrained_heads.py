@@ -1,0 +1,125 @@
+"""The methods of `AuxiliaryHeads` that every pretrained thing has: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
+
+They stand on ``HfApi`` and ``hf_hub_download`` and not on huggingface_hub's ``ModelHubMixin``: that loads configuration and
+weights without knowing their commit, uploads a folder in several commits where Xet is at work (huggingface_hub 2), and
+returns no commit.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
+from huggingface_hub import CommitInfo
+from torch import nn
+
+if TYPE_CHECKING:
+    from .heads import AuxiliaryHeads
+
+
+class PretrainedHeads:
+    """Mixin of `AuxiliaryHeads`.
+
+    Attributes:
+        repo_id, commit: where the heads were loaded from, None unless that was a Hub repository.
+    """
+
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write ``config.json``, ``model.safetensors``, a model card and, if they were evaluated, a plot.
+
+        A save that is interrupted leaves the old heads or the new ones, whole.
+
+        Raises:
+            NotADirectoryError: if ``save_directory`` is a file.
+        """
+        from .artifact import save_heads
+
+        save_heads(self, save_directory)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        base_model: nn.Module,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> AuxiliaryHeads:
+        """Load heads, on the base model's device and in its dtype, without drawing a random number.
+
+        Configuration and weights come from one commit, which the heads then hold as ``commit`` (and their repository as
+        ``repo_id``).
+
+        Args:
+            pretrained_model_name_or_path: folder, or repository id on the Hub.
+            base_model: the model that the heads were made for, with or without PEFT adapters.
+            revision: branch, tag or commit on the Hub.
+            token: Hub token; True or None takes the stored one, False none.
+            cache_dir: Hub cache folder.
+            local_files_only: take what the cache holds and never ask the Hub.
+            force_download: download again what the cache holds.
+
+        Raises:
+            FileNotFoundError: if there are no heads, or not at this revision, or not for this token.
+            PermissionError: if the token is unknown or may not read them.
+            ConnectionError: if the Hub cannot be reached or fails, and the cache does not hold them.
+            ValueError: if they are damaged, of an unknown kind or version, or made for another base model.
+            TypeError: if ``base_model`` is not a decoder-only causal language model.
+        """
+        from .artifact import load_heads
+
+        return load_heads(
+            os.fspath(pretrained_model_name_or_path),
+            base_model,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+        force: bool = False,
+    ) -> CommitInfo:
+        """Publish the heads in one commit; the repository is made if there is none.
+
+        Args:
+            repo_id: ``"organisation/name"``.
+            commit_message: what the history shows.
+            private: visibility of a repository that is made; None takes the owner's default.
+            token: Hub token; True or None takes the stored one.
+            revision: branch to commit to; it is made if there is none.
+            create_pr: open a pull request instead of changing the branch.
+            license: Hub identifier such as ``"apache-2.0"``; None keeps the one in the heads' configuration.
+            force: publish even over other things than heads of the same base model.
+
+        Returns:
+            the commit; its ``oid`` is the revision to load exactly these heads with.
+
+        Raises:
+            FileExistsError: if the repository holds something else, such as heads of another base model.
+            FileNotFoundError, PermissionError, ConnectionError: see `peft_caft.hub_errors.explained`.
+        """
+        from .hub_repository import Destination
+        from .publishing import push_heads
+
+        to = Destination(repo_id, commit_message, private, token, revision, create_pr)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_heads(folder, to, license=license, force=force)

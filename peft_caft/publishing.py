@@ -1,0 +1,206 @@
+"""Heads and adapters on the Hub: separate repositories, of which an adapter's names its heads by id and commit.
+
+Everything is published in one commit on top of the state that was looked at, so that a reader finds the old files or the
+new ones, and a push that someone else made meanwhile is never overwritten unseen. Only files known by name are uploaded:
+a run's folder also holds checkpoints, pickled arguments and paths of this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig
+
+from .adapter_card import PLACEHOLDER, adapter_card
+from .artifact import CONFIG_NAME, WEIGHTS_NAME, find_heads
+from .atomic import write_text
+from .config import CAFT_CONFIG_NAME, CAFTConfig
+from .heads_card import CARD_NAME, PLOT_NAME, heads_card, write_card
+from .heads_config import HeadsConfig
+from .hub_errors import explained
+from .hub_repository import ADAPTER_CONFIG_NAME, Destination, Repository, json_or_none
+
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def push(
+    folder: str | os.PathLike,
+    to: Destination,
+    *,
+    heads: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    force: bool = False,
+) -> CommitInfo:
+    """Publish a folder of heads or of an adapter, whichever it is.
+
+    Args:
+        heads: for an adapter whose heads were a local folder: ``"org/name"`` or ``"org/name@revision"`` of those heads.
+        base_model: Hub id of the base model, if the folder names a local one.
+        license: Hub identifier such as ``"apache-2.0"``.
+        force: replace whatever the repository holds.
+
+    Raises:
+        FileNotFoundError: if the folder holds neither; or see `hub_errors.explained`.
+        FileExistsError: if the repository holds something else.
+        ValueError: if what would be published is damaged or names paths of this machine.
+        PermissionError, ConnectionError: see `hub_errors.explained`.
+    """
+    has_heads, has_adapter = (Path(folder, name).is_file() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+    if has_adapter:
+        return push_adapter(folder, to, heads=heads, base_model=base_model, license=license, force=force)
+    if not has_heads:
+        raise FileNotFoundError(
+            f"folder: neither {CONFIG_NAME} (of heads) nor {ADAPTER_CONFIG_NAME} in {os.fspath(folder)!r}, expected a folder "
+            "that `peft-caft train-heads`, `peft-caft train` or save_pretrained wrote."
+        )
+    if heads is not None:
+        raise ValueError(
+            f"heads: got {heads!r} for a folder of heads, expected it with an adapter alone. Leave it out."
+        )
+    return push_heads(folder, to, base_model=base_model, license=license, force=force)
+
+
+def push_heads(
+    folder: str | os.PathLike,
+    to: Destination,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    force: bool = False,
+) -> CommitInfo:
+    """Publish the heads in a folder; arguments and errors as in `push`."""
+    source = Path(folder)
+    config = find_heads(str(source), "folder").read_config()
+    written = heads_card(config, has_plot=(source / PLOT_NAME).exists())
+    if base_model is not None:
+        config = dataclasses.replace(config, base_model_name_or_path=require_hub_id("base_model", base_model, "It"))
+    config = dataclasses.replace(config, license=license or config.license)
+    repository = Repository.open(to)
+    if not force:
+        repository.require_heads_of_same_base(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        generated = Path(scratch)
+        write_text(generated / CONFIG_NAME, config.to_json())
+        card = source / CARD_NAME
+        if card.exists() and card.read_text(encoding="utf-8") != written:
+            _copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, config.license)
+        else:
+            write_card(generated, config, repository.repo_id)
+        return repository.commit(
+            (generated, source), (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME), "Auxiliary heads"
+        )
+
+
+def push_adapter(
+    folder: str | os.PathLike,
+    to: Destination,
+    *,
+    heads: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    force: bool = False,
+) -> CommitInfo:
+    """Publish the adapter in a folder; arguments and errors as in `push`."""
+    source = Path(folder)
+    if not (source / ADAPTER_WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(
+            f"folder: no {ADAPTER_WEIGHTS_NAME} in {str(source)!r}, expected a saved adapter. Save it again."
+        )
+    is_caft = (source / CAFT_CONFIG_NAME).is_file()
+    config = (CAFTConfig if is_caft else LoraConfig).from_pretrained(str(source))
+    base = base_model or config.base_model_name_or_path or ""
+    config.base_model_name_or_path = require_hub_id(
+        "base_model", base, "Give the model's id on the Hub with --base-model (base_model=). The adapter"
+    )
+    if isinstance(config, CAFTConfig):
+        _name_heads(config, heads, to.token, force)
+    elif heads is not None:
+        raise ValueError(
+            f"heads: got {heads!r}, but the adapter has no {CAFT_CONFIG_NAME}: it was trained without heads."
+        )
+    repository = Repository.open(to)
+    if not force:
+        repository.require_adapter_of_same_base(config.base_model_name_or_path)
+    with tempfile.TemporaryDirectory() as scratch:
+        generated = Path(scratch)
+        config.save_pretrained(scratch)
+        card = source / CARD_NAME
+        if card.exists() and PLACEHOLDER not in card.read_text(encoding="utf-8"):
+            _copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, license)
+        else:
+            settings, summary = (json_or_none(source / name) for name in ("run.json", "summary.json"))
+            write_text(generated / CARD_NAME, adapter_card(config, repository.repo_id, license, settings, summary))
+        names = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, *TOKENIZER_FILES)
+        return repository.commit((generated, source), names, "CAFT adapter" if is_caft else "LoRA adapter")
+
+
+def require_hub_id(name: str, value: str, advice: str) -> str:
+    """``value`` if it can be a repository id and is no folder here.
+
+    Raises:
+        ValueError: otherwise; what would be published names this machine.
+    """
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        is_id = False
+    else:
+        is_id = not os.path.isdir(value)
+    if not is_id:
+        raise ValueError(
+            f"{name}: got {value!r}, expected a repository id on the Hub such as 'org/name': a path of this machine means "
+            f"nothing to others. {advice}"
+        )
+    return value
+
+
+def _name_heads(config: CAFTConfig, given: str | None, token: str | bool | None, force: bool) -> None:
+    """Make the configuration name its heads by repository and commit."""
+    trained_with = config.heads
+    if trained_with is None:
+        if given is not None:
+            raise ValueError(f"heads: got {given!r}, but the adapter was trained with fresh heads. Leave it out.")
+        return
+    if given is not None:
+        repo_id, _, revision = given.partition("@")
+    else:
+        repo_id, revision = trained_with, config.heads_commit or config.heads_revision or ""
+    advice = f"Publish the heads first, `peft-caft push {trained_with} ORG/NAME`, then give --heads ORG/NAME@COMMIT (heads=)."
+    require_hub_id("heads", repo_id, advice)
+    with explained("heads", repo_id, revision or None):
+        path = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision or None, token=token))
+    published = HeadsConfig.from_file(path)
+    if Path(trained_with).is_dir() and not force:
+        used = find_heads(trained_with).read_config()
+        if used.weights_sha256 != published.weights_sha256:
+            raise ValueError(
+                f"heads: {given!r} holds other weights (sha256 {published.weights_sha256}) than {trained_with!r} "
+                f"({used.weights_sha256}), which the adapter was trained with. Give the revision that holds those, or "
+                "--force (force=True)."
+            )
+    config.heads, config.heads_revision, config.heads_commit = repo_id, path.parent.name, path.parent.name
+
+
+def _copy_card(source: Path, target: Path, base_model: str | None, license: str | None) -> None:
+    """A card that its owner wrote: only the metadata that the Hub files it by are set."""
+    card = ModelCard(source.read_text(encoding="utf-8"))
+    known = {"base_model": base_model if base_model and "/" in base_model else None, "license": license}
+    card.data = ModelCardData(**card.data.to_dict() | {name: value for name, value in known.items() if value})
+    write_text(target, str(card))
