@@ -80,7 +80,7 @@ def _run_lines(settings: dict[str, Any], summary: dict[str, Any]) -> list[str]:
         lines.append(f"- Data: `{Path(settings['data']).name}`, sha256 `{summary['data_sha256'][:12]}`")
     if "learning_rate" in settings:
         lines.append(
-            f"- Optimiser: AdamW, learning rate {settings['learning_rate']:g}, {settings.get('lr_scheduler_type')} schedule, "
+            f"- Optimiser: learning rate {settings['learning_rate']:g}, {settings.get('lr_scheduler_type')} schedule, "
             f"{settings.get('warmup_steps')} warm-up steps, {settings.get('per_device_train_batch_size')} x "
             f"{settings.get('gradient_accumulation_steps')} rows a step, {settings.get('num_train_epochs'):g} epoch(s), seed "
             f"{settings.get('seed')}"

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from .atomic import write_text
+from .config import CAFTConfig
 from .heads_config import HeadsConfig
 from .tables import evaluation_table
 
@@ -74,13 +75,12 @@ def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool =
     if evaluations:
         lines += ["", "## How good they are", "", "Held-out data, before -> after training."]
         for evaluation in evaluations:
-            about = f"{evaluation['rows']:,} rows of `{evaluation['file']}`, sha256 `{evaluation['sha256'][:12]}`"
-            lines += ["", f"**{evaluation['name']}** ({about})", "", evaluation_table(evaluation)]
+            lines += ["", *_data_lines(evaluation, f"**{evaluation['name']}**:"), "", evaluation_table(evaluation)]
         if has_plot:
             lines += ["", f"![Accuracy and cross entropy of each head, before and after training]({PLOT_NAME})"]
     if config.training:
         lines += ["", "## Training", "", *_training(config.training)]
-    lines += ["", "## Limits", "", *_limits(base)]
+    lines += ["", "## Limits", "", *_limits(base, bool(evaluations))]
     return "\n".join(lines) + "\n"
 
 
@@ -107,6 +107,7 @@ def _description(config: HeadsConfig, base: str) -> list[str]:
 
 def _usage(config: HeadsConfig, repo_id: str | None, base: str) -> list[str]:
     revision = f', revision="{config.base_model_revision}"' if config.base_model_revision and "/" in base else ""
+    fewer = f", num_auxiliary_heads={config.num_heads}" if config.num_heads < CAFTConfig.num_auxiliary_heads else ""
     return [
         "```python",
         "from peft import get_peft_model",
@@ -114,7 +115,7 @@ def _usage(config: HeadsConfig, repo_id: str | None, base: str) -> list[str]:
         "from transformers import AutoModelForCausalLM, Trainer",
         "",
         f'base = AutoModelForCausalLM.from_pretrained("{base}"{revision})',
-        f'config = CAFTConfig(heads="{repo_id or "path/to/this/folder"}", target_modules="all-linear")',
+        f'config = CAFTConfig(heads="{repo_id or "path/to/this/folder"}"{fewer}, target_modules="all-linear")',
         "model = get_peft_model(base, config)",
         "Trainer(model, args, train_dataset=data, callbacks=[CAFTCallback()]).train()",
         'model.save_pretrained("adapter")  # a plain LoRA adapter',
@@ -125,7 +126,9 @@ def _usage(config: HeadsConfig, repo_id: str | None, base: str) -> list[str]:
 def _training(training: dict[str, Any]) -> list[str]:
     """What is known of stage 1, in sentences; whatever else was recorded follows as a list."""
     rest = {k: v for k, v in training.items() if v is not None and not isinstance(v, (dict, list))}
-    lines = [line for file in training.get("data") or [] if isinstance(file, dict) for line in _data_lines(file)]
+    lines = [
+        line for file in training.get("data") or [] if isinstance(file, dict) for line in _data_lines(file, "- Data:")
+    ]
     if targets := rest.pop("targets", None):
         meaning = {"soft": "the base model's own distributions", "hard": "the tokens of the text"}
         decay = f", head k weighing {rest.pop('aux_loss_decay')}^(k-1)" if "aux_loss_decay" in rest else ""
@@ -133,8 +136,9 @@ def _training(training: dict[str, Any]) -> list[str]:
     if "learning_rate" in rest:
         batch = [rest.pop("per_device_train_batch_size", 1), rest.pop("gradient_accumulation_steps", 1)]
         batch.append(rest.pop("processes", 1))
+        optimiser = f"{rest.pop('optim')}, " if "optim" in rest else ""
         lines.append(
-            f"- Optimiser: AdamW, learning rate {rest.pop('learning_rate'):g}, {rest.pop('lr_scheduler_type', 'unknown')} "
+            f"- Optimiser: {optimiser}learning rate {rest.pop('learning_rate'):g}, {rest.pop('lr_scheduler_type', 'unknown')} "
             f"schedule, {rest.pop('warmup_steps', 0)} warm-up steps, weight decay {rest.pop('weight_decay', 0):g}, "
             f"{' x '.join(str(b) for b in batch)} rows a step (batch x accumulation x processes), rows of at most "
             f"{rest.pop('max_length', 'unknown')} tokens, seed {rest.pop('seed', 'unknown')}"
@@ -150,7 +154,7 @@ def _training(training: dict[str, Any]) -> list[str]:
     if initial := rest.pop("initial_heads", None):
         lines.append(f"- Started from the heads `{initial}`")
     command, commit = rest.pop("command", None), rest.pop("git_commit", None)
-    lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in rest.items()]
+    lines += [f"- {name.replace('_', ' ')}: {_shown(value)}" for name, value in rest.items()]
     versions = training.get("versions") or {}
     if versions:
         named = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -160,9 +164,9 @@ def _training(training: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _data_lines(file: dict[str, Any]) -> list[str]:
+def _data_lines(file: dict[str, Any], start: str) -> list[str]:
     counts = [f"{file[key]:,} {what}" for key, what in _COUNTS.items() if isinstance(file.get(key), int)]
-    line = f"- Data: `{file.get('file', 'unnamed')}`, {', '.join(counts)}"
+    line = f"{start} " + ", ".join([f"`{file.get('file', 'unnamed')}`", *counts])
     if file.get("sha256"):
         line += f", sha256 `{file['sha256'][:12]}`"
     provenance = file.get("provenance")
@@ -170,7 +174,9 @@ def _data_lines(file: dict[str, Any]) -> list[str]:
         return [line]
     known = {k: v for k, v in provenance.items() if isinstance(v, (str, int, float, bool)) and k not in _NO_NEWS}
     facts = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in known.items())
-    return [line, f"  - written by the base model itself: {facts}"] if facts else [line]
+    # `peft-caft distill` names the model that wrote the answers.
+    kind = "self-distilled" if "model" in known else "made with"
+    return [line, f"  - {kind}: {facts}"] if facts else [line]
 
 
 _COUNTS = {"rows": "rows", "tokens": "tokens", "supervised_tokens": "of them supervised"}
@@ -188,11 +194,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _limits(base: str) -> list[str]:
+def _limits(base: str, are_evaluated: bool) -> list[str]:
     return [
         f"- They fit `{base}` alone. Loading them beside a model with another unembedding is an error; a model fine-tuned "
         "far from it deserves heads of its own.",
         "- They are a training signal, not a language model and not a drafter for speculative decoding. Acceptance length "
         "is measured on given text, not while generating.",
-        "- Their accuracy elsewhere than on the held-out data above is unknown.",
+        "- Their accuracy elsewhere than on the held-out data above is unknown."
+        if are_evaluated
+        else "- Their accuracy has not been recorded.",
     ]

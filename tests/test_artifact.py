@@ -205,6 +205,75 @@ def test_saving_into_a_file_is_refused(tmp_path):
         made(1).save_pretrained(tmp_path / "file")
 
 
+EVALUATION = {
+    "name": "answers",
+    "file": "answers.jsonl",
+    "sha256": "ab" * 32,
+    "rows": 1200,
+    "before": {
+        "heads": [
+            {"tokens_ahead": k, "cross_entropy": 6.0, "top1": 0.05, "top5": 0.1, "tokens": 9} for k in (2, 3, 4)
+        ],
+        "acceptance_length": 0.05,
+    },
+    "after": {
+        "heads": [
+            {"tokens_ahead": k, "cross_entropy": 4.0, "top1": 0.25, "top5": 0.5, "tokens": 9} for k in (2, 3, 4)
+        ],
+        "acceptance_length": 0.31,
+    },
+}
+
+
+def test_card_shows_figures_and_plot_of_these_heads_alone(tmp_path):
+    heads = made(1)
+    heads.config.training = {
+        "evaluations": [EVALUATION, EVALUATION | {"name": "code"}],
+        "steps": 7,
+        "versions": {"torch": "2"},
+    }
+    heads.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for text in (
+        "**answers**: `answers.jsonl`, 1,200 rows",
+        "**code**",
+        "6.000 -> 4.000",
+        "0.05 -> 0.31",
+        "](heads.png)",
+    ):
+        assert text in card
+    assert "not trained" not in card
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    made(2).save_pretrained(tmp_path)  # fresh heads in the same folder: nothing may speak of the old ones
+    card = (tmp_path / "README.md").read_text()
+    assert "**not trained**" in card
+    assert "heads.png" not in card
+    assert not (tmp_path / "heads.png").exists()
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"imported_from": "heads.pth", "source": {"package": "x"}},
+        {"evaluations": [{"name": "only after", "after": EVALUATION["after"]}]},
+        {"evaluations": None, "data": "text.jsonl, 40 rows", "targets": "hard"},
+        {"learning_rate": 1e-3, "data": [{"file": "text.jsonl", "provenance": {"model": "org/model", "seed": 3}}]},
+    ],
+)
+def test_card_copes_with_heads_made_elsewhere(training, tmp_path):
+    heads = made(1)
+    heads.config.training = training
+    heads.save_pretrained(tmp_path)
+    assert "## Training" in (tmp_path / "README.md").read_text()
+
+
+def test_pending_configuration_of_another_version_does_not_block_a_save(tmp_path):
+    pending = saved(tmp_path) / ".config.json.pending"
+    pending.write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"format_version": 99}))
+    made(2).save_pretrained(tmp_path)
+    assert equal(AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama")), made(2))
+
+
 class CutOff(BaseException):
     """Stands for the process being killed: nothing in the package catches it."""
 
