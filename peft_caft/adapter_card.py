@@ -35,7 +35,7 @@ def adapter_card(
     method = f"concept-aware fine-tuning ({PAPER}) with `peft-caft`" if caft else "LoRA fine-tuning with `peft-caft`"
     lines = [
         front_matter(
-            "peft", license, ["lora"] if caft else ["lora-baseline"], base_model=base, base_model_relation="adapter"
+            "peft", license, ["caft", "lora"] if caft else ["lora"], base_model=base, base_model_relation="adapter"
         ),
         f"# LoRA adapter for {base}",
         "",

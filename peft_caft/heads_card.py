@@ -56,7 +56,7 @@ def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool =
             **metadata,
             library_name="peft-caft",
             license=config.license,
-            tags=["auxiliary-heads", "multi-token-prediction"],
+            tags=["caft", "auxiliary-heads", "multi-token-prediction"],
         ),
         f"# Auxiliary heads for {base}",
         "",
@@ -87,7 +87,7 @@ def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool =
 def front_matter(library_name: str, license: str | None, tags: list[str], **values: Any) -> str:
     """The YAML head of a card, which the Hub reads; ``None`` values are left out."""
     data = ModelCardData(
-        library_name=library_name, license=license, pipeline_tag="text-generation", tags=["caft", *tags], **values
+        library_name=library_name, license=license, pipeline_tag="text-generation", tags=tags, **values
     )
     return f"---\n{data.to_yaml()}\n---\n"
 

@@ -91,7 +91,9 @@ class HubServer:
         self.multipart_above = 1 << 30
         self.lock = threading.RLock()
         self._servers = [self._serve(HubHandler), self._serve(StoreHandler)]
-        self.endpoint, self.store_endpoint = (f"http://127.0.0.1:{s.server_address[1]}" for s in self._servers)
+        ports = [server.server_address[1] for server in self._servers]
+        # Another name, not only another port: huggingface_hub 1 tells origins apart by the name alone.
+        self.endpoint, self.store_endpoint = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
 
     def _serve(self, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
         server = ThreadingHTTPServer(("127.0.0.1", 0), type(handler.__name__, (handler,), {"hub": self}))
