@@ -134,11 +134,16 @@ def _identity(rows: list[dict[str, list[int]]], backbone: Backbone) -> dict[str,
     tokens = hashlib.sha256()
     for row in rows:
         tokens.update(np.asarray(row["input_ids"], dtype=np.int64).tobytes() + b"|")
+    weights = hashlib.sha256()  # of some numbers of each: a merged adapter leaves the unembedding as it was
+    for parameter in backbone.model.parameters():
+        values = parameter.detach().flatten()
+        weights.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
     return {
+        "dtype": str(backbone.lm_head.weight.dtype).removeprefix("torch."),
         "unembedding_fingerprint": fingerprint(backbone.lm_head.weight),
         "base_model_class": type(backbone.model).__name__,
         "num_hidden_layers": len(backbone.layers),
-        "dtype": str(backbone.lm_head.weight.dtype).removeprefix("torch."),
+        "weights_sha256": weights.hexdigest(),
         "tokens_sha256": tokens.hexdigest(),
         "rows": len(rows),
     }
