@@ -139,7 +139,9 @@ def push_command(
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Visibility of a new repository.", show_default=False)
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch; it is made if there is none.", show_default=False)] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch; it is made if there is none.", show_default=False)
+    ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace whatever the repository holds.")] = False,
@@ -154,3 +156,59 @@ def push_command(
     to = Destination(repo_id, message, private, revision=revision, create_pr=create_pr)
     commit = push(folder, to, heads=heads, base_model=base_model, license=license, force=force)
     typer.echo(f"Published at {commit.pr_url or commit.repo_url}, commit {commit.oid}")
+
+
+@app.command("distill")
+def distill_command(
+    model: Model,
+    prompts: Annotated[
+        str, typer.Option(help="JSONL with 'prompt' or 'messages'; the answers at the end of a chat are cut off.")
+    ],
+    output: Annotated[str, typer.Option(help="JSONL file to write. An interrupted run is resumed.")],
+    system: Annotated[
+        str | None, typer.Option(help="System message for prompts that have none.", show_default=False)
+    ] = None,
+    max_prompts: Annotated[
+        int | None, typer.Option(help="Take the first so many prompts; all if unset.", show_default=False)
+    ] = None,
+    samples_per_prompt: Annotated[int, typer.Option(help="Answers to each prompt; equal ones count once.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens; longer ones are cut off.")] = 512,
+    temperature: Annotated[
+        float,
+        typer.Option(help="Of sampling; 1 is the model's own distribution, which heads are to learn. 0: greedy."),
+    ] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0 is off.")] = 0,
+    max_repetition: Annotated[
+        float, typer.Option(help="Leave out answers of which a larger share of 8-token runs is repeated; 1 is off.")
+    ] = 0.5,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts at a time on each process. A larger one is faster and needs more memory. [default: 32; 1024 with "
+            "vllm]",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    dtype: DType = "auto",
+    backend: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(
+            help="What generates. vllm needs peft-caft[vllm]; its code here has not been run by the authors."
+        ),
+    ] = "transformers",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, or an interrupted run.")] = False,
+) -> None:
+    """Let the base model answer prompts: training data for heads in the model's own words (self-distillation).
+
+    `accelerate launch -m peft_caft.cli distill ...` splits the prompts over processes. Writes FILE.jsonl and
+    FILE.provenance.json.
+    """
+    from .distillation import DistillationSettings, distill, distillation_table
+    from .tables import markdown_table
+
+    record = distill(settings_of(DistillationSettings, locals()), overwrite)
+    if record:
+        typer.echo(markdown_table(["", "count"], distillation_table(record)))
+        typer.echo(f"Answers written to {output}")

@@ -1,0 +1,327 @@
+"""Self-distillation: the base model's own answers to prompts, as training data for heads (``peft-caft distill``)."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from .atomic import replacing, write_text
+from .config import require_choice
+from .data import encode, file_sha256, require_tokenizer_of
+from .distillation_parts import Parts
+from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, special_token_ids, stop_token_ids
+from .heads_config import fingerprint
+from .prompts import Prompt, prepare_prompts, read_prompt_rows
+from .provenance import provenance
+
+BACKENDS = ("transformers", "vllm")
+REPEATED_NGRAM = 8  # tokens: about a clause, so that lists, tables and code do not look like loops
+REASONS = ("empty", "repetitive", "duplicate")
+
+
+@dataclass
+class DistillationSettings:
+    """What to distil: see the help texts of ``peft-caft distill``, which mirror these fields."""
+
+    model: str
+    prompts: str
+    output: str
+    system: str | None = None
+    max_prompts: int | None = None
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_repetition: float = 0.5
+    batch_size: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    backend: str = "transformers"
+
+
+def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str, Any]:
+    """Let the base model answer prompts and write its answers as JSONL; an interrupted run is taken up where it was.
+
+    Under several processes (``accelerate launch``) each answers a share. The result does not depend on interruptions; it
+    does on ``batch_size``, because the random numbers of a batch are drawn together.
+
+    Returns:
+        the provenance, which is also written beside the output: settings, counts, tokens, seconds, versions.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError, OSError: as the message says.
+    """
+    require_choice("backend", settings.backend, BACKENDS)
+    for name in ("batch_size", "samples_per_prompt", "max_prompts"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1.")
+    state = PartialState()
+    rows = read_prompt_rows(settings.prompts)[: settings.max_prompts]
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    prompts, duplicates = prepare_prompts(rows, tokenizer, settings.system)
+    config = AutoConfig.from_pretrained(settings.model)
+    fitting = _fitting(prompts, config, settings.max_new_tokens)
+    backend, sampling, model_fingerprint = _backend(settings, tokenizer, state)
+    batch_size = settings.batch_size or (32 if settings.backend == "transformers" else 1024)
+    recorded = asdict(settings) | {
+        "model": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
+        "model_revision": getattr(config, "_commit_hash", None),
+        "unembedding_fingerprint": model_fingerprint,
+        "prompts": Path(settings.prompts).name,
+        "prompts_sha256": file_sha256(settings.prompts),
+        "stop_token_ids": sampling.stop_token_ids,
+        "batch_size": batch_size,
+    }
+    del recorded["output"]
+
+    parts = Parts(Path(settings.output))
+    with state.main_process_first():
+        done = parts.begin(recorded, overwrite and state.is_main_process)
+    if done is not None:
+        return done
+    batches = _batches(fitting, settings.samples_per_prompt, batch_size)
+    finished = {batch["batch"] for batch in parts.finished()}
+    state.wait_for_everyone()  # nobody writes before all have read
+    pending = [number for number in _order(len(batches)) if number not in finished][
+        state.process_index :: state.num_processes
+    ]
+    _answer(pending, batches, backend, settings, tokenizer, parts, state)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return {}
+    counts = {"prompts": len(rows), "duplicate_prompts": duplicates, "too_long_prompts": len(prompts) - len(fitting)}
+    record = _join(parts, fitting, counts) | {"settings": recorded} | provenance()
+    write_text(parts.provenance_path, json.dumps(record, indent=2) + "\n")
+    parts.discard()
+    return record
+
+
+def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Prompt]:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return prompts
+    fitting = [prompt for prompt in prompts if len(prompt.input_ids) + max_new_tokens <= context]
+    if not fitting:
+        raise ValueError(
+            f"prompts: the shortest has {min(len(p.input_ids) for p in prompts):,} tokens, expected at most "
+            f"{context - max_new_tokens:,}: the model's context of {context:,} without max_new_tokens={max_new_tokens:,}. "
+            "Shorten the prompts or lower --max-new-tokens."
+        )
+    return fitting
+
+
+def _backend(
+    settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase, state: PartialState
+) -> tuple[Backend, Sampling, list[float] | None]:
+    try:
+        generation_config = GenerationConfig.from_pretrained(settings.model)
+    except OSError:  # a model need not have one
+        generation_config = None
+    sampling = Sampling(
+        settings.temperature,
+        settings.top_p,
+        settings.top_k,
+        settings.max_new_tokens,
+        stop_token_ids(tokenizer, generation_config),
+    )
+    if settings.backend == "vllm":
+        return VLLMBackend(settings.model, settings.dtype, sampling), sampling, None
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(state.device).eval()
+    require_tokenizer_of(model, tokenizer)
+    pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    unembedding = model.get_output_embeddings().weight
+    return TransformersBackend(model, sampling, pad_token_id), sampling, fingerprint(unembedding)
+
+
+def _batches(prompts: list[Prompt], samples: int, size: int) -> list[list[tuple[Prompt, int]]]:
+    """(prompt, sample number) in batches of prompts of about equal length, longest first."""
+    by_length = sorted(prompts, key=lambda prompt: (-len(prompt.input_ids), prompt.index))
+    requests = [(prompt, sample) for prompt in by_length for sample in range(samples)]
+    return [requests[start : start + size] for start in range(0, len(requests), size)]
+
+
+def _order(count: int) -> list[int]:
+    """Order in which batches are answered: the longest first, so that too little memory shows at once; the others mixed, so
+    that the estimated time is honest and processes get equal shares.
+    """
+    others = list(range(1, count))
+    random.Random(0).shuffle(others)
+    return [0, *others][:count]
+
+
+def _answer(
+    pending: list[int],
+    batches: list[list[tuple[Prompt, int]]],
+    backend: Backend,
+    settings: DistillationSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Parts,
+    state: PartialState,
+) -> None:
+    done = sum(map(len, batches)) - sum(len(batches[number]) for number in pending) if state.num_processes == 1 else 0
+    bar = tqdm(
+        total=done + sum(len(batches[number]) for number in pending),
+        initial=done,
+        desc="Distilling",
+        unit=" answers",
+        disable=not state.is_main_process,
+        smoothing=0,
+    )
+    specials = special_token_ids(tokenizer)
+    tokens, started = 0, time.perf_counter()
+    with bar:
+        for number in pending:
+            batch = batches[number]
+            begun = time.perf_counter()
+            answers = backend.answers(
+                [prompt.input_ids for prompt, _ in batch], settings.seed * 1_000_003 + number * 4099
+            )
+            results = [
+                _result(
+                    prompt,
+                    sample,
+                    answer,
+                    tokenizer,
+                    specials,
+                    backend.sampling.stop_token_ids,
+                    settings.max_repetition,
+                )
+                for (prompt, sample), answer in zip(batch, answers, strict=True)
+            ]
+            seconds = time.perf_counter() - begun
+            parts.append(state.process_index, {"batch": number, "seconds": round(seconds, 3), "results": results})
+            tokens += sum(map(len, answers))
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+            bar.update(len(batch))
+
+
+def _result(
+    prompt: Prompt,
+    sample: int,
+    ids: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    specials: set[int],
+    stops: list[int],
+    max_repetition: float,
+) -> dict[str, Any]:
+    """What is kept of an answer: ``prompt_index, sample, answer, complete, tokens, rejected, same_tokens``."""
+    tokens, complete = len(ids), ids[-1] in stops
+    # A special token in the midst would be read as a turn's end or begin later: the answer ends before it.
+    end = next((position for position, token in enumerate(ids) if token in specials or token in stops), len(ids))
+    complete = complete and end == len(ids) - 1
+    ids = ids[:end]
+    answer = _decode(ids, tokenizer)
+    while not complete and ids and answer.endswith("\ufffd"):  # cut within a character of several tokens
+        ids = ids[:-1]
+        answer = _decode(ids, tokenizer)
+    rejected = rejection(answer, ids, max_repetition)
+    same = rejected is None and _reads_the_same(prompt, ids, answer, tokenizer)
+    return {
+        "prompt_index": prompt.index,
+        "sample": sample,
+        "answer": answer,
+        "complete": complete,
+        "tokens": tokens,
+        "rejected": rejected,
+        "same_tokens": same,
+    }
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def rejection(answer: str, ids: list[int], max_repetition: float = 0.5) -> str | None:
+    """Why an answer is no use for training, or None.
+
+    ``"empty"``: nothing but white space. ``"repetitive"``: of its runs of 8 tokens, more than ``max_repetition`` have
+    occurred before in it, as when a line or a phrase is repeated over and over; 1 turns this off.
+    """
+    if not answer.strip():
+        return "empty"
+    runs = [tuple(ids[start : start + REPEATED_NGRAM]) for start in range(len(ids) - REPEATED_NGRAM + 1)]
+    if runs and 1 - len(set(runs)) / len(runs) > max_repetition:
+        return "repetitive"
+    return None
+
+
+def _reads_the_same(prompt: Prompt, ids: list[int], answer: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the row, tokenized for training, gives the very tokens that the model wrote."""
+    row = prompt.row(answer) | {"complete": False}
+    try:
+        read = encode([row], tokenizer, max_length=2**31, quiet=True).rows[0]["input_ids"]
+    except ValueError:  # the template rewrites the chat, or drops the answer
+        return False
+    return read == [*prompt.input_ids, *ids]
+
+
+def _join(parts: Parts, prompts: list[Prompt], counts: dict[str, int]) -> dict[str, Any]:
+    """Write the output, in the order of the prompts; counts for the provenance."""
+    by_index = {prompt.index: prompt for prompt in prompts}
+    finished = list(parts.finished())
+    results = sorted(
+        (r for batch in finished for r in batch["results"]), key=lambda r: (r["prompt_index"], r["sample"])
+    )
+    seen: set[tuple[int, str]] = set()
+    rejected = Counter(dict.fromkeys(REASONS, 0))
+    kept = complete = different = kept_tokens = 0
+    with replacing(parts.output) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for result in results:
+            key = (result["prompt_index"], result["answer"])
+            reason = result["rejected"] or ("duplicate" if key in seen else None)
+            if reason is not None:
+                rejected[reason] += 1
+                continue
+            seen.add(key)
+            row = by_index[result["prompt_index"]].row(result["answer"])
+            row |= {"complete": result["complete"], "prompt_index": result["prompt_index"]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            kept += 1
+            complete += result["complete"]
+            different += not result["same_tokens"]
+            kept_tokens += result["tokens"]
+    tokens, seconds = sum(r["tokens"] for r in results), sum(batch["seconds"] for batch in finished)
+    return {
+        "file": parts.output.name,
+        "sha256": file_sha256(parts.output),
+        "counts": counts
+        | {"answers": len(results), "kept": kept, "complete": complete, "cut_off": kept - complete}
+        | {f"rejected_{reason}": rejected[reason] for reason in REASONS}
+        | {"retokenized_differently": different},
+        "tokens": tokens,
+        "kept_tokens": kept_tokens,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+    }
+
+
+def distillation_table(record: dict[str, Any]) -> list[list[str]]:
+    """Rows of the summary that the command prints, from the provenance."""
+    labels = {
+        "prompts": "prompts read",
+        "duplicate_prompts": "- duplicates, left out",
+        "too_long_prompts": "- too long for the context, left out",
+        "answers": "answers",
+        "rejected_empty": "- empty, left out",
+        "rejected_repetitive": "- repetitive, left out",
+        "rejected_duplicate": "- duplicates, left out",
+        "kept": "rows written",
+        "complete": "- ended by the model",
+        "cut_off": "- cut off at the longest answer",
+        "retokenized_differently": "- whose text is tokenized differently than it was written",
+    }
+    rows = [[label, f"{record['counts'][name]:,}"] for name, label in labels.items()]
+    rows.append(["tokens generated", f"{record['tokens']:,}"])
+    rows.append(["tokens/s, per process", f"{record['tokens_per_second']:,}"])
+    return rows

@@ -1,0 +1,152 @@
+"""The base model's own answers, sampled in batches: with transformers, or with an installed vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the most probable token.
+        top_p: smallest set of tokens with this probability; 1 is off.
+        top_k: so many most probable tokens; 0 is off.
+        max_new_tokens: longest answer in tokens.
+        stop_token_ids: tokens that end an answer.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop_token_ids: list[int]
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a value {expected}.")
+
+
+class Backend(Protocol):
+    """What answers prompts."""
+
+    sampling: Sampling
+
+    def answers(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        """Tokens of one answer per prompt, up to and with the token that ended it; the same again for the same seed."""
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """Tokens that end an answer: of the generation config, of the tokenizer, and the chat template's end of turn.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    configured = getattr(generation_config, "eos_token_id", None)
+    stops = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+    if tokenizer.chat_template is not None:
+        # Instruct models whose eos is the end of text may well end their turns with another token.
+        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("answer")[2]
+        specials = special_token_ids(tokenizer)
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        stops |= {next((i for i in ids if i in specials), None)}
+    stops.discard(None)
+    if not stops:
+        raise ValueError(
+            "eos_token: got None from tokenizer and generation_config.json, expected the token that ends a text."
+        )
+    return sorted(stops)
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that stand for no text."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+class TransformersBackend:
+    """``model.generate`` on left-padded batches.
+
+    Args:
+        model: on its device, in evaluation mode.
+        pad_token_id: any token of the model; padding is masked.
+    """
+
+    def __init__(self, model: PreTrainedModel, sampling: Sampling, pad_token_id: int) -> None:
+        self.model = model
+        self.sampling = sampling
+        self.pad_token_id = pad_token_id
+        # In place of the model's own, whose top_k or repetition_penalty would be merged in.
+        model.generation_config = GenerationConfig(
+            do_sample=sampling.temperature > 0,
+            temperature=sampling.temperature if sampling.temperature > 0 else None,
+            top_p=sampling.top_p if sampling.temperature > 0 else None,
+            top_k=sampling.top_k if sampling.temperature > 0 else None,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sampling.stop_token_ids,
+            pad_token_id=pad_token_id,
+        )
+
+    @torch.inference_mode()
+    def answers(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        input_ids = torch.tensor([[self.pad_token_id] * (longest - len(p)) + p for p in prompts])
+        attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        torch.manual_seed(seed)
+        device = self.model.device
+        output = self.model.generate(input_ids.to(device), attention_mask=attention_mask.to(device))
+        return [until_stop(ids, self.sampling.stop_token_ids) for ids in output[:, longest:].tolist()]
+
+
+def until_stop(ids: list[int], stop_token_ids: list[int]) -> list[int]:
+    """``ids`` up to and with the first token that ends an answer; what follows is padding."""
+    first = next((position for position, token in enumerate(ids) if token in stop_token_ids), len(ids))
+    return ids[: first + 1]
+
+
+class VLLMBackend:
+    """An installed vLLM. Written against its documented interface; it has not been run by the authors of this package.
+
+    Raises:
+        ModuleNotFoundError: if vLLM is not installed.
+    """
+
+    def __init__(self, model: str, dtype: str, sampling: Sampling) -> None:
+        try:
+            from vllm import LLM
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "backend: got 'vllm', which is not installed. Run `pip install 'peft-caft[vllm]'`, or leave --backend out."
+            ) from error
+        self.llm: Any = LLM(model=model, dtype=dtype, generation_config="vllm")  # not the model's top_k and the like
+        self.sampling = sampling
+
+    def answers(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                temperature=self.sampling.temperature,
+                top_p=self.sampling.top_p,
+                top_k=self.sampling.top_k or -1,
+                max_tokens=self.sampling.max_new_tokens,
+                stop_token_ids=self.sampling.stop_token_ids,
+                seed=seed + index,
+                detokenize=False,
+            )
+            for index in range(len(prompts))
+        ]
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+        return [until_stop(list(output.outputs[0].token_ids), self.sampling.stop_token_ids) for output in outputs]
