@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import shlex
 import sys
 from collections import Counter
@@ -64,6 +65,10 @@ def build(
         "files": described,
     }
     write_text(folder / "data.provenance.json", json.dumps(record, indent=2) + "\n")
+    for name in ("functions_train.jsonl", "functions_test.jsonl"):  # `peft-caft train-heads` looks for one beside each file
+        what = f"functions with a docstring of the standard library of Python {platform.python_version()}"
+        beside = {"what": what, "command": record["command"], **described[name]}
+        write_text((folder / name).with_suffix(".provenance.json"), json.dumps(beside, indent=2) + "\n")
     return record
 
 
