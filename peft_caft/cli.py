@@ -47,6 +47,9 @@ def train_command(
         str | None,
         typer.Option(help="Pretrained heads: folder or Hub id; unset makes fresh ones.", show_default=False),
     ] = None,
+    heads_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the heads on the Hub.", show_default=False)
+    ] = None,
     eval_data: EvalData = None,
     eval_rows: EvalRows = 200,
     max_rows: MaxRows = None,

@@ -42,6 +42,10 @@ def train_heads_command(
         ),
     ] = None,
     eval_rows: Annotated[int, typer.Option(help="Rows to use at most of each held-out set.")] = 200,
+    base_model_id: Annotated[
+        str | None,
+        typer.Option(help="Hub id to record as the base model, where --model is a local copy.", show_default=False),
+    ] = None,
     init_heads: Annotated[
         str | None,
         typer.Option(

@@ -20,7 +20,7 @@ from .atomic import write_text
 from .demo_model import embedded_model
 from .provenance import provenance
 from .run_folder import RunFolder
-from .tables import head_table, markdown_table
+from .tables import evaluation_table, markdown_table
 
 CAVEAT = (
     "A run this short proves that the machinery works, not that CAFT beats LoRA (or the reverse): it is one seed, a few "
@@ -84,15 +84,18 @@ def _run(output_dir: Path, scale: Scale, seed: int) -> dict[str, Any]:
     model = str(embedded_model())
     _say(2, "Data", "Names of real molecules and their SMILES; multi-token words are where CAFT should help.")
     data = _write_data(output_dir / "data", scale)
-    _say(
-        3, "Stage 1", "Train heads that predict 2 to 5 tokens ahead, the base model frozen. Made once per base model."
-    )
+    published = published_heads()
+    if published is None:
+        what, why = "Stage 1", "Train heads that predict 2 to 5 tokens ahead, the base model frozen."
+    else:
+        what, why = "Stage 1, adaptation", f"Heads of {published.name}, made once for this model, see the task's data."
+    _say(3, what, why)
     heads = _command(
         output_dir / "heads",
         ["train-heads", "--model", model, "--data", data["heads"], "--eval-data", data["dev"]],
         scale,
         seed,
-        ["--learning_rate", "1e-3", "--warmup_steps", "5"],
+        [*(["--init-heads", str(published)] if published else []), "--learning_rate", "1e-3", "--warmup_steps", "5"],
     )
     runs = {}
     for number, method, why in (
@@ -129,6 +132,12 @@ def _run(output_dir: Path, scale: Scale, seed: int) -> dict[str, Any]:
         )
     _plot(output_dir, heads, runs)
     return {"scale": asdict(scale), "seed": seed, "heads": heads, "runs": runs, **provenance()}
+
+
+def published_heads() -> Path | None:
+    """The pretrained heads that come with a checkout of the repository; a wheel has none."""
+    folder = Path(__file__).resolve().parent.parent / "model_cards" / "SmolLM2-135M-Instruct-caft-heads"
+    return folder if (folder / "model.safetensors").is_file() else None
 
 
 def _say(number: int, what: str, why: str) -> None:
@@ -241,7 +250,8 @@ def _plot(output_dir: Path, heads: dict[str, Any], runs: dict[str, Any]) -> None
     from .plots import plot_head_accuracy, plot_training
 
     plot_training(output_dir / "training.png", {NAMES[m]: run["log_history"] for m, run in runs.items()})
-    plot_head_accuracy(output_dir / "heads.png", heads["metrics_before"], heads["metrics_after"])
+    (evaluation,) = heads["evaluations"]
+    plot_head_accuracy(output_dir / "heads.png", evaluation["before"]["heads"], evaluation["after"]["heads"])
 
 
 def _report(results: dict[str, Any]) -> str:
@@ -264,6 +274,7 @@ def _report(results: dict[str, Any]) -> str:
         ],
     )
     versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+    started_from = "fresh heads" if heads["initial_heads"] is None else f"from {heads['initial_heads']}"
     memory = f"{heads['peak_memory_mib']:,.0f} MiB" if heads["peak_memory_mib"] else "unknown"
     return "\n".join(
         [
@@ -273,9 +284,9 @@ def _report(results: dict[str, Any]) -> str:
             "",
             "## Heads on held-out answers, before -> after stage 1",
             "",
-            head_table(heads["metrics_before"], heads["metrics_after"]),
+            evaluation_table(heads["evaluations"][0]),
             "",
-            f"Stage 1: {heads['train_seconds']:.0f} s, peak memory {memory}.",
+            f"Stage 1: {started_from}, {heads['steps']} steps, {heads['seconds']:.0f} s, peak memory {memory}.",
             "",
             "## Fine-tuned, on the same held-out molecules",
             "",

@@ -37,6 +37,7 @@ class FineTuningSettings:
     lora_dropout: float = 0.0
     target_modules: str = "all-linear"
     heads: str | None = None
+    heads_revision: str | None = None
     num_auxiliary_heads: int = 4
     aux_loss_weight: float = 0.01
     aux_loss_decay: float = 0.8
@@ -60,6 +61,7 @@ class FineTuningSettings:
         return CAFTConfig(
             **lora,
             heads=self.heads,
+            heads_revision=self.heads_revision,
             num_auxiliary_heads=self.num_auxiliary_heads,
             aux_loss_weight=self.aux_loss_weight,
             aux_loss_decay=self.aux_loss_decay,

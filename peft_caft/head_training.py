@@ -39,6 +39,7 @@ class HeadTrainingSettings:
     output: str
     eval_data: list[str] | None = None
     eval_rows: int = 200
+    base_model_id: str | None = None
     init_heads: str | None = None
     num_heads: int | None = None
     head_type: str | None = None
@@ -128,6 +129,8 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     heads = _initial_heads(settings, model)
     if is_first:
         print(f"Heads: {sum(p.numel() for p in heads.parameters()):,} parameters, {heads.config.head_type}")
+    if settings.base_model_id is not None:
+        heads.config.base_model_name_or_path = settings.base_model_id
     # The optimizer steps in fp32 even where the base model computes in half precision.
     heads.float()
     trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)

@@ -61,6 +61,7 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
         "gradient_accumulation_steps",
         "num_train_epochs",
         "max_steps",
+        "optim",
         "lr_scheduler_type",
         "warmup_steps",
         "weight_decay",

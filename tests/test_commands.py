@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_caft import AuxiliaryHeads
 from peft_caft.cli import main
+from peft_caft.data import file_sha256
 from peft_caft.run_folder import RunFolder, last_whole_checkpoint
 from peft_caft.trainer_arguments import trainer_arguments
 
@@ -57,7 +58,10 @@ def files(tmp_path_factory):
 
 def test_train_heads_improves_every_head_and_reports_it(files):
     summary = json.loads((Path(files["heads"]) / "summary.json").read_text())
-    for before, after in zip(summary["metrics_before"], summary["metrics_after"], strict=True):
+    (evaluation,) = summary["evaluations"]
+    assert evaluation["name"] == "data"
+    assert evaluation["after"]["acceptance_length"] >= evaluation["before"]["acceptance_length"]
+    for before, after in zip(evaluation["before"]["heads"], evaluation["after"]["heads"], strict=True):
         assert after["cross_entropy"] < before["cross_entropy"] - 0.3
         assert after["top1"] >= before["top1"]
         assert 0 <= after["top1"] <= after["top5"] <= 1
@@ -68,10 +72,14 @@ def test_trained_heads_record_where_they_come_from(files):
     model = AutoModelForCausalLM.from_pretrained(files["model"])
     heads = AuxiliaryHeads.from_pretrained(files["heads"], base_model=model)
     training = heads.config.training
-    assert training["data_sha256"]
+    (data,) = training["data"]
+    assert data["sha256"] == file_sha256(files["data"])
+    assert data["rows"] == 54  # one in ten of 60 was held out
+    assert data["supervised_tokens"] < data["tokens"]
     assert training["seed"] == 42
     assert training["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert training["metrics_after"][0]["tokens_ahead"] == 2
+    assert training["targets"] == "soft"
+    assert training["evaluations"][0]["after"]["heads"][0]["tokens_ahead"] == 2
     assert heads.config.base_model_name_or_path == "model"  # no path of this machine
     card = (Path(files["heads"]) / "README.md").read_text()
     assert "| head (tokens ahead) |" in card

@@ -35,6 +35,16 @@ def test_prompt_is_context_and_completion_ends_the_text():
     assert tiny_tokenizer().decode(row["input_ids"]) == "name: CCO</s>"
 
 
+def test_no_end_is_learned_of_an_answer_that_was_cut_off():
+    chat, completion = encode(
+        [{"messages": CHAT, "complete": False}, {"prompt": "name: ", "completion": "CCO", "complete": False}],
+        tiny_tokenizer(),
+        128,
+    ).rows
+    assert supervised_text(chat) == "CCO</s>\nCCC"
+    assert supervised_text(completion) == "CCO"
+
+
 def test_all_of_a_text_is_supervised():
     (row,) = encode([{"text": "ethanol"}], tiny_tokenizer(), 128).rows
     assert row["labels"] == row["input_ids"]
