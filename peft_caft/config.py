@@ -57,7 +57,9 @@ class CAFTConfig(LoraConfig):
     heads_revision: str | None = field(default=None, metadata={"help": "Git revision of the heads on the Hub."})
     heads_commit: str | None = field(
         default=None,
-        metadata={"help": "Set when heads are loaded from the Hub: the commit they came from. A record, never an input."},
+        metadata={
+            "help": "Set when heads are loaded from the Hub: the commit they came from. A record, never an input."
+        },
     )
     num_auxiliary_heads: int = field(
         default=4,

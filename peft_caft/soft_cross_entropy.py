@@ -34,13 +34,20 @@ def soft_cross_entropy(
         minimum is the entropy of the teacher, not 0.
     """
     needs_grad = torch.is_grad_enabled() and any(s.requires_grad for s in states)
-    return list(_SoftCrossEntropy.apply(rows, teacher_states.detach(), unembedding, needs_grad, *states)[: len(states)])
+    return list(
+        _SoftCrossEntropy.apply(rows, teacher_states.detach(), unembedding, needs_grad, *states)[: len(states)]
+    )
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: list[Tensor], teacher_states: Tensor, unembedding: Unembedding, needs_grad: bool, *states: Tensor
+        ctx: Any,
+        rows: list[Tensor],
+        teacher_states: Tensor,
+        unembedding: Unembedding,
+        needs_grad: bool,
+        *states: Tensor,
     ) -> Any:
         device = teacher_states.device
         layer = unembedding.in_compute_dtype(device.type)

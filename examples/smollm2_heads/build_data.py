@@ -65,7 +65,8 @@ def build(
         "files": described,
     }
     write_text(folder / "data.provenance.json", json.dumps(record, indent=2) + "\n")
-    for name in ("functions_train.jsonl", "functions_test.jsonl"):  # `peft-caft train-heads` looks for one beside each file
+    # `peft-caft train-heads` looks for one beside each file.
+    for name in ("functions_train.jsonl", "functions_test.jsonl"):
         what = f"functions with a docstring of the standard library of Python {platform.python_version()}"
         beside = {"what": what, "command": record["command"], "module_files": len(described[name]["modules"])}
         write_text((folder / name).with_suffix(".provenance.json"), json.dumps(beside, indent=2) + "\n")
