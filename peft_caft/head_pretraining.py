@@ -6,14 +6,17 @@ the text (hard targets) or the base model's own distributions (soft targets).
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from .artifact import load_weights
 from .backbone import Backbone, Captured
@@ -23,6 +26,7 @@ from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_total
 from .heads import AuxiliaryHeads
 from .loss import auxiliary_loss, soft_auxiliary_loss
 from .recent_losses import RecentLosses
+from .sharded_heads import gather, reshard, scatter
 from .targets import IGNORE_INDEX, supervised_count
 
 TARGETS = ("hard", "soft")
@@ -47,6 +51,8 @@ class HeadPretraining(nn.Module):
         self.targets = targets
         self.recent = RecentLosses()
         self._backbone = Backbone.of(model)
+        # What FSDP shards one by one: the layers of the base model, and the heads that are copies of one.
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self._backbone.layers})
 
     def train(self, mode: bool = True) -> HeadPretraining:
         super().train(mode)
@@ -96,9 +102,30 @@ class HeadTrainer(Trainer):
     ``eval_dataset`` is a dict of encoded rows by name.
     """
 
-    def trained_heads(self) -> AuxiliaryHeads:
-        """The heads, with whole parameters."""
+    def __init__(self, model: HeadPretraining, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(model, args, **kwargs)
+        self._before: dict[str, HeadEvaluation] | None = None
+        # Sharded modules cannot be copied: the place for whole parameters is made before they are.
+        self._whole_heads = copy.deepcopy(model.heads).cpu() if self.is_fsdp_enabled else model.heads
+
+    @property
+    def _heads(self) -> AuxiliaryHeads:
         return self.accelerator.unwrap_model(self.model).heads
+
+    def trained_heads(self) -> AuxiliaryHeads:
+        """The heads with whole parameters; a copy on the CPU where they are sharded. All processes call this together."""
+        if self.is_fsdp_enabled:
+            gather(self._heads, self._whole_heads)
+        return self._whole_heads
+
+    @torch.no_grad()
+    def round_heads(self, dtype: torch.dtype) -> None:
+        """Leave in the heads what ``dtype`` can hold, so that the next evaluation is about the heads as they are saved."""
+        if not self.is_fsdp_enabled:
+            self._heads.to(dtype)
+        else:  # whose dtype is fixed
+            for parameter in self._heads.parameters():
+                parameter.copy_(parameter.to(dtype))
 
     def evaluate_heads(self, description: str) -> dict[str, HeadEvaluation]:
         """`HeadEvaluation` of every evaluation set; under several processes each takes a share of the rows."""
@@ -121,7 +148,15 @@ class HeadTrainer(Trainer):
             )
             totals = sum_totals(self._totals(batch) for batch in bar)
             evaluations[name] = HeadEvaluation.from_totals(self.accelerator.reduce(totals))
+        if self.is_fsdp_enabled:
+            reshard(self.model_wrapped)
         return evaluations
+
+    def evaluate_before(self) -> dict[str, HeadEvaluation]:
+        """Evaluate, once, the untrained heads; at the latest before the first step or the first checkpoint that is loaded."""
+        if self._before is None:
+            self._before = self.evaluate_heads("Held-out, before training")
+        return self._before
 
     @torch.no_grad()
     def _totals(self, batch: Any) -> Tensor:
@@ -163,6 +198,7 @@ class HeadTrainer(Trainer):
         )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.evaluate_before()
         # A run interrupted between its last step and its end is at its end: Trainer would take one step more.
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -176,12 +212,25 @@ class HeadTrainer(Trainer):
             heads.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would save the whole frozen base model with every checkpoint.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # then comes trainer_state.json, which says that the checkpoint is whole
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.trained_heads(), Path(resume_from_checkpoint))
+        self.evaluate_before()
+        load_weights(self._whole_heads, Path(resume_from_checkpoint))
+        if self.is_fsdp_enabled:
+            scatter(self._whole_heads, self._heads)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -27,6 +27,7 @@ from .heads import AuxiliaryHeads
 from .hidden_cache import cached_rows, with_hidden_states
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder
+from .sharded_heads import sharding_requested
 from .trainer_arguments import training_settings
 
 
@@ -40,6 +41,7 @@ class HeadTrainingSettings:
     eval_data: list[str] | None = None
     eval_rows: int = 200
     base_model_id: str | None = None
+    license: str | None = None
     init_heads: str | None = None
     num_heads: int | None = None
     head_type: str | None = None
@@ -107,6 +109,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every head takes part in every batch
     _prepare_evaluation(settings, args)
+    sharded = sharding_requested(args, settings.cache)
     # Fails on bad data before anything is written.
     train_rows, eval_rows = _rows(settings)
     with args.main_process_first(local=False):
@@ -116,7 +119,9 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         disable_progress_bar()
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(args.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).eval()
+    if not sharded:  # sharding itself brings to each device its part
+        model.to(args.device)
     require_tokenizer_of(model, tokenizer)
     train, evals = (
         [DataFile(path, encode(rows, tokenizer, settings.max_length, quiet=not is_first)) for path, rows in files]
@@ -126,21 +131,24 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         for what, files in (("Training", train), ("Held-out", evals)):
             for file in files:
                 print(f"{what} data, {file.path.name}: {file.encoded.describe()}")
+    dtype = model.dtype
     heads = _initial_heads(settings, model)
     if is_first:
         print(f"Heads: {sum(p.numel() for p in heads.parameters()):,} parameters, {heads.config.head_type}")
     if settings.base_model_id is not None:
         heads.config.base_model_name_or_path = settings.base_model_id
+    heads.config.license = settings.license or heads.config.license
     # The optimizer steps in fp32 even where the base model computes in half precision.
     heads.float()
     trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)
-    before = trainer.evaluate_heads("Held-out, before training")
+    if not sharded:  # else as soon as they are
+        trainer.evaluate_before()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.perf_counter() - started
-    trained = trainer.trained_heads()
-    trained.to(model.dtype)  # as they are saved, so that the figures are those of the artifact
+    trainer.round_heads(dtype)
     after = trainer.evaluate_heads("Held-out, after training")
+    trained = trainer.trained_heads().to(dtype)
     trained.config.training = {
         "data": [file.record() for file in train],
         "targets": settings.targets,
@@ -152,7 +160,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         "steps": trainer.state.global_step,
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
         "seconds": seconds,
-        "evaluations": [_evaluation_record(file, before, after) for file in evals],
+        "evaluations": [_evaluation_record(file, trainer.evaluate_before(), after) for file in evals],
         **provenance(),
     }
     summary = trained.config.training | {

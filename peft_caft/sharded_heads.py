@@ -1,0 +1,75 @@
+"""Heads whose parameters FSDP2 has spread over the processes: whole ones from them, whole ones into them.
+
+All processes call `gather` and `scatter` together.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainingArguments
+
+from .heads import AuxiliaryHeads
+
+
+def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
+    """Whether the run shards its models, by ``--fsdp`` or by ``accelerate launch``.
+
+    Raises:
+        ValueError: if it does so in a way that stage 1 does not support.
+    """
+    if args.fsdp_plugin_args is not None:
+        plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        plugin = FullyShardedDataParallelPlugin()
+    else:
+        return False
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version: got {plugin.fsdp_version}, expected 2: FSDP1 flattens the frozen base model and the heads into "
+            "one parameter. Set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: got true, expected false, since heads are made from the base model's weights "
+            "in every process. Set it to false, as examples/accelerate/fsdp2.yaml does."
+        )
+    if cache is not None:
+        raise ValueError(
+            f"cache: got {cache!r} with FSDP, expected none, since hidden states are computed before the model is sharded. "
+            "Train without --cache, or with examples/accelerate/ddp.yaml if the base model fits on one device."
+        )
+    return True
+
+
+def gather(heads: AuxiliaryHeads, whole: AuxiliaryHeads) -> None:
+    """Copy the parameters of sharded ``heads`` into ``whole``, heads of the same shape."""
+    with torch.no_grad():
+        for name, parameter in heads.named_parameters():
+            whole.get_parameter(name).copy_(_full(parameter))
+
+
+def scatter(whole: AuxiliaryHeads, heads: AuxiliaryHeads) -> None:
+    """Copy the parameters of ``whole`` into sharded ``heads``; each process keeps its shards."""
+    with torch.no_grad():
+        for name, parameter in heads.named_parameters():
+            values = whole.get_parameter(name).to(parameter.device, parameter.dtype)
+            if isinstance(parameter, DTensor):
+                values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+            parameter.copy_(values)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole parameters that an evaluation left in the outermost module: only shards may be read and saved."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _full(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

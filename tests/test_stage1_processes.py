@@ -1,0 +1,164 @@
+"""Stage 1 in two processes under `accelerate launch`, on the CPU with gloo, against the same run in one process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_caft.cli import main
+
+from .tiny_checkpoint import save_checkpoint, write_chats
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples" / "accelerate"
+# 24 steps of 12 rows in two epochs; the rows are grouped by length, in one order for any number of processes.
+OPTIONS = [
+    *("--max-length", "64", "--num_train_epochs", "2", "--learning_rate", "1e-2", "--logging_steps", "1"),
+    *("--save_steps", "4", "--eval_steps", "8", "--use_cpu", "true"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return {"model": save_checkpoint(folder / "model"), "data": write_chats(folder / "data.jsonl", 160)}
+
+
+def command(files: dict[str, str], output: Path, *options: str) -> list[str]:
+    places = ["--model", files["model"], "--data", files["data"], "--output", str(output)]
+    return ["train-heads", *places, *OPTIONS, *options]
+
+
+def start(config: str, arguments: list[str], module: str = "peft_caft.cli") -> subprocess.Popen:
+    """Two processes, and the one that starts them."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / config)]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "--main_process_port", "0", "-m", module, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Both streams of all processes."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(moment: Callable[[], bool], process: subprocess.Popen) -> None:
+    try:
+        while not moment():
+            assert process.poll() is None, f"ended before the moment came: {process.communicate()[0]}"
+            time.sleep(0.001)
+    finally:
+        for victim in (*psutil.Process(process.pid).children(recursive=True), process):
+            victim.kill()
+        process.communicate()
+
+
+def in_one_process(arguments: list[str]) -> str:
+    """The same command in this process; its output."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+        patch.setattr(sys, "argv", ["peft-caft", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert not end.value.code, output.getvalue()
+    return output.getvalue()
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def require_same_training(one: Path, two: Path, tolerance: float) -> None:
+    """Losses and norms of every step, evaluations, and weights."""
+    ours, theirs = summary(two), summary(one)
+    assert len(ours["log_history"]) == len(theirs["log_history"])
+    for own, other in zip(ours["log_history"], theirs["log_history"], strict=True):
+        assert own.keys() == other.keys()
+        for name in set(own) - {n for n in own if n.startswith("train_")}:
+            assert own[name] == pytest.approx(other[name], abs=tolerance, rel=tolerance), name
+    for own, other in zip(ours["evaluations"], theirs["evaluations"], strict=True):
+        for when in ("before", "after"):
+            assert own[when]["acceptance_length"] == pytest.approx(other[when]["acceptance_length"])
+            for head, expected in zip(own[when]["heads"], other[when]["heads"], strict=True):
+                assert head == pytest.approx(expected, abs=tolerance)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (two, one))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def one_process(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "heads"
+    in_one_process(command(files, folder, "--per_device_train_batch_size", "12"))
+    return folder
+
+
+def test_two_processes_train_as_one_does(files, one_process, tmp_path):
+    output = finish(start("ddp.yaml", command(files, tmp_path / "heads", "--per_device_train_batch_size", "6")))
+    assert summary(tmp_path / "heads")["processes"] == 2
+    require_same_training(one_process, tmp_path / "heads", tolerance=1e-5)
+    # Rank 0 alone speaks.
+    for line in ("Training data, data.jsonl", "Heads: ", "Acceptance length: ", "Heads written to"):
+        assert output.count(line) == 1, output
+    bars = {"Loading weights": 1, "Tokenizing": 2, "Held-out, before training, data": 1}
+    assert {name: output.count(f"{name}:   0%|") for name in bars} == bars
+    assert output.count(" 0/24 [00:00<?") == 1
+    assert "Warning" not in output
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_cache_and_take_up_what_was_killed(files, one_process, tmp_path):
+    options = ["--cache", str(tmp_path / "cache"), "--per_device_train_batch_size"]
+    heads = tmp_path / "heads"
+    two = command(files, heads, *options, "6")
+    kill_when((heads / "checkpoints" / "checkpoint-16" / "trainer_state.json").exists, start("ddp.yaml", two))
+    assert set((tmp_path / "cache" / "done.bin").read_bytes()) == {1}
+    output = finish(start("ddp.yaml", two))
+    assert "Caching hidden states" not in output
+    require_same_training(one_process, heads, tolerance=1e-4)
+
+    output = in_one_process(command(files, tmp_path / "one", *options, "12"))
+    assert "Caching hidden states" not in output
+    require_same_training(one_process, tmp_path / "one", tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--head-type", "decoder_layer", "--targets", "soft"),
+        ("--head-type", "residual", "--targets", "hard"),
+        ("--head-input", "last_hidden_state", "--dtype", "bfloat16", "--max_steps", "8"),
+    ],
+)
+def test_sharded_models_train_as_whole_ones_and_are_taken_up_when_killed(options, files, tmp_path):
+    in_one_process(command(files, tmp_path / "one", "--per_device_train_batch_size", "12", *options))
+    heads = tmp_path / "heads"
+    arguments = command(files, heads, "--per_device_train_batch_size", "6", *options)
+    checkpoint = heads / "checkpoints" / "checkpoint-4"
+    kill_when((checkpoint / "trainer_state.json").exists, start("fsdp2.yaml", arguments, "tests.fsdp_on_cpu"))
+    assert (checkpoint / "optimizer.bin").is_file()  # FSDP's; elsewhere Trainer writes optimizer.pt
+    assert not list(checkpoint.glob("pytorch_model_fsdp*"))  # the frozen base model has no place in a checkpoint
+    output = finish(start("fsdp2.yaml", arguments, "tests.fsdp_on_cpu"))
+    assert output.count("Heads written to") == 1
+    require_same_training(tmp_path / "one", heads, tolerance=2e-2 if "bfloat16" in options else 1e-4)
