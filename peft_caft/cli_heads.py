@@ -46,6 +46,10 @@ def train_heads_command(
         str | None,
         typer.Option(help="Hub id to record as the base model, where --model is a local copy.", show_default=False),
     ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="For the card, such as apache-2.0; see the base model's.", show_default=False),
+    ] = None,
     init_heads: Annotated[
         str | None,
         typer.Option(
@@ -166,9 +170,18 @@ def push_command(
 def distill_command(
     model: Model,
     prompts: Annotated[
-        str, typer.Option(help="JSONL with 'prompt' or 'messages'; the answers at the end of a chat are cut off.")
+        str,
+        typer.Option(
+            help="JSONL with 'prompt' or 'messages' (answers at the end of a chat are cut off), or a dataset: hf:NAME, "
+            "hf:NAME:CONFIG, hf:FOLDER; those need peft-caft[datasets]."
+        ),
     ],
     output: Annotated[str, typer.Option(help="JSONL file to write. An interrupted run is resumed.")],
+    split: Annotated[str | None, typer.Option(help="Split of a dataset. [default: train]", show_default=False)] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Field with the prompt or chat. [default: messages or prompt]", show_default=False),
+    ] = None,
     system: Annotated[
         str | None, typer.Option(help="System message for prompts that have none.", show_default=False)
     ] = None,
@@ -206,8 +219,8 @@ def distill_command(
 ) -> None:
     """Let the base model answer prompts: training data for heads in the model's own words (self-distillation).
 
-    `accelerate launch -m peft_caft.cli distill ...` splits the prompts over processes. Writes FILE.jsonl and
-    FILE.provenance.json.
+    Writes FILE.jsonl and FILE.provenance.json. `accelerate launch --config_file examples/accelerate/ddp.yaml -m
+    peft_caft.cli distill ...` splits the prompts over processes.
     """
     from .distillation import DistillationSettings, distill, distillation_table
     from .tables import markdown_table

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from .answers import AnswerReader
 from .atomic import replacing, write_text
 from .config import require_choice
-from .data import encode, file_sha256, require_tokenizer_of
+from .data import file_sha256, require_tokenizer_of
 from .distillation_parts import Parts
-from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, special_token_ids, stop_token_ids
+from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, stop_token_ids
 from .heads_config import fingerprint
-from .prompts import Prompt, prepare_prompts, read_prompt_rows
+from .prompts import Prompt, prepare_prompts, read_prompts
 from .provenance import provenance
 
 BACKENDS = ("transformers", "vllm")
-REPEATED_NGRAM = 8  # tokens: about a clause, so that lists, tables and code do not look like loops
 REASONS = ("empty", "repetitive", "duplicate")
 
 
@@ -35,6 +40,8 @@ class DistillationSettings:
     model: str
     prompts: str
     output: str
+    split: str | None = None
+    column: str | None = None
     system: str | None = None
     max_prompts: int | None = None
     samples_per_prompt: int = 1
@@ -61,50 +68,83 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
     Raises:
         FileExistsError, FileNotFoundError, ValueError, OSError: as the message says.
     """
+    _require_valid(settings)
+    # Without an accelerator accelerate must be told so, or each process takes itself for the only one. Processes that are
+    # done wait for the others, however long those take.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    if settings.backend == "vllm" and state.num_processes > 1:
+        raise ValueError(
+            f"backend: got 'vllm' in {state.num_processes} processes, expected one, since vLLM starts its own. Run the "
+            "command without accelerate launch."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    source = read_prompts(settings.prompts, settings.split, settings.column, settings.max_prompts)
+    prompts, duplicates = prepare_prompts(source.rows, tokenizer, settings.system)
+    config = AutoConfig.from_pretrained(settings.model)
+    fitting = _fitting(prompts, config, settings.max_new_tokens)
+    backend, model_fingerprint = _backend(settings, tokenizer, state)
+    batches = _batches(fitting, settings.samples_per_prompt, backend.batch_size)
+    recorded = asdict(settings) | {
+        "model": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
+        "model_revision": getattr(config, "_commit_hash", None),
+        "unembedding_fingerprint": model_fingerprint,
+        "prompts": source.name,
+        "prompts_sha256": source.sha256,
+        "stop_token_ids": backend.sampling.stop_token_ids,
+        "batch_size": backend.batch_size,
+    }
+    del recorded["output"]
+    parts = Parts(Path(settings.output))
+    with _full_disk_explained(parts.output):
+        done = parts.begin(recorded, overwrite) if state.is_main_process else None
+        state.wait_for_everyone()
+        if not parts.folder.is_dir():
+            return done or {}
+        finished = {batch["batch"] for batch in parts.finished()}
+        state.wait_for_everyone()  # nobody writes before all have read
+        pending = [number for number in _order(len(batches)) if number not in finished]
+        _answer(
+            pending[state.process_index :: state.num_processes], batches, backend, settings, tokenizer, parts, state
+        )
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return {}
+        record = _join(parts, fitting)
+        record["counts"] = {
+            "prompts": len(source.rows),
+            "duplicate_prompts": duplicates,
+            "too_long_prompts": len(prompts) - len(fitting),
+        } | record["counts"]
+        record |= {"settings": recorded} | provenance()
+        write_text(parts.provenance_path, json.dumps(record, indent=2) + "\n")
+        parts.discard()
+    return record
+
+
+def _require_valid(settings: DistillationSettings) -> None:
     require_choice("backend", settings.backend, BACKENDS)
     for name in ("batch_size", "samples_per_prompt", "max_prompts"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1.")
-    state = PartialState()
-    rows = read_prompt_rows(settings.prompts)[: settings.max_prompts]
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    prompts, duplicates = prepare_prompts(rows, tokenizer, settings.system)
-    config = AutoConfig.from_pretrained(settings.model)
-    fitting = _fitting(prompts, config, settings.max_new_tokens)
-    backend, sampling, model_fingerprint = _backend(settings, tokenizer, state)
-    batch_size = settings.batch_size or (32 if settings.backend == "transformers" else 1024)
-    recorded = asdict(settings) | {
-        "model": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
-        "model_revision": getattr(config, "_commit_hash", None),
-        "unembedding_fingerprint": model_fingerprint,
-        "prompts": Path(settings.prompts).name,
-        "prompts_sha256": file_sha256(settings.prompts),
-        "stop_token_ids": sampling.stop_token_ids,
-        "batch_size": batch_size,
-    }
-    del recorded["output"]
+    output = Path(settings.output)
+    if output.is_dir():
+        raise IsADirectoryError(f"output: {output} is a folder, expected a JSONL file to write.")
+    if output.resolve() == Path(settings.prompts).resolve():
+        raise ValueError(f"output: got {output}, the prompts themselves, expected another file.")
 
-    parts = Parts(Path(settings.output))
-    with state.main_process_first():
-        done = parts.begin(recorded, overwrite and state.is_main_process)
-    if done is not None:
-        return done
-    batches = _batches(fitting, settings.samples_per_prompt, batch_size)
-    finished = {batch["batch"] for batch in parts.finished()}
-    state.wait_for_everyone()  # nobody writes before all have read
-    pending = [number for number in _order(len(batches)) if number not in finished][
-        state.process_index :: state.num_processes
-    ]
-    _answer(pending, batches, backend, settings, tokenizer, parts, state)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return {}
-    counts = {"prompts": len(rows), "duplicate_prompts": duplicates, "too_long_prompts": len(prompts) - len(fitting)}
-    record = _join(parts, fitting, counts) | {"settings": recorded} | provenance()
-    write_text(parts.provenance_path, json.dumps(record, indent=2) + "\n")
-    parts.discard()
-    return record
+
+@contextmanager
+def _full_disk_explained(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"output: the disk of {output} is full. All batches that were finished are kept: make room there and run the same "
+            "command again to go on."
+        ) from error
 
 
 def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Prompt]:
@@ -123,7 +163,7 @@ def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Pr
 
 def _backend(
     settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase, state: PartialState
-) -> tuple[Backend, Sampling, list[float] | None]:
+) -> tuple[Backend, list[float] | None]:
     try:
         generation_config = GenerationConfig.from_pretrained(settings.model)
     except OSError:  # a model need not have one
@@ -136,12 +176,12 @@ def _backend(
         stop_token_ids(tokenizer, generation_config),
     )
     if settings.backend == "vllm":
-        return VLLMBackend(settings.model, settings.dtype, sampling), sampling, None
+        return VLLMBackend(settings.model, settings.dtype, sampling, settings.batch_size or 1024), None
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(state.device).eval()
     require_tokenizer_of(model, tokenizer)
     pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     unembedding = model.get_output_embeddings().weight
-    return TransformersBackend(model, sampling, pad_token_id), sampling, fingerprint(unembedding)
+    return TransformersBackend(model, sampling, settings.batch_size or 32, pad_token_id), fingerprint(unembedding)
 
 
 def _batches(prompts: list[Prompt], samples: int, size: int) -> list[list[tuple[Prompt, int]]]:
@@ -178,9 +218,9 @@ def _answer(
         disable=not state.is_main_process,
         smoothing=0,
     )
-    specials = special_token_ids(tokenizer)
+    reader = AnswerReader(tokenizer, backend.sampling.stop_token_ids, settings.max_repetition)
     tokens, started = 0, time.perf_counter()
-    with bar:
+    with bar, parts.appending(state.process_index) as append:
         for number in pending:
             batch = batches[number]
             begun = time.perf_counter()
@@ -188,85 +228,16 @@ def _answer(
                 [prompt.input_ids for prompt, _ in batch], settings.seed * 1_000_003 + number * 4099
             )
             results = [
-                _result(
-                    prompt,
-                    sample,
-                    answer,
-                    tokenizer,
-                    specials,
-                    backend.sampling.stop_token_ids,
-                    settings.max_repetition,
-                )
-                for (prompt, sample), answer in zip(batch, answers, strict=True)
+                reader.read(prompt, sample, answer) for (prompt, sample), answer in zip(batch, answers, strict=True)
             ]
             seconds = time.perf_counter() - begun
-            parts.append(state.process_index, {"batch": number, "seconds": round(seconds, 3), "results": results})
+            append({"batch": number, "seconds": round(seconds, 3), "results": results})
             tokens += sum(map(len, answers))
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
             bar.update(len(batch))
 
 
-def _result(
-    prompt: Prompt,
-    sample: int,
-    ids: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    specials: set[int],
-    stops: list[int],
-    max_repetition: float,
-) -> dict[str, Any]:
-    """What is kept of an answer: ``prompt_index, sample, answer, complete, tokens, rejected, same_tokens``."""
-    tokens, complete = len(ids), ids[-1] in stops
-    # A special token in the midst would be read as a turn's end or begin later: the answer ends before it.
-    end = next((position for position, token in enumerate(ids) if token in specials or token in stops), len(ids))
-    complete = complete and end == len(ids) - 1
-    ids = ids[:end]
-    answer = _decode(ids, tokenizer)
-    while not complete and ids and answer.endswith("\ufffd"):  # cut within a character of several tokens
-        ids = ids[:-1]
-        answer = _decode(ids, tokenizer)
-    rejected = rejection(answer, ids, max_repetition)
-    same = rejected is None and _reads_the_same(prompt, ids, answer, tokenizer)
-    return {
-        "prompt_index": prompt.index,
-        "sample": sample,
-        "answer": answer,
-        "complete": complete,
-        "tokens": tokens,
-        "rejected": rejected,
-        "same_tokens": same,
-    }
-
-
-def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def rejection(answer: str, ids: list[int], max_repetition: float = 0.5) -> str | None:
-    """Why an answer is no use for training, or None.
-
-    ``"empty"``: nothing but white space. ``"repetitive"``: of its runs of 8 tokens, more than ``max_repetition`` have
-    occurred before in it, as when a line or a phrase is repeated over and over; 1 turns this off.
-    """
-    if not answer.strip():
-        return "empty"
-    runs = [tuple(ids[start : start + REPEATED_NGRAM]) for start in range(len(ids) - REPEATED_NGRAM + 1)]
-    if runs and 1 - len(set(runs)) / len(runs) > max_repetition:
-        return "repetitive"
-    return None
-
-
-def _reads_the_same(prompt: Prompt, ids: list[int], answer: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the row, tokenized for training, gives the very tokens that the model wrote."""
-    row = prompt.row(answer) | {"complete": False}
-    try:
-        read = encode([row], tokenizer, max_length=2**31, quiet=True).rows[0]["input_ids"]
-    except ValueError:  # the template rewrites the chat, or drops the answer
-        return False
-    return read == [*prompt.input_ids, *ids]
-
-
-def _join(parts: Parts, prompts: list[Prompt], counts: dict[str, int]) -> dict[str, Any]:
+def _join(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
     """Write the output, in the order of the prompts; counts for the provenance."""
     by_index = {prompt.index: prompt for prompt in prompts}
     finished = list(parts.finished())
@@ -295,8 +266,7 @@ def _join(parts: Parts, prompts: list[Prompt], counts: dict[str, int]) -> dict[s
     return {
         "file": parts.output.name,
         "sha256": file_sha256(parts.output),
-        "counts": counts
-        | {"answers": len(results), "kept": kept, "complete": complete, "cut_off": kept - complete}
+        "counts": {"answers": len(results), "kept": kept, "complete": complete, "cut_off": kept - complete}
         | {f"rejected_{reason}": rejected[reason] for reason in REASONS}
         | {"retokenized_differently": different},
         "tokens": tokens,

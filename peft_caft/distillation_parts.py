@@ -10,12 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .atomic import write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one output are not noticed there
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -42,43 +48,56 @@ class Parts:
             FileExistsError: if there is an output, or an interrupted run, of other settings.
         """
         advice = "Choose another output, or pass --overwrite to replace it."
-        settings_path = self.folder / "settings.json"
+        for part in self._parts():
+            with open(part, "rb+") as file:
+                self._lock(file)  # a process of a killed run may live on
         if overwrite:
             self.discard()
             self.provenance_path.unlink(missing_ok=True)
         finished = _read_json(self.provenance_path) if self.output.exists() else None
-        if finished is not None and finished.get("settings") == settings:
+        if finished is not None and not _changed(settings, finished.get("settings", {})):
             self.discard()
             return finished
+        settings_path = self.folder / "settings.json"
         recorded = _read_json(settings_path)
         if recorded is not None:
-            _require_equal(
-                settings, recorded, f"output: {self.output} is of an interrupted run with other settings", advice
-            )
+            if changed := _changed(settings, recorded):
+                raise FileExistsError(f"output: {self.output} is of an interrupted run with {changed}. {advice}")
         elif self.output.exists() and not overwrite:
-            was = {} if finished is None else finished.get("settings", {})
-            if was:
-                _require_equal(settings, was, f"output: {self.output} exists, made with other settings", advice)
-            raise FileExistsError(f"output: {self.output} exists. {advice}")
+            changed = _changed(settings, (finished or {}).get("settings", {}))
+            raise FileExistsError(
+                f"output: {self.output} exists{f', made with {changed}' if finished else ''}. {advice}"
+            )
         else:
             write_text(settings_path, json.dumps(settings, indent=2) + "\n")
-        for part in self.folder.glob("part-*.jsonl"):
-            _cut_off_half_line(part)
+        for part in self._parts():
+            with open(part, "rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
         return None
 
     def finished(self) -> Iterator[dict[str, Any]]:
         """The finished batches of all processes, in no order."""
-        for part in sorted(self.folder.glob("part-*.jsonl")):
+        for part in self._parts():
             with open(part, encoding="utf-8") as file:
                 for line in file:
                     yield json.loads(line)
 
-    def append(self, rank: int, batch: dict[str, Any]) -> None:
-        """Record a finished batch: on the disk when this returns."""
+    @contextmanager
+    def appending(self, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Yield a function that records a finished batch: it is on the disk when the function returns.
+
+        Raises:
+            BlockingIOError: if another run writes the same output.
+        """
         with open(self.folder / f"part-{rank}.jsonl", "ab") as file:
-            file.write((json.dumps(batch) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+            self._lock(file)
+
+            def append(batch: dict[str, Any]) -> None:
+                file.write((json.dumps(batch) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+            yield append
 
     def discard(self) -> None:
         """Remove everything, in one step as far as another run can see."""
@@ -88,20 +107,28 @@ class Parts:
             self.folder.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
 
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.jsonl"))
+
+    def _lock(self, file: IO[bytes]) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"output: {self.output} is being written by another process. Wait for it or stop it, or choose another "
+                "output."
+            ) from error
+
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _require_equal(got: dict[str, Any], expected: dict[str, Any], what: str, advice: str) -> None:
-    changed = [name for name in sorted({*got, *expected}) if got.get(name) != expected.get(name)]
-    if changed:
-        name = changed[0]
-        raise FileExistsError(f"{what}; {name}: got {got.get(name)!r}, expected {expected.get(name)!r}. {advice}")
-
-
-def _cut_off_half_line(path: Path) -> None:
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+def _changed(got: dict[str, Any], recorded: dict[str, Any]) -> str | None:
+    """The first setting that differs, in words."""
+    for name in sorted({*got, *recorded}):
+        if got.get(name) != recorded.get(name):
+            return f"other settings; {name}: got {got.get(name)!r}, expected {recorded.get(name)!r} to go on with it"
+    return None

@@ -39,9 +39,10 @@ class Sampling:
 
 
 class Backend(Protocol):
-    """What answers prompts."""
+    """What answers prompts, ``batch_size`` at a time."""
 
     sampling: Sampling
+    batch_size: int
 
     def answers(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
         """Tokens of one answer per prompt, up to and with the token that ended it; the same again for the same seed."""
@@ -84,9 +85,10 @@ class TransformersBackend:
         pad_token_id: any token of the model; padding is masked.
     """
 
-    def __init__(self, model: PreTrainedModel, sampling: Sampling, pad_token_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, sampling: Sampling, batch_size: int, pad_token_id: int) -> None:
         self.model = model
         self.sampling = sampling
+        self.batch_size = batch_size
         self.pad_token_id = pad_token_id
         # In place of the model's own, whose top_k or repetition_penalty would be merged in.
         model.generation_config = GenerationConfig(
@@ -123,7 +125,7 @@ class VLLMBackend:
         ModuleNotFoundError: if vLLM is not installed.
     """
 
-    def __init__(self, model: str, dtype: str, sampling: Sampling) -> None:
+    def __init__(self, model: str, dtype: str, sampling: Sampling, batch_size: int) -> None:
         try:
             from vllm import LLM
         except ModuleNotFoundError as error:
@@ -132,6 +134,7 @@ class VLLMBackend:
             ) from error
         self.llm: Any = LLM(model=model, dtype=dtype, generation_config="vllm")  # not the model's top_k and the like
         self.sampling = sampling
+        self.batch_size = batch_size
 
     def answers(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
         from vllm import SamplingParams

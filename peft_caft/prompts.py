@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .data import file_sha256
+
+DATASET = "hf:"
 PROMPT_FORMS = "{'prompt': '...'} or {'messages': [{'role': 'user', 'content': '...'}, ...]}"
 
 
@@ -35,28 +40,100 @@ class Prompt:
         return {"prompt": self.text, "completion": answer}
 
 
-def read_prompt_rows(path: str | Path) -> list[tuple[str, Any]]:
-    """Rows of a JSONL file with where each stands (file and line), for `prepare_prompts`.
+@dataclass(frozen=True)
+class PromptRows:
+    """Rows as they were read.
+
+    Attributes:
+        rows: where each stands (file and line) and what it is.
+        name: of the source, without the path to it.
+        sha256: of the file; of the rows that were read, for a dataset.
+    """
+
+    rows: list[tuple[str, Any]]
+    name: str
+    sha256: str
+
+
+def read_prompts(
+    source: str, split: str | None = None, column: str | None = None, limit: int | None = None
+) -> PromptRows:
+    """Read prompts from a JSONL file, or ``hf:NAME`` or ``hf:NAME:CONFIG`` with the library ``datasets``.
+
+    Args:
+        source: NAME is a dataset of the Hub, a folder of data files, or one that ``Dataset.save_to_disk`` wrote.
+        split: of a dataset; ``"train"`` if None.
+        column: holds the prompt (a string) or the chat (a list of messages); ``messages`` or ``prompt`` if None.
+        limit: take the first so many rows.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming file and line, if a line is not JSON, or if the file has no rows.
+        FileNotFoundError: if there is no such file or dataset.
+        ModuleNotFoundError: if ``datasets`` is needed and not installed.
+        ValueError: naming file and line, if a line is not JSON or lacks the column, or if there are no rows.
     """
-    path = Path(path)
+    if source.startswith(DATASET):
+        result = _read_dataset(source, split or "train", column, limit)
+    elif split is not None:
+        raise ValueError(f"split: got {split!r} for the file {source}, expected it unset. Datasets are named hf:NAME.")
+    else:
+        result = PromptRows(_read_jsonl(Path(source), column, limit), Path(source).name, file_sha256(source))
+    if not result.rows:
+        raise ValueError(f"prompts: got no rows in {source}, expected at least one of the form {PROMPT_FORMS}.")
+    return result
+
+
+def _read_jsonl(path: Path, column: str | None, limit: int | None) -> list[tuple[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"prompts: {path} is not a file, expected a JSONL file with rows {PROMPT_FORMS}.")
+        raise FileNotFoundError(
+            f"prompts: {path} is not a file, expected JSONL with rows {PROMPT_FORMS}, or hf:NAME for a dataset."
+        )
     rows = []
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    rows.append((where, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not valid JSON ({error}). Expected one JSON object a line.") from error
-    if not rows:
-        raise ValueError(f"{path}: got no rows, expected at least one of the form {PROMPT_FORMS}.")
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip())
+        for where, line in islice(lines, limit):
+            try:
+                rows.append((where, _renamed(json.loads(line), column, where)))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not valid JSON ({error}). Expected one JSON object a line.") from error
     return rows
+
+
+def _read_dataset(source: str, split: str, column: str | None, limit: int | None) -> PromptRows:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"prompts: {source} needs the library datasets. Run `pip install 'peft-caft[datasets]'`, or give a JSONL file."
+        ) from error
+    name = source.removeprefix(DATASET)
+    folder = Path(name)
+    if (folder / "dataset_dict.json").is_file():
+        data = datasets.load_from_disk(name)[split]
+    elif (folder / "state.json").is_file():
+        data = datasets.load_from_disk(name)
+    elif folder.is_dir():
+        data = datasets.load_dataset(name, split=split)
+    else:
+        name, _, config = name.partition(":")
+        data = datasets.load_dataset(name, config or None, split=split)
+    column = column or next((known for known in ("messages", "prompt") if known in data.column_names), None)
+    if column not in data.column_names:
+        raise ValueError(
+            f"column: got {column!r}, expected one of {', '.join(data.column_names)}, the columns of {source}. Pass --column."
+        )
+    named = ((f"{source}, row {number}", row) for number, row in enumerate(data.select_columns([column])))
+    rows = [(where, _renamed(row, column, where)) for where, row in islice(named, limit)]
+    digest = hashlib.sha256(json.dumps([row for _, row in rows]).encode()).hexdigest()
+    return PromptRows(rows, f"{DATASET}{folder.name}" if folder.is_dir() else source, digest)
+
+
+def _renamed(row: Any, column: str | None, where: str) -> Any:
+    """The row with its prompt or chat under the usual name."""
+    if column is None:
+        return row
+    if not isinstance(row, dict) or not isinstance(row.get(column), (str, list)):
+        raise ValueError(f"{where}: column {column!r}: expected a string or a list of messages.")
+    return {"prompt" if isinstance(row[column], str) else "messages": row[column]}
 
 
 def prepare_prompts(
@@ -68,7 +145,7 @@ def prepare_prompts(
     off, because the model answers itself.
 
     Args:
-        rows: as `read_prompt_rows` gives them.
+        rows: as `read_prompts` gives them.
         system: system message for chats that have none.
 
     Returns:

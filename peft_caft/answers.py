@@ -1,0 +1,85 @@
+"""What becomes of the tokens that a model answered: text, or a reason to leave it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .data import encode
+from .generation import special_token_ids
+from .prompts import Prompt
+
+REPEATED_RUN = 8  # tokens: about a clause, so that lists, tables and code do not look like loops
+
+
+class AnswerReader:
+    """Turns the tokens of answers into text and judges them.
+
+    Args:
+        tokenizer: of the model that answered.
+        stop_token_ids: tokens that end an answer.
+        max_repetition: see `rejection`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int], max_repetition: float) -> None:
+        self.tokenizer = tokenizer
+        self.stops = set(stop_token_ids)
+        self.ends = self.stops | special_token_ids(tokenizer)
+        self.max_repetition = max_repetition
+
+    def read(self, prompt: Prompt, sample: int, ids: list[int]) -> dict[str, Any]:
+        """The record of one answer.
+
+        Args:
+            ids: tokens of the answer, up to and with the one that ended it, if any did.
+
+        Returns:
+            ``prompt_index``; ``sample``; ``answer``, without special tokens; ``complete``: the model ended it; ``tokens``:
+            how many were generated; ``rejected``: the reason, or None; ``same_tokens``: the row, tokenized for training, has
+            the very tokens that the model wrote.
+        """
+        # A special token in the midst would be read as another turn when trained on: the answer ends before it.
+        end = next((position for position, token in enumerate(ids) if token in self.ends), len(ids))
+        complete = end < len(ids) and ids[end] in self.stops
+        kept = ids[:end]
+        answer = self._decode(kept)
+        while not complete and kept and answer.endswith("\ufffd"):  # cut within a character of several tokens
+            kept = kept[:-1]
+            answer = self._decode(kept)
+        rejected = rejection(answer, kept, self.max_repetition)
+        return {
+            "prompt_index": prompt.index,
+            "sample": sample,
+            "answer": answer,
+            "complete": complete,
+            "tokens": len(ids),
+            "rejected": rejected,
+            "same_tokens": rejected is None and self._same_tokens(prompt, kept, answer, complete),
+        }
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _same_tokens(self, prompt: Prompt, ids: list[int], answer: str, complete: bool) -> bool:
+        row = prompt.row(answer) | {"complete": complete}
+        try:
+            trained_on = encode([row], self.tokenizer, max_length=2**31, quiet=True).rows[0]["input_ids"]
+        except ValueError:  # the template rewrites the chat or the answer
+            return False
+        expected = [*prompt.input_ids, *ids]
+        return trained_on[: len(expected)] == expected and (not complete or trained_on[len(expected)] in self.ends)
+
+
+def rejection(answer: str, ids: list[int], max_repetition: float = 0.5) -> str | None:
+    """Why an answer is no use for training, or None.
+
+    ``"empty"``: nothing but white space. ``"repetitive"``: of its runs of 8 tokens, a larger share than ``max_repetition``
+    has occurred before in it, as when a line or a phrase is repeated over and over; 1 turns this off.
+    """
+    if not answer.strip():
+        return "empty"
+    runs = [tuple(ids[start : start + REPEATED_RUN]) for start in range(len(ids) - REPEATED_RUN + 1)]
+    if runs and 1 - len(set(runs)) / len(runs) > max_repetition:
+        return "repetitive"
+    return None
