@@ -83,9 +83,9 @@ def cached_rows(
     dtype = backbone.lm_head.weight.dtype
     batches = _batches(rows)
     shape = (sum(len(row["input_ids"]) for row in rows), backbone.hidden_size)
-    with state.main_process_first():
-        if state.is_main_process:
-            _prepare(folder, _identity(rows, backbone), shape[0] * shape[1] * dtype.itemsize, len(batches))
+    identity = _identity(rows, backbone)
+    with state.main_process_first():  # the others find what it made, or refuse the folder as it does
+        _prepare(folder, identity, shape[0] * shape[1] * dtype.itemsize, len(batches))
     bits = np.uint16 if dtype.itemsize == 2 else np.uint32
     data = CachedRows(rows, np.memmap(folder / STATES_NAME, dtype=bits, mode="r+", shape=shape), dtype)
     done = np.memmap(folder / DONE_NAME, dtype=np.uint8, mode="r+")

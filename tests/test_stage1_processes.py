@@ -15,11 +15,19 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
+from peft_caft import AuxiliaryHeads
 from peft_caft.cli import main
+from peft_caft.config import HEAD_TYPES
+from peft_caft.data import collator
+from peft_caft.head_pretraining import TARGETS, HeadPretraining
+from peft_caft.hidden_cache import cached_rows
+from peft_caft.sharded_heads import sharding_requested
+from peft_caft.trainer_arguments import trainer_arguments
 
-from .tiny_checkpoint import save_checkpoint, write_chats
+from .tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "accelerate"
@@ -143,6 +151,20 @@ def test_two_processes_fill_one_cache_and_take_up_what_was_killed(files, one_pro
 
 
 @pytest.mark.slow
+def test_no_process_writes_into_the_cache_of_something_else(files, tmp_path):
+    cache = tmp_path / "cache"
+    row = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    cached_rows(cache, [row], tiny_llama().eval(), collator(tiny_tokenizer()), PartialState(cpu=True))
+    (cache / "done.bin").write_bytes(bytes(1))  # as if it were not finished: there is something to write
+    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+    process = start("ddp.yaml", command(files, tmp_path / "heads", "--cache", str(cache)))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "holds hidden states of something else" in output
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -152,6 +174,10 @@ def test_two_processes_fill_one_cache_and_take_up_what_was_killed(files, one_pro
     ],
 )
 def test_sharded_models_train_as_whole_ones_and_are_taken_up_when_killed(options, files, tmp_path):
+    if "bfloat16" in options:
+        files = files | {"model": str(tmp_path / "tied")}
+        tiny_llama(tie_word_embeddings=True).save_pretrained(files["model"])
+        tiny_tokenizer().save_pretrained(files["model"])
     in_one_process(command(files, tmp_path / "one", "--per_device_train_batch_size", "12", *options))
     heads = tmp_path / "heads"
     arguments = command(files, heads, "--per_device_train_batch_size", "6", *options)
@@ -162,3 +188,35 @@ def test_sharded_models_train_as_whole_ones_and_are_taken_up_when_killed(options
     output = finish(start("fsdp2.yaml", arguments, "tests.fsdp_on_cpu"))
     assert output.count("Heads written to") == 1
     require_same_training(tmp_path / "one", heads, tolerance=2e-2 if "bfloat16" in options else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "cache", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, None, "fsdp_version: got 1, expected 2"),
+        (
+            {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            None,
+            "fsdp_cpu_ram_efficient_loading: got true, expected false",
+        ),
+        ({"FSDP_VERSION": "2"}, "states", "cache: got 'states' with FSDP, expected none"),
+    ],
+)
+def test_sharding_that_cannot_work_is_refused(environment, cache, message, tmp_path, monkeypatch):
+    args = trainer_arguments(str(tmp_path), {}, options=["--use_cpu", "true"])
+    assert not sharding_requested(args, "states")
+    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        sharding_requested(args, cache)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_every_parameter_gets_a_gradient_from_a_batch_without_targets(head_type, targets):
+    """Else DDP would wait for it: a process may get such a batch while others get full ones."""
+    model = tiny_llama()
+    module = HeadPretraining(model, AuxiliaryHeads.from_base_model(model, 2, head_type), 0.8, targets).train()
+    input_ids = torch.arange(2, 8)[None]
+    module(input_ids=input_ids, labels=torch.full_like(input_ids, -100))["loss"].backward()
+    assert all(p.grad is not None and not p.grad.any() for p in module.heads.parameters())
