@@ -84,7 +84,7 @@ def cached_rows(
     batches = _batches(rows)
     shape = (sum(len(row["input_ids"]) for row in rows), backbone.hidden_size)
     identity = _identity(rows, backbone)
-    with state.main_process_first():  # the others find what it made, or refuse the folder as it does
+    with state.main_process_first():  # the others find what it made
         _prepare(folder, identity, shape[0] * shape[1] * dtype.itemsize, len(batches))
     bits = np.uint16 if dtype.itemsize == 2 else np.uint32
     data = CachedRows(rows, np.memmap(folder / STATES_NAME, dtype=bits, mode="r+", shape=shape), dtype)
