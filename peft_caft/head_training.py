@@ -114,7 +114,11 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     train_rows, eval_rows = _rows(settings)
     with args.main_process_first(local=False):
         is_first = args.process_index == 0
-        resume_from = folder.begin(asdict(settings) | training_settings(args), overwrite and is_first)
+        # With other processes a step is about other rows, and checkpoints of sharded models have files of their own.
+        processes = {"processes": args.world_size, "sharded": sharded}
+        resume_from = folder.begin(
+            asdict(settings) | training_settings(args) | processes, overwrite=overwrite and is_first
+        )
     if not is_first:
         disable_progress_bar()
     set_seed(args.seed)

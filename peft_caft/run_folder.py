@@ -65,9 +65,11 @@ class RunFolder:
         return last_whole_checkpoint(self.checkpoints, checkpoint_files)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary, which marks the run as finished, and drop its checkpoints."""
+        """Write the summary, which marks the run as finished, and drop its checkpoints and what killed saves left."""
         write_text(self.summary_path, json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for litter in self.path.glob(".*.tmp"):
+            litter.unlink()
 
 
 def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | None:

@@ -146,6 +146,7 @@ def test_killed_and_run_again_ends_as_if_never_killed(moment, files, uninterrupt
     finish(arguments, tmp_path)
     require_same_weights(tmp_path, uninterrupted)
     require_nothing_half_written(tmp_path / "heads", uninterrupted / "heads")
+    assert list((tmp_path / "heads").glob(".*")) == []
     assert json.loads((tmp_path / "heads" / "summary.json").read_text())["steps"] == STEPS
 
 

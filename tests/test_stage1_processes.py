@@ -141,6 +141,8 @@ def test_two_processes_fill_one_cache_and_take_up_what_was_killed(files, one_pro
     two = command(files, heads, *options, "6")
     kill_when((heads / "checkpoints" / "checkpoint-16" / "trainer_state.json").exists, start("ddp.yaml", two))
     assert set((tmp_path / "cache" / "done.bin").read_bytes()) == {1}
+    with pytest.raises(AssertionError, match="processes: got 1, expected 2 to resume it"):
+        in_one_process(two)
     output = finish(start("ddp.yaml", two))
     assert "Caching hidden states" not in output
     require_same_training(one_process, heads, tolerance=1e-4)
