@@ -172,9 +172,10 @@ def _data_lines(file: dict[str, Any], start: str) -> list[str]:
     provenance = file.get("provenance")
     if not isinstance(provenance, dict):
         return [line]
-    known = {k: v for k, v in provenance.items() if isinstance(v, (str, int, float, bool)) and k not in _NO_NEWS}
+    # `peft-caft distill` records its settings under one name.
+    settings = provenance.get("settings") if isinstance(provenance.get("settings"), dict) else provenance
+    known = {k: v for k, v in settings.items() if isinstance(v, (str, int, float, bool)) and k not in _NO_NEWS}
     facts = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in known.items())
-    # `peft-caft distill` names the model that wrote the answers.
     kind = "self-distilled" if "model" in known else "made with"
     return [line, f"  - {kind}: {facts}"] if facts else [line]
 
