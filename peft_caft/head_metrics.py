@@ -157,6 +157,6 @@ def _scores(states: Tensor, targets: Tensor, unembedding: Unembedding) -> tuple[
     for start in range(0, len(targets), chunk_rows):
         logits = unembedding.logits(states[start : start + chunk_rows].to(unembedding.weight.dtype))
         target = targets[start : start + chunk_rows]
-        cross_entropies.append(nn.functional.cross_entropy(logits, target, reduction="none").float())
+        cross_entropies.append((logits.logsumexp(dim=1) - logits.gather(1, target[:, None])[:, 0]).float())
         hits.append(logits.topk(top, dim=1).indices == target[:, None])
     return torch.cat(cross_entropies), torch.cat(hits)
