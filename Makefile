@@ -10,16 +10,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FLOOR := .venv-floor
+AUTHORS := .venv-authors
 CONSTRAINTS := requirements/constraints.txt
 PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 # One thread in each of the two test processes: the models are tiny, and more threads only contend.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-floor lint format typecheck demo clean check-python
+.PHONY: help setup test test-all test-floor lint format typecheck demo authors-fixtures clean check-python
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv (the other targets do so when needed)
 
@@ -46,8 +47,11 @@ typecheck: $(READY)  ## mypy
 test-floor: $(FLOOR)/.ready  ## the quick tests with the oldest supported versions, in .venv-floor
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 -m "not gpu and not slow" $(PYTEST_ARGS)
 
+authors-fixtures: $(AUTHORS)/.ready  ## make the heads in tests/authors_heads anew with their authors' package, in .venv-authors
+	OMP_NUM_THREADS=1 $(AUTHORS)/bin/python tests/authors_heads/make.py
+
 clean:  ## remove the environments, the caches and everything built
-	rm -rf $(VENV) $(FLOOR) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) $(AUTHORS) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 check-python:
@@ -75,3 +79,10 @@ $(READY): pyproject.toml $(CONSTRAINTS) | check-python
 
 $(FLOOR)/.ready: pyproject.toml requirements/floor.txt | check-python
 	$(call install,$(FLOOR),requirements/floor.txt)
+
+# --no-deps: see tests/authors_heads/requirements.txt.
+$(AUTHORS)/.ready: tests/authors_heads/requirements.txt | check-python
+	$(PYTHON) -m venv $(AUTHORS)
+	$(AUTHORS)/bin/python $(PIP_INSTALL) -r tests/authors_heads/requirements.txt
+	$(AUTHORS)/bin/python $(PIP_INSTALL) --no-deps caft-llm==0.0.1
+	@touch $@

@@ -229,3 +229,37 @@ def distill_command(
     if record:
         typer.echo(markdown_table(["", "count"], distillation_table(record)))
         typer.echo(f"Answers written to {output}")
+
+
+@app.command("import-heads")
+def import_heads_command(
+    heads: Annotated[str, typer.Argument(help="heads.pth of caft-llm, or a Hub repository that holds one.")],
+    model: Annotated[str, typer.Option(help="Base model that the heads were trained for: folder or Hub id.")],
+    output: Annotated[str, typer.Option(help="Folder to make.")],
+    head_input: Annotated[
+        Literal["last_layer_input", "last_hidden_state"],
+        typer.Option(
+            help="What the heads read. caft-llm trains them on the input of the last layer, so that is what they predict "
+            "best from; its fine-tuning then feeds them the last hidden state, so take that to repeat its runs."
+        ),
+    ] = "last_layer_input",
+    base_model_id: Annotated[
+        str | None,
+        typer.Option(help="Hub id to record as the base model, where --model is a local copy.", show_default=False),
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Of the heads, such as apache-2.0.", show_default=False)] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the heads on the Hub.", show_default=False)
+    ] = None,
+) -> None:
+    """Turn heads of the CAFT authors' package caft-llm into heads of this one.
+
+    Residual and decoder-layer heads alike. Nothing in the file is executed, and nothing in it is left out.
+    """
+    from .import_heads import import_heads
+
+    config = import_heads(heads, model, output, head_input, base_model_id, license, revision).config
+    typer.echo(
+        f"{config.num_heads} {config.head_type} heads of {config.head_num_layers} layer(s), which read the "
+        f"{config.head_input}, written to {output}"
+    )

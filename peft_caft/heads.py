@@ -23,16 +23,17 @@ from .pretrained_heads import PretrainedHeads
 class ResidualBlock(nn.Module):
     """``x + SiLU(W x)`` with W ``(hidden, hidden)`` zero at first, so that it starts as the identity.
 
-    The block of Medusa (arXiv 2401.10774), without bias.
+    The block of Medusa (arXiv 2401.10774), without its bias unless imported heads need one.
     """
 
-    def __init__(self, hidden_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, device: torch.device, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
         # Made on the meta device and filled directly: nn.Linear's initialisation would draw from the global generator,
         # and PEFT's low_cpu_mem_usage turns every registered parameter into a meta tensor.
-        self.linear = nn.Linear(hidden_size, hidden_size, bias=False, device="meta")
-        weight = torch.zeros(hidden_size, hidden_size, device=device, dtype=dtype)
-        self.linear._parameters["weight"] = nn.Parameter(weight)
+        self.linear = nn.Linear(hidden_size, hidden_size, bias=bias, device="meta")
+        for name, parameter in list(self.linear.named_parameters()):
+            zeros = torch.zeros(parameter.shape, device=device, dtype=dtype)
+            self.linear._parameters[name] = nn.Parameter(zeros)
 
     def forward(self, states: Tensor) -> Tensor:
         return states + nn.functional.silu(self.linear(states))
@@ -77,6 +78,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
         head_type: str = "decoder_layer",
         head_input: str = "last_layer_input",
         head_num_layers: int = 1,
+        residual_bias: bool = False,
     ) -> AuxiliaryHeads:
         """Fresh heads for ``model``, on its device and in its dtype. They predict nothing useful until trained.
 
@@ -87,6 +89,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
                 that with ``head_input="last_layer_input"`` every head starts with the model's own next-token logits).
             head_input: ``"last_layer_input"`` or ``"last_hidden_state"``.
             head_num_layers: blocks or layers per head.
+            residual_bias: give residual blocks a bias, as other packages' have.
 
         Raises:
             TypeError: if the model is not a decoder-only causal language model.
@@ -99,6 +102,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
             head_input=head_input,
             num_heads=num_heads,
             head_num_layers=head_num_layers,
+            residual_bias=residual_bias,
             final_norm=head_input == "last_layer_input",
             hidden_size=backbone.hidden_size,
             vocab_size=backbone.vocab_size,
@@ -123,7 +127,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
 
         def block() -> nn.Module:
             if config.head_type == "residual":
-                return ResidualBlock(config.hidden_size, weight.device, weight.dtype)
+                return ResidualBlock(config.hidden_size, weight.device, weight.dtype, config.residual_bias)
             return copy_without_adapters(backbone.last_layer)
 
         head_class = ResidualHead if config.head_type == "residual" else DecoderLayerHead

@@ -28,6 +28,7 @@ class HeadsConfig:
         num_heads: number of heads, n - 1; head k = 2 ... n predicts the token k ahead.
         head_num_layers: blocks or layers per head.
         final_norm: whether the base model's final norm stands between head and unembedding.
+        residual_bias: whether residual blocks are ``x + SiLU(W x + b)``, as those of caft-llm are.
         hidden_size, vocab_size: sizes of the base model's unembedding.
         unembedding_fingerprint: a few numbers that tell this unembedding from others, see `fingerprint`.
         base_model_name_or_path, base_model_revision, base_model_class: where the base model came from.
@@ -44,6 +45,7 @@ class HeadsConfig:
     hidden_size: int
     vocab_size: int
     unembedding_fingerprint: list[float]
+    residual_bias: bool = False
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     base_model_class: str | None = None

@@ -71,6 +71,7 @@ def test_config_json_says_what_the_heads_are(tmp_path):
         "head_type": "residual",
         "head_input": "last_layer_input",
         "final_norm": True,
+        "residual_bias": False,
         "num_heads": 3,
         "head_num_layers": 1,
         "hidden_size": 32,
