@@ -263,3 +263,26 @@ def import_heads_command(
         f"{config.num_heads} {config.head_type} heads of {config.head_num_layers} layer(s), which read the "
         f"{config.head_input}, written to {output}"
     )
+
+
+@app.command("inspect")
+def inspect_command(
+    artifact: Annotated[str, typer.Argument(help="Heads or an adapter: folder or Hub id.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model to compare with, folder or Hub id; exit code 1 if it does not fit.", show_default=False
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the artifact on the Hub.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole configuration.")] = False,
+) -> None:
+    """Say what heads or an adapter are, how they came to be, how good they are, and whether they fit a base model."""
+    from .inspection import inspect
+
+    found = inspect(artifact, model, revision)
+    typer.echo(found.to_json() if as_json else found.text())
+    if found.misfit is not None:
+        raise typer.Exit(1)

@@ -79,7 +79,7 @@ def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool =
         if has_plot:
             lines += ["", f"![Accuracy and cross entropy of each head, before and after training]({PLOT_NAME})"]
     if config.training:
-        lines += ["", "## Training", "", *_training(config.training)]
+        lines += ["", "## Training", "", *training_lines(config.training)]
     lines += ["", "## Limits", "", *_limits(base, bool(evaluations))]
     return "\n".join(lines) + "\n"
 
@@ -93,7 +93,11 @@ def front_matter(library_name: str, license: str | None, tags: list[str], **valu
 
 
 def _description(config: HeadsConfig, base: str) -> list[str]:
-    kind = {"residual": "residual block, `x + SiLU(W x)`", "decoder_layer": "decoder layer of the base model's kind"}
+    bias = " + b" if config.residual_bias else ""
+    kind = {
+        "residual": f"residual block, `x + SiLU(W x{bias})`",
+        "decoder_layer": "decoder layer of the base model's kind",
+    }
     reads = {"last_layer_input": "the input of the last decoder layer", "last_hidden_state": "the last hidden state"}
     norm = "final norm and unembedding" if config.final_norm else "unembedding, without its final norm"
     revision = f", revision `{config.base_model_revision}`" if config.base_model_revision else ""
@@ -123,7 +127,7 @@ def _usage(config: HeadsConfig, repo_id: str | None, base: str) -> list[str]:
     ]
 
 
-def _training(training: dict[str, Any]) -> list[str]:
+def training_lines(training: dict[str, Any]) -> list[str]:
     """What is known of stage 1, in sentences; whatever else was recorded follows as a list."""
     rest = {k: v for k, v in training.items() if v is not None and not isinstance(v, (dict, list))}
     lines = [
@@ -173,7 +177,8 @@ def _data_lines(file: dict[str, Any], start: str) -> list[str]:
     if not isinstance(provenance, dict):
         return [line]
     # `peft-caft distill` records its settings under one name.
-    settings = provenance.get("settings") if isinstance(provenance.get("settings"), dict) else provenance
+    settings = provenance.get("settings")
+    settings = settings if isinstance(settings, dict) else provenance
     known = {k: v for k, v in settings.items() if isinstance(v, (str, int, float, bool)) and k not in _NO_NEWS}
     facts = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in known.items())
     kind = "self-distilled" if "model" in known else "made with"

@@ -408,6 +408,7 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(files, tmp_pat
         return part.read_bytes().count(b"\n") if part.exists() else 0
 
     kill_when(Parts(output).folder.exists, files, output)
+
     def after(wanted: int) -> bool:
         reached = lines() >= wanted
         time.sleep(0.02 * randomness.random() * reached)

@@ -65,8 +65,8 @@ def tiny_llama(seed: int = 0, vocab_size: int = 300, hidden_size: int = 32, **ch
         return LlamaForCausalLM(config)
 
 
-def save_checkpoint(folder: Path) -> str:
-    tiny_llama().save_pretrained(folder)
+def save_checkpoint(folder: Path, **changes) -> str:
+    tiny_llama(**changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
