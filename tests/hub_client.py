@@ -27,6 +27,19 @@ def client_environment(endpoint: str, home: Path, **extra: str) -> dict[str, str
     return kept | own | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT)} | extra
 
 
+def peft_caft(endpoint: str, home: Path, *arguments: object) -> str:
+    """A whole ``peft-caft`` process with the right to write; its output."""
+    process = subprocess.run(
+        [sys.executable, "-m", "peft_caft.cli", *map(str, arguments)],
+        env=client_environment(endpoint, home, HF_TOKEN="write-token"),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
 class Client:
     """A running client process; use as a context manager."""
 

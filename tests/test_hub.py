@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
 
-from .hub_client import ROOT, Client, ClientError, client_environment
+from .hub_client import Client, ClientError, client_environment, peft_caft
 from .hub_server import HubServer
 
 SETUP = """
@@ -321,20 +319,6 @@ for where in ("adapter", "heads"):
     return folder
 
 
-def command(hub, home, *arguments):
-    """A whole ``peft-caft`` process; its output."""
-    environment = client_environment(hub.endpoint, home, HF_TOKEN="write-token")
-    process = subprocess.run(
-        [sys.executable, "-m", "peft_caft.cli", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
-
-
 PUSH = """
 from peft_caft.hub_repository import Destination
 from peft_caft.publishing import push as push_folder
@@ -343,7 +327,7 @@ push_folder(folder, Destination(repo_id, token="write-token"), **options).oid
 
 
 def test_adapter_names_its_heads_by_repository_and_commit(client, hub, home, adapter):
-    output = command(hub, home, "push", adapter / "heads", "org/the-heads", "--license", "mit", "--message", "first")
+    output = peft_caft(hub.endpoint, home, "push", adapter / "heads", "org/the-heads", "--license", "mit", "--message", "first")
     commit = hub.head("org/the-heads")
     assert f"{hub.endpoint}/org/the-heads" in output
     assert commit in output
