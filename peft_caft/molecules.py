@@ -9,9 +9,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rdkit
@@ -114,16 +115,24 @@ def chat(molecule: Molecule) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def write_dataset(folder: Path, cache_dir: Path | None = None) -> dict[str, int]:
+def completion(molecule: Molecule) -> dict[str, str]:
+    """Return ``{"prompt", "completion"}`` for a base model that has no chat template."""
+    return {"prompt": f"{SYSTEM_PROMPT}\n{molecule.name}\n", "completion": molecule.smiles}
+
+
+def write_dataset(
+    folder: Path, cache_dir: Path | None = None, row: Callable[[Molecule], dict[str, Any]] = chat
+) -> dict[str, int]:
     """Write ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` into ``folder``; return the rows of each.
 
-    Rows are in a fixed random order (that of a hash of the component), so the first N are a fair sample.
+    Rows, made by ``row`` (`chat` or `completion`), are in a fixed random order (that of a hash of the component), so the
+    first N are a fair sample.
     """
     rows: dict[str, list[str]] = {split: [] for split in SPLITS}
     for molecule in sorted(
         component_molecules(cache_dir), key=lambda m: hashlib.sha256(m.component.encode()).digest()
     ):
-        rows[split_of(molecule)].append(json.dumps(chat(molecule)) + "\n")
+        rows[split_of(molecule)].append(json.dumps(row(molecule)) + "\n")
     for split, lines in rows.items():
         write_text(Path(folder) / f"{split}.jsonl", "".join(lines))
     return {split: len(lines) for split, lines in rows.items()}

@@ -327,7 +327,9 @@ push_folder(folder, Destination(repo_id, token="write-token"), **options).oid
 
 
 def test_adapter_names_its_heads_by_repository_and_commit(client, hub, home, adapter):
-    output = peft_caft(hub.endpoint, home, "push", adapter / "heads", "org/the-heads", "--license", "mit", "--message", "first")
+    output = peft_caft(
+        hub.endpoint, home, "push", adapter / "heads", "org/the-heads", "--license", "mit", "--message", "first"
+    )
     commit = hub.head("org/the-heads")
     assert f"{hub.endpoint}/org/the-heads" in output
     assert commit in output

@@ -10,11 +10,13 @@ from rdkit.Chem import rdFingerprintGenerator
 from rdkit.Chem.rdMolDescriptors import CalcMolFormula
 
 from peft_caft import molecules
+from peft_caft.data import read_jsonl
 from peft_caft.molecules import (
     Molecule,
     Score,
     canonical_smiles,
     clean_name,
+    completion,
     component_molecules,
     exact_match,
     is_valid,
@@ -210,6 +212,14 @@ def test_dataset_files_are_chats_whose_answer_is_the_smiles(tmp_path, monkeypatc
             seen.append(user["content"])
     assert sorted(seen) == sorted(smiles_of)  # each in exactly one file
     assert sizes["train"] > 0.8 * len(MOLECULES)
+
+
+def test_rows_for_a_model_without_chat_template_end_in_the_smiles_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(molecules, "component_molecules", lambda cache_dir: MOLECULES)
+    sizes = write_dataset(tmp_path, row=completion)
+    rows = [row for split in sizes for row in read_jsonl(tmp_path / f"{split}.jsonl")]
+    assert {row["completion"] for row in rows} == {m.smiles for m in MOLECULES}
+    assert all(m.name in next(r["prompt"] for r in rows if r["completion"] == m.smiles) for m in MOLECULES)
 
 
 def test_dataset_does_not_depend_on_the_order_of_the_pairs(tmp_path, monkeypatch):
