@@ -95,11 +95,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + chunk_rows)
                 logits = layer.logits(hidden[chunk].to(dtype))
                 target = targets[chunk, None]
-                log_normaliser = logits.logsumexp(dim=1, keepdim=True)
-                loss += (log_normaliser - logits.gather(1, target)).sum()
+                log_probs = logits.log_softmax(dim=1)  # fewer passes over memory than logsumexp takes
+                target_log_probs = log_probs.gather(1, target)
+                loss -= target_log_probs.sum()
                 if grad is not None:
-                    grad_logits = torch.exp(logits - log_normaliser)
-                    grad_logits.scatter_add_(1, target, torch.full_like(log_normaliser, -1.0))
+                    grad_logits = log_probs.exp_()
+                    grad_logits.scatter_add_(1, target, torch.full_like(target_log_probs, -1.0))
                     grad[chunk] = layer.backward(grad_logits, logits)
         ctx.save_for_backward(grad)
         return loss, None
