@@ -5,7 +5,7 @@
 
 All arms are held in memory and take turns, a few seconds each, until each has had its time; so a busy machine slows all of
 them alike. The base model's hidden states are computed once, before, and serve every arm: they cost all arms the same.
-The learning rate follows the share of the time that is used up: a short warm-up, then a cosine to zero.
+The learning rate follows the share of the time that is used up: a linear warm-up, then a cosine to zero.
 Writes ``results.json``, ``table.md`` and ``accuracy.png`` into the output folder.
 """
 
@@ -22,11 +22,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from accelerate import PartialState
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from peft_caft import AuxiliaryHeads
-from peft_caft.atomic import write_text
+from peft_caft.atomic import replacing, write_text
 from peft_caft.data import collator, encode, file_sha256, read_jsonl
 from peft_caft.demo_model import embedded_model
 from peft_caft.head_metrics import evaluate_heads
@@ -35,7 +37,6 @@ from peft_caft.hidden_cache import CachedRows, cached_rows, with_hidden_states
 from peft_caft.provenance import provenance
 from peft_caft.tables import markdown_table
 
-WARMUP = 0.05  # share of the time
 SLICE_SECONDS = 10.0
 MAX_GRAD_NORM = 1.0  # Trainer's default
 
@@ -48,6 +49,7 @@ class Arm:
     head_input: str
     targets: str
     learning_rate: float
+    warmup: float  # share of the time
     seed: int
 
     def start(self, model: Any, decay: float) -> None:
@@ -64,9 +66,7 @@ class Arm:
         started, before = time.perf_counter(), self.seconds
         self.module.train()
         while self.seconds < budget and self.seconds - before < SLICE_SECONDS:
-            used = self.seconds / budget
-            factor = used / WARMUP if used < WARMUP else 0.5 * (1 + math.cos(math.pi * (used - WARMUP) / (1 - WARMUP)))
-            self.optimizer.param_groups[0]["lr"] = self.learning_rate * max(factor, 1e-3)
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate * max(self._factor(self.seconds / budget), 1e-3)
             batch = collate([rows[index] for index in self._next_batch(rows, batch_size)])
             self.module(**batch)["loss"].backward()
             torch.nn.utils.clip_grad_norm_(self.module.heads.parameters(), MAX_GRAD_NORM)
@@ -75,6 +75,11 @@ class Arm:
             self.steps += 1
             self.tokens += int((batch["labels"] != -100).sum())
             self.seconds = before + time.perf_counter() - started
+
+    def _factor(self, used: float) -> float:
+        if used < self.warmup:
+            return used / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (used - self.warmup) / (1 - self.warmup)))
 
     def _next_batch(self, rows: CachedRows, batch_size: int) -> list[int]:
         """Rows of about one length: random groups of 50 batches, sorted within, as Trainer's group_by_length."""
@@ -94,6 +99,7 @@ class Arm:
             "head_input",
             "targets",
             "learning_rate",
+            "warmup",
             "seed",
             "parameters",
             "steps",
@@ -118,6 +124,7 @@ def main(
     head_input: Annotated[str, typer.Option(help="With commas.")] = "last_layer_input,last_hidden_state",
     targets: Annotated[str, typer.Option(help="With commas.")] = "hard,soft",
     learning_rate: Annotated[str, typer.Option(help="With commas.")] = "1e-3",
+    warmup: Annotated[str, typer.Option(help="Shares of the time, with commas.")] = "0.05",
     seed: Annotated[str, typer.Option(help="With commas.")] = "0",
     batch_size: Annotated[int, typer.Option(help="Rows.")] = 8,
     max_rows: Annotated[int | None, typer.Option(help="Rows of each training file.")] = None,
@@ -135,9 +142,9 @@ def main(
     sets = {Path(p).stem: encode(read_jsonl(p, eval_rows), tokenizer, max_length).rows for p in eval_data}
     cached = cached_rows(cache, rows, base, collate, PartialState())
     combinations = itertools.product(
-        head_type.split(","), head_input.split(","), targets.split(","), learning_rate.split(","), seed.split(",")
+        *(option.split(",") for option in (head_type, head_input, targets, learning_rate, warmup, seed))
     )
-    arms = [Arm(t, i, g, float(r), int(s)) for t, i, g, r, s in combinations]
+    arms = [Arm(t, i, g, float(r), float(w), int(s)) for t, i, g, r, w, s in combinations]
     set_seed(0)
     for arm in arms:
         arm.start(base, aux_loss_decay)
@@ -159,7 +166,32 @@ def main(
     }
     write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(output / "table.md", table(results) + "\n")
+    plot(results, output / "accuracy.png")
     print(table(results))
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Cross entropy and top-1 accuracy over the tokens ahead: a row of panels per held-out set, a line per arm."""
+    sets = list(results["arms"][0]["evaluations"])
+    figure = Figure(figsize=(10, 3.6 * len(sets)), layout="constrained")
+    panels = figure.subplots(len(sets), 2, squeeze=False)
+    for name, (left, right) in zip(sets, panels, strict=True):
+        for index, arm in enumerate(results["arms"]):
+            heads = arm["evaluations"][name]["heads"]
+            ahead = [head["tokens_ahead"] for head in heads]
+            style = {"color": f"C{index // 2}", "linestyle": ("-", "--")[index % 2], "marker": "o", "markersize": 4}
+            left.plot(ahead, [head["cross_entropy"] for head in heads], label=label(arm), **style)
+            right.plot(ahead, [head["top1"] for head in heads], **style)
+        left.set(title=f"{name}: cross entropy (nats/token)", xlabel="tokens ahead", xticks=ahead)
+        right.set(title=f"{name}: top-1 accuracy", xlabel="tokens ahead", xticks=ahead)
+        right.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def label(arm: dict[str, Any]) -> str:
+    return f"{arm['head_type']}, {arm['head_input']}, {arm['targets']}, {arm['learning_rate']:g}, {arm['warmup']:.0%} warm-up"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -173,7 +205,7 @@ def table(results: dict[str, Any]) -> str:
                 [
                     name,
                     f"{arm['head_type']}, {arm['head_input']}, {arm['targets']}",
-                    f"{arm['learning_rate']:g}",
+                    f"{arm['learning_rate']:g}, {arm['warmup']:.0%}",
                     str(arm["seed"]),
                     str(arm["steps"]),
                     " / ".join(f"{head['cross_entropy']:.2f}" for head in heads),
@@ -181,7 +213,16 @@ def table(results: dict[str, Any]) -> str:
                     f"{evaluation['acceptance_length']:.2f}",
                 ]
             )
-    header = ["held-out set", "arm", "lr", "seed", "steps", "cross entropy, k = 2 ... 5", "top-1 (%)", "accepted"]
+    header = [
+        "held-out set",
+        "arm",
+        "learning rate, warm-up",
+        "seed",
+        "steps",
+        "cross entropy, k = 2 ... 5",
+        "top-1 (%)",
+        "accepted",
+    ]
     return markdown_table(header, lines)
 
 

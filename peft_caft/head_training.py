@@ -159,6 +159,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         "aux_loss_decay": settings.aux_loss_decay,
         "max_length": settings.max_length,
         "initial_heads": Path(settings.init_heads).name if settings.init_heads else None,
+        "base_model_weights": _provenance_of_model(settings.model),
         **training_settings(args),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
@@ -189,6 +190,12 @@ def _prepare_evaluation(settings: HeadTrainingSettings, args: TrainingArguments)
     args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
     args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps
     args.restore_callback_states_from_checkpoint = True  # the evaluations without a better loss so far
+
+
+def _provenance_of_model(model: str) -> dict[str, Any] | None:
+    """Where a local base model's weights came from, if its folder says so: a conversion may have rounded them."""
+    path = Path(model, "provenance.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 class _EarlyStopping(EarlyStoppingCallback):

@@ -80,7 +80,7 @@ def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool =
             lines += ["", f"![Accuracy and cross entropy of each head, before and after training]({PLOT_NAME})"]
     if config.training:
         lines += ["", "## Training", "", *training_lines(config.training)]
-    lines += ["", "## Limits", "", *_limits(base, bool(evaluations))]
+    lines += ["", "## Limits", "", *_limits(base, config.training, bool(evaluations))]
     return "\n".join(lines) + "\n"
 
 
@@ -133,6 +133,10 @@ def training_lines(training: dict[str, Any]) -> list[str]:
     lines = [
         line for file in training.get("data") or [] if isinstance(file, dict) for line in _data_lines(file, "- Data:")
     ]
+    if isinstance(base := training.get("base_model_weights"), dict):
+        lines.append(
+            "- Weights of the base model: " + "; ".join(str(base[k]) for k in ("source", "conversion") if k in base)
+        )
     if targets := rest.pop("targets", None):
         meaning = {"soft": "the base model's own distributions", "hard": "the tokens of the text"}
         decay = f", head k weighing {rest.pop('aux_loss_decay')}^(k-1)" if "aux_loss_decay" in rest else ""
@@ -200,12 +204,18 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _limits(base: str, are_evaluated: bool) -> list[str]:
+def _limits(base: str, training: dict[str, Any], are_evaluated: bool) -> list[str]:
+    converted = isinstance(training.get("base_model_weights"), dict)
     return [
         f"- They fit `{base}` alone. Loading them beside a model with another unembedding is an error; a model fine-tuned "
         "far from it deserves heads of its own.",
         "- They are a training signal, not a language model and not a drafter for speculative decoding. Acceptance length "
         "is measured on given text, not while generating.",
+        *(
+            [f"- They were trained and measured on the weights named above, not on those of `{base}`."]
+            if converted
+            else []
+        ),
         "- Their accuracy elsewhere than on the held-out data above is unknown."
         if are_evaluated
         else "- Their accuracy has not been recorded.",

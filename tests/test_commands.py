@@ -49,6 +49,7 @@ def files(tmp_path_factory):
     """A checkpoint, data, and heads that the command itself trained."""
     folder = tmp_path_factory.mktemp("files")
     model = save_checkpoint(folder / "model")
+    (folder / "model" / "provenance.json").write_text('{"source": "a GGUF file", "conversion": "rounded"}')
     data = write_chats(folder / "data.jsonl", 60)
     heads = str(folder / "heads")
     # A random model's own distributions (soft targets) say little about the data.
@@ -85,6 +86,8 @@ def test_trained_heads_record_where_they_come_from(files):
     card = (Path(files["heads"]) / "README.md").read_text()
     assert "| head (tokens ahead) |" in card
     assert str(Path(files["heads"]).parent) not in card
+    assert "- Weights of the base model: a GGUF file; rounded" in card
+    assert "measured on the weights named above, not on those of `model`" in card
 
 
 @pytest.mark.parametrize("method", ["caft", "lora"])
