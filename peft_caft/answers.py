@@ -36,7 +36,8 @@ class AnswerReader:
 
         Returns:
             ``prompt_index``; ``sample``; ``answer``, without special tokens; ``complete``: the model ended it; ``tokens``:
-            how many were generated; ``rejected``: the reason, or None; ``same_tokens``: the row, tokenized for training, has
+            how many were generated; ``rejected``: the reason, see `rejection`, or ``"untrainable"`` if the chat template does
+            not let prompt and answer be told apart, or None; ``same_tokens``: the row, tokenized for training, has
             the very tokens that the model wrote.
         """
         # A special token in the midst would be read as another turn when trained on: the answer ends before it.
@@ -48,6 +49,9 @@ class AnswerReader:
             kept = kept[:-1]
             answer = self._decode(kept)
         rejected = rejection(answer, kept, self.max_repetition)
+        trained_on = None if rejected else self._trained_on(prompt, answer, complete)
+        if rejected is None and trained_on is None:
+            rejected = "untrainable"
         return {
             "prompt_index": prompt.index,
             "sample": sample,
@@ -55,24 +59,27 @@ class AnswerReader:
             "complete": complete,
             "tokens": len(ids),
             "rejected": rejected,
-            "same_tokens": rejected is None and self._same_tokens(prompt, kept, answer, complete),
+            "same_tokens": trained_on is not None and self._same_tokens(prompt, kept, trained_on, complete),
         }
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _same_tokens(self, prompt: Prompt, ids: list[int], answer: str, complete: bool) -> bool:
+    def _trained_on(self, prompt: Prompt, answer: str, complete: bool) -> list[int] | None:
+        """The row, tokenized for training; None if the chat template shows the prompt differently with an answer to it."""
         row = prompt.row(answer) | {"complete": complete}
         try:
-            trained_on = encode([row], self.tokenizer, max_length=2**31, quiet=True).rows[0]["input_ids"]
-        except ValueError:  # the template rewrites the chat or the answer
-            return False
+            return encode([row], self.tokenizer, max_length=2**31, quiet=True).rows[0]["input_ids"]
+        except ValueError:
+            return None
+
+    def _same_tokens(self, prompt: Prompt, ids: list[int], trained_on: list[int], complete: bool) -> bool:
         expected = [*prompt.input_ids, *ids]
         return trained_on[: len(expected)] == expected and (not complete or trained_on[len(expected)] in self.ends)
 
 
 def rejection(answer: str, ids: list[int], max_repetition: float = 0.5) -> str | None:
-    """Why an answer is no use for training, or None.
+    """Why an answer itself is no use for training, or None.
 
     ``"empty"``: nothing but white space. ``"repetitive"``: of its runs of 8 tokens, a larger share than ``max_repetition``
     has occurred before in it, as when a line or a phrase is repeated over and over; 1 turns this off.

@@ -8,17 +8,21 @@ A row has one of three forms:
 - ``{"text": "..."}``: the loss is on everything.
 
 ``"complete": false`` says that the row's last answer was cut off where it was made (`peft-caft distill` writes it), so
-that no end of it is learned.
+that no end of it is learned. ``"last_answer_only": true`` leaves earlier answers of a chat unsupervised, because somebody
+else gave them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,23 +74,32 @@ def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data: {path} is not a file, expected a JSONL file with rows of the form {FORMS}.")
-    rows: list[dict[str, Any]] = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if limit is not None and len(rows) == limit:
-                break
-            if line.strip():
-                rows.append(_row(line, f"{path}, line {number}"))
+    rows = [_row(value, where) for where, value in json_lines(path, limit)]
     if not rows:
         raise ValueError(f"{path}: got no rows, expected at least one of the form {FORMS}.")
     return rows
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error}). Expected one JSON object a line.") from error
+def json_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, Any]]:
+    """``("FILE, line N", value)`` for each of the first ``limit`` lines that are not blank.
+
+    Raises:
+        ValueError: naming file and line, if a line is not JSON in UTF-8.
+    """
+    with open(path, "rb") as file:
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip())
+        for where, line in islice(lines, limit):
+            try:
+                value = json.loads(line.decode("utf-8"))
+                json.dumps(value, ensure_ascii=False).encode("utf-8")  # "\\ud800" is JSON, but no text
+            except UnicodeError as error:
+                raise ValueError(f"{where}: not valid UTF-8 ({error}). Save the file as UTF-8.") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not valid JSON ({error}). Expected one JSON object a line.") from error
+            yield where, value
+
+
+def _row(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: got a {type(row).__name__}, expected an object of the form {FORMS}.")
     if "messages" in row:
@@ -139,11 +152,18 @@ def encode(
         quiet: show no progress bar.
 
     Raises:
-        ValueError: if a row has messages and the tokenizer no chat template, or no row has a supervised token left.
+        ValueError: naming the row, if the tokenizer has no chat template for its messages or one that refuses or rewrites
+            them; or if no row has a supervised token left.
     """
     encoded, truncated, dropped = [], 0, 0
-    for row in tqdm(rows, desc="Tokenizing", unit=" rows", leave=False, mininterval=1, disable=quiet):
-        input_ids, labels = _encode_row(row, tokenizer)
+    numbered = enumerate(
+        tqdm(rows, desc="Tokenizing", unit=" rows", leave=False, mininterval=1, disable=quiet), start=1
+    )
+    for number, row in numbered:
+        try:
+            input_ids, labels = _encode_row(row, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
         truncated += len(input_ids) > max_length
         input_ids, labels = input_ids[:max_length], labels[:max_length]
         if any(label != IGNORE_INDEX for label in labels[1:]):
@@ -161,7 +181,7 @@ def encode(
 def _encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     complete = row.get("complete", True)
     if "messages" in row:
-        return _encode_chat(row["messages"], tokenizer, complete)
+        return _encode_chat(row["messages"], tokenizer, complete, row.get("last_answer_only", False))
     if "text" in row:
         input_ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
         return input_ids, list(input_ids)
@@ -174,33 +194,49 @@ def _encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _encode_chat(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, complete: bool
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, complete: bool, last_only: bool
 ) -> tuple[list[int], list[int]]:
     if tokenizer.chat_template is None:
         raise ValueError(
             "messages: the tokenizer has no chat template, expected one. Use rows with 'prompt' and 'completion', or "
             "the tokenizer of an instruct model."
         )
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    text, input_ids, labels = "", [], []
+    for index in answers[-1:] if last_only else answers:
         cut_off = not complete and index == len(messages) - 1
-        before = _template(messages[:index], tokenizer, add_generation_prompt=True)
-        after = _template(messages[: index + 1], tokenizer, continue_final_message=cut_off)
-        if before[: len(input_ids)] != input_ids or after[: len(before)] != before:
+        before = rendered(messages[:index], tokenizer, add_generation_prompt=True)
+        after = rendered(messages[: index + 1], tokenizer, continue_final_message=cut_off)
+        if not before.startswith(text) or not after.startswith(before):
             raise ValueError(
                 "messages: the chat template rewrites earlier turns when a later one is added, so the answers cannot "
                 "be told from the prompts. Give one answer a row, or use 'prompt' and 'completion'."
             )
-        labels += [IGNORE_INDEX] * (len(before) - len(input_ids)) + after[len(before) :]
-        input_ids = after
+        for longer, supervised in ((before, False), (after, True)):
+            added = _tokens_after(input_ids, text, longer, tokenizer)
+            labels += added if supervised else [IGNORE_INDEX] * len(added)
+            input_ids, text = input_ids + added, longer
     return input_ids, labels
 
 
-def _template(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+def _tokens_after(input_ids: list[int], text: str, longer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that ``longer`` adds to ``text``, whose tokens are ``input_ids``."""
+    whole = tokenizer(longer, add_special_tokens=False)["input_ids"]
+    if whole[: len(input_ids)] == input_ids:
+        return whole[len(input_ids) :]
+    # A token spans the seam, as when an answer begins with the white space that the prompt ends with. At inference the
+    # prompt's tokens are fixed before the first token of the answer.
+    return tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"]
+
+
+def rendered(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
+    """A chat as the model reads it; raises a ValueError if the chat template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except TemplateError as error:
+        raise ValueError(
+            f"messages: the tokenizer's chat template refuses them: {error}. Change their roles."
+        ) from error
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:

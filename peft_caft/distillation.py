@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import random
 import time
@@ -25,12 +26,11 @@ from .config import require_choice
 from .data import file_sha256, require_tokenizer_of
 from .distillation_parts import Parts
 from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, stop_token_ids
-from .heads_config import fingerprint
 from .prompts import Prompt, prepare_prompts, read_prompts
-from .provenance import provenance
+from .provenance import provenance, weights_digest
 
 BACKENDS = ("transformers", "vllm")
-REASONS = ("empty", "repetitive", "duplicate")
+REASONS = ("empty", "repetitive", "untrainable", "duplicate")
 
 
 @dataclass
@@ -82,14 +82,15 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
     prompts, duplicates = prepare_prompts(source.rows, tokenizer, settings.system)
     config = AutoConfig.from_pretrained(settings.model)
     fitting = _fitting(prompts, config, settings.max_new_tokens)
-    backend, model_fingerprint = _backend(settings, tokenizer, state)
+    backend, weights_sha256 = _backend(settings, tokenizer, state)
     batches = _batches(fitting, settings.samples_per_prompt, backend.batch_size)
     recorded = asdict(settings) | {
         "model": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
         "model_revision": getattr(config, "_commit_hash", None),
-        "unembedding_fingerprint": model_fingerprint,
+        "weights_sha256": weights_sha256,
         "prompts": source.name,
         "prompts_sha256": source.sha256,
+        "tokenized_prompts_sha256": _tokens_sha256(fitting),  # tells tokenizers and chat templates apart
         "stop_token_ids": backend.sampling.stop_token_ids,
         "batch_size": backend.batch_size,
     }
@@ -127,6 +128,10 @@ def _require_valid(settings: DistillationSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1.")
+    if not 0 < settings.max_repetition <= 1:
+        raise ValueError(
+            f"max_repetition: got {settings.max_repetition}, expected a share above 0 and at most 1 (1 is off)."
+        )
     output = Path(settings.output)
     if output.is_dir():
         raise IsADirectoryError(f"output: {output} is a folder, expected a JSONL file to write.")
@@ -151,6 +156,11 @@ def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Pr
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return prompts
+    if max_new_tokens >= context:
+        raise ValueError(
+            f"max_new_tokens: got {max_new_tokens:,}, expected less than {context:,}, the model's context, which also holds "
+            "the prompt."
+        )
     fitting = [prompt for prompt in prompts if len(prompt.input_ids) + max_new_tokens <= context]
     if not fitting:
         raise ValueError(
@@ -163,7 +173,7 @@ def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Pr
 
 def _backend(
     settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase, state: PartialState
-) -> tuple[Backend, list[float] | None]:
+) -> tuple[Backend, str | None]:
     try:
         generation_config = GenerationConfig.from_pretrained(settings.model)
     except OSError:  # a model need not have one
@@ -180,8 +190,14 @@ def _backend(
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(state.device).eval()
     require_tokenizer_of(model, tokenizer)
     pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    unembedding = model.get_output_embeddings().weight
-    return TransformersBackend(model, sampling, settings.batch_size or 32, pad_token_id), fingerprint(unembedding)
+    return TransformersBackend(model, sampling, settings.batch_size or 32, pad_token_id), weights_digest(model)
+
+
+def _tokens_sha256(prompts: list[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt.input_ids).encode())
+    return digest.hexdigest()
 
 
 def _batches(prompts: list[Prompt], samples: int, size: int) -> list[list[tuple[Prompt, int]]]:
@@ -271,8 +287,8 @@ def _join(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
         | {"retokenized_differently": different},
         "tokens": tokens,
         "kept_tokens": kept_tokens,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "process_seconds": round(seconds, 1),  # summed over the processes
+        "tokens_per_second_per_process": round(tokens / max(seconds, 1e-9), 1),
     }
 
 
@@ -285,6 +301,7 @@ def distillation_table(record: dict[str, Any]) -> list[list[str]]:
         "answers": "answers",
         "rejected_empty": "- empty, left out",
         "rejected_repetitive": "- repetitive, left out",
+        "rejected_untrainable": "- not to be told from their prompts by the chat template, left out",
         "rejected_duplicate": "- duplicates, left out",
         "kept": "rows written",
         "complete": "- ended by the model",
@@ -293,5 +310,5 @@ def distillation_table(record: dict[str, Any]) -> list[list[str]]:
     }
     rows = [[label, f"{record['counts'][name]:,}"] for name, label in labels.items()]
     rows.append(["tokens generated", f"{record['tokens']:,}"])
-    rows.append(["tokens/s, per process", f"{record['tokens_per_second']:,}"])
+    rows.append(["tokens/s, per process", f"{record['tokens_per_second_per_process']:,}"])
     return rows

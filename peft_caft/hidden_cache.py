@@ -25,6 +25,7 @@ from tqdm import tqdm
 from .atomic import write_text
 from .backbone import Backbone
 from .heads_config import fingerprint
+from .provenance import weights_digest
 
 RECORD_NAME, STATES_NAME, DONE_NAME = "cache.json", "hidden_states.bin", "done.bin"
 BATCH_TOKENS = 4096  # padded tokens per forward pass that fills the cache
@@ -134,16 +135,12 @@ def _identity(rows: list[dict[str, list[int]]], backbone: Backbone) -> dict[str,
     tokens = hashlib.sha256()
     for row in rows:
         tokens.update(np.asarray(row["input_ids"], dtype=np.int64).tobytes() + b"|")
-    weights = hashlib.sha256()  # of some numbers of each: a merged adapter leaves the unembedding as it was
-    for parameter in backbone.model.parameters():
-        values = parameter.detach().flatten()
-        weights.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
     return {
         "dtype": str(backbone.lm_head.weight.dtype).removeprefix("torch."),
         "unembedding_fingerprint": fingerprint(backbone.lm_head.weight),
         "base_model_class": type(backbone.model).__name__,
         "num_hidden_layers": len(backbone.layers),
-        "weights_sha256": weights.hexdigest(),
+        "weights_sha256": weights_digest(backbone.model),
         "tokens_sha256": tokens.hexdigest(),
         "rows": len(rows),
     }
@@ -163,6 +160,8 @@ def _prepare(folder: Path, identity: dict[str, Any], size: int, batches: int) ->
         if all(p.is_file() and p.stat().st_size == n for p, n in ((states_path, size), (done_path, batches))):
             return
     folder.mkdir(parents=True, exist_ok=True)
+    recorded_path.unlink(missing_ok=True)
+    states_path.unlink(missing_ok=True)  # what a killed run left takes room
     free = shutil.disk_usage(folder).free
     print(f"Cache of hidden states: {size / 2**20:,.0f} MiB in {folder}, where {free / 2**20:,.0f} MiB are free")
     if size > free:
@@ -170,7 +169,6 @@ def _prepare(folder: Path, identity: dict[str, Any], size: int, batches: int) ->
             f"cache: got {free / 2**20:,.0f} MiB of free disk in {folder}, expected {size / 2**20:,.0f} MiB. Free some, "
             "choose another folder, use fewer rows, or train without --cache."
         )
-    recorded_path.unlink(missing_ok=True)
     done_path.write_bytes(bytes(batches))
     with open(states_path, "wb") as file:
         if hasattr(os, "posix_fallocate") and size:  # a sparse file would crash the process when the disk runs full

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .data import file_sha256
+from .data import file_sha256, json_lines, rendered
 
 DATASET = "hf:"
 PROMPT_FORMS = "{'prompt': '...'} or {'messages': [{'role': 'user', 'content': '...'}, ...]}"
@@ -36,7 +36,10 @@ class Prompt:
     def row(self, answer: str) -> dict[str, Any]:
         """The row of training data that this prompt and its answer make."""
         if self.messages is not None:
-            return {"messages": [*self.messages, {"role": "assistant", "content": answer}]}
+            row: dict[str, Any] = {"messages": [*self.messages, {"role": "assistant", "content": answer}]}
+            if any(message["role"] == "assistant" for message in self.messages):
+                row["last_answer_only"] = True  # the earlier ones are not this model's own
+            return row
         return {"prompt": self.text, "completion": answer}
 
 
@@ -87,15 +90,7 @@ def _read_jsonl(path: Path, column: str | None, limit: int | None) -> list[tuple
         raise FileNotFoundError(
             f"prompts: {path} is not a file, expected JSONL with rows {PROMPT_FORMS}, or hf:NAME for a dataset."
         )
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip())
-        for where, line in islice(lines, limit):
-            try:
-                rows.append((where, _renamed(json.loads(line), column, where)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON ({error}). Expected one JSON object a line.") from error
-    return rows
+    return [(where, _renamed(value, column, where)) for where, value in json_lines(path, limit)]
 
 
 def _read_dataset(source: str, split: str, column: str | None, limit: int | None) -> PromptRows:
@@ -108,7 +103,10 @@ def _read_dataset(source: str, split: str, column: str | None, limit: int | None
     name = source.removeprefix(DATASET)
     folder = Path(name)
     if (folder / "dataset_dict.json").is_file():
-        data = datasets.load_from_disk(name)[split]
+        splits = datasets.load_from_disk(name)
+        if split not in splits:
+            raise ValueError(f"split: got {split!r}, expected one of {', '.join(splits)}, the splits of {source}.")
+        data = splits[split]
     elif (folder / "state.json").is_file():
         data = datasets.load_from_disk(name)
     elif folder.is_dir():
@@ -180,9 +178,11 @@ def prepare_prompts(
         if isinstance(chat_or_text, str):
             prompts.append(Prompt(index, None, chat_or_text, tokenizer(chat_or_text)["input_ids"]))
         else:
-            input_ids = tokenizer.apply_chat_template(
-                chat_or_text, tokenize=True, return_dict=True, add_generation_prompt=True
-            )["input_ids"]
+            try:
+                text = rendered(chat_or_text, tokenizer, add_generation_prompt=True)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             prompts.append(Prompt(index, chat_or_text, None, input_ids))
     return prompts, len(rows) - len(prompts)
 

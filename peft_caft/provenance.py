@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -9,6 +10,10 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PACKAGES = ("peft-caft", "torch", "transformers", "peft", "accelerate", "safetensors")
 
@@ -48,6 +53,15 @@ def provenance() -> dict[str, object]:
         "git_commit": git_commit(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex digest of some numbers of each parameter: a merged adapter leaves the unembedding as it was, but not this."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        values = parameter.detach().flatten()
+        digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def peak_memory_mib() -> float | None:

@@ -29,6 +29,34 @@ def test_only_the_assistants_words_are_supervised():
     assert tiny_tokenizer().decode(row["input_ids"]) == tiny_tokenizer().apply_chat_template(CHAT, tokenize=False)
 
 
+def test_earlier_answers_of_somebody_else_are_not_learned():
+    (row,) = encode([{"messages": CHAT, "last_answer_only": True}], tiny_tokenizer(), 128).rows
+    assert supervised_text(row) == "CCC</s>\n"
+    assert tiny_tokenizer().decode(row["input_ids"]) == tiny_tokenizer().apply_chat_template(CHAT, tokenize=False)
+
+
+def test_a_token_that_spans_prompt_and_answer_is_cut_at_the_seam():
+    tokenizer = tiny_tokenizer(["a\n\n"] * 9)  # two newlines become one token
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    messages = [*CHAT[:1], {"role": "assistant", "content": "\n\nCCO"}, *CHAT[2:]]
+    (row,) = encode([{"messages": messages}], tokenizer, 128).rows
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert row["input_ids"][: len(prompt)] == prompt
+    assert row["labels"][: len(prompt)] == [IGNORE_INDEX] * len(prompt)
+    assert tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX]) == "\n\nCCO</s>\nCCC</s>\n"
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_chat_that_the_template_refuses_is_named_by_its_row():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}"
+    rows = [{"messages": [{"role": "system", "content": "be brief"}, *CHAT]}]
+    with pytest.raises(
+        ValueError, match=r"row 1: messages: the tokenizer's chat template refuses them: no system role"
+    ):
+        encode(rows, tokenizer, 128)
+
+
 def test_prompt_is_context_and_completion_ends_the_text():
     (row,) = encode([{"prompt": "name: ", "completion": "CCO"}], tiny_tokenizer(), 128).rows
     assert supervised_text(row) == "CCO</s>"
@@ -104,6 +132,13 @@ def test_malformed_row_names_file_and_line(line, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         read_jsonl(path)
     assert "rows.jsonl, line 3" in str(error.value)
+
+
+@pytest.mark.parametrize("line", [b'{"text": "\xff"}', b'{"text": "\\ud800"}'], ids=["latin-1", "surrogate"])
+def test_text_that_is_no_unicode_names_file_and_line(line, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b'{"text": "a"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"data.jsonl, line 2: not valid UTF-8"):
+        read_jsonl(tmp_path / "data.jsonl")
 
 
 def test_empty_and_missing_files_are_named(tmp_path):

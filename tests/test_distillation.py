@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from peft_caft.answers import AnswerReader, rejection
@@ -119,10 +120,10 @@ def test_counts_add_up_and_provenance_says_how_it_was_made(files):
     )
     assert record["settings"]["model"] == "model"
     assert record["settings"]["prompts"] == "prompts.jsonl"
-    assert len(record["settings"]["unembedding_fingerprint"]) == 16
+    assert len(record["settings"]["weights_sha256"]) == len(record["settings"]["tokenized_prompts_sha256"]) == 64
     assert {"prompts_sha256", "seed", "temperature", "max_new_tokens", "stop_token_ids"} <= set(record["settings"])
     assert 60 <= record["tokens"] <= 60 * 24
-    assert record["seconds"] > 0
+    assert record["process_seconds"] > 0
     assert record["versions"]["transformers"]
     assert str(ROOT) not in json.dumps(record)
 
@@ -236,6 +237,47 @@ def test_the_models_answer_replaces_the_last_answers_of_a_chat(tokenizer):
     assert duplicates == 0
 
 
+def test_earlier_answers_in_a_prompt_are_marked_as_not_the_models_own(tokenizer):
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+    prompts, _ = prepare_prompts([("1", {"messages": [user, answer, user]}), ("2", {"prompt": "hi"})], tokenizer)
+    assert [prompt.row("my answer").get("last_answer_only", False) for prompt in prompts] == [True, False]
+
+
+def test_answers_that_the_template_does_not_let_tell_from_the_prompt_are_left_out_and_counted(files, tmp_path):
+    model = shutil.copytree(files["model"], tmp_path / "model")
+    # The prompt is shown otherwise once it has an answer.
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if add_generation_prompt %}? {% endif %}{{ m['content'] }}</s>{% endfor %}"
+    )
+    distill(settings(files, tmp_path / "a.jsonl", model=str(model)))
+    answers = counts(tmp_path / "a.jsonl")
+    assert answers["rejected_untrainable"] > 50
+    assert answers["kept"] == 0
+
+
+def test_a_prompt_that_the_template_refuses_is_named():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"p.jsonl, line 7: messages: the tokenizer's .* roles must alternate"):
+        prepare_prompts([("p.jsonl, line 7", {"prompt": "hi"})], tokenizer)
+
+
+@pytest.mark.parametrize("change", ["layers", "template"])
+def test_answers_of_another_model_or_template_are_not_taken_for_finished(files, tmp_path, change):
+    model = shutil.copytree(files["model"], tmp_path / "model")
+    distill(settings(files, tmp_path / "a.jsonl", model=str(model)))
+    if change == "layers":  # as after merging an adapter: the unembedding is the same
+        weights = load_file(model / "model.safetensors")
+        weights = {name: tensor * 1.5 if "mlp" in name else tensor for name, tensor in weights.items()}
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    else:
+        template = model / "chat_template.jinja"
+        template.write_text(template.read_text().replace("assistant", "answer"))
+    expected = {"layers": "weights_sha256", "template": "tokenized_prompts_sha256"}[change]
+    with pytest.raises(FileExistsError, match=rf"made with other settings; {expected}"):
+        distill(settings(files, tmp_path / "a.jsonl", model=str(model)))
+
+
 def test_prompts_longer_than_the_context_are_left_out_and_counted(files, tmp_path):
     prompts = write(tmp_path / "p.jsonl", {"prompt": "a " * 40}, {"prompt": "b"}, {"prompt": "c " * 200})
     distill(settings(files, tmp_path / "a.jsonl", prompts=prompts))  # the context is 128 tokens
@@ -277,6 +319,8 @@ def test_bad_json_is_named_by_file_and_line(tmp_path):
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"top_p": 0.0}, "top_p: got 0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"max_new_tokens": 128}, "max_new_tokens: got 128, expected less than 128"),
+        ({"max_repetition": -1.0}, "max_repetition: got -1.0"),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"backend": "magic"}, "backend: got 'magic'"),
         ({"output": "."}, "output: . is a folder"),
