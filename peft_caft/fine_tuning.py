@@ -14,6 +14,7 @@ from .atomic import filling
 from .callback import TRAINED_HEADS_NAME, CAFTCallback
 from .config import CAFTConfig, require_choice
 from .data import collator, encode, file_sha256, read_jsonl
+from .heads import AuxiliaryHeads
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder
 from .trainer_arguments import training_settings
@@ -99,9 +100,10 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     folder = RunFolder(Path(settings.output))
     args.output_dir = str(folder.checkpoints)
     has_trained_heads = settings.method == "caft" and settings.train_heads != "frozen"
-    resume_from = folder.begin(
-        asdict(settings) | training_settings(args), overwrite, (TRAINED_HEADS_NAME,) if has_trained_heads else ()
-    )
+    data_sha256 = file_sha256(settings.data)
+    recorded = asdict(settings) | training_settings(args) | {"data_sha256": data_sha256}
+    if not overwrite:
+        folder.require_free(recorded)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
     data = encode(rows, tokenizer, settings.max_length)
@@ -109,6 +111,8 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     held_out = encode(eval_rows, tokenizer, settings.max_length).rows if eval_rows else None
     set_seed(args.seed)
     model = get_peft_model(model, peft_config)
+    # Everything that was asked for is there and fits.
+    resume_from = folder.begin(recorded, overwrite, (TRAINED_HEADS_NAME,) if has_trained_heads else ())
     trainable, _ = model.get_nb_trainable_parameters()
     trainer = Trainer(
         model,
@@ -127,7 +131,9 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     if has_trained_heads:
-        model.base_model.auxiliary_heads["default"].save_pretrained(Path(settings.output) / "trained_heads")
+        heads = model.base_model.auxiliary_heads["default"]
+        heads.config.training = _record_of_trained_heads(settings, args, data_sha256, len(data.rows), heads)
+        heads.save_pretrained(Path(settings.output) / "trained_heads")
     summary = {
         "method": settings.method,
         "eval_loss_before": before,
@@ -135,9 +141,26 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         "train_seconds": seconds,
         "peak_memory_mib": peak_memory_mib(),
         "trainable_parameters": trainable,
-        "data_sha256": file_sha256(settings.data),
+        "data_sha256": data_sha256,
         **provenance(),
         "log_history": trainer.state.log_history,
     }
     folder.finish(summary)
     return summary
+
+
+def _record_of_trained_heads(
+    settings: FineTuningSettings, args: TrainingArguments, data_sha256: str, rows: int, heads: AuxiliaryHeads
+) -> dict[str, Any]:
+    """What heads that were trained along say of themselves, in place of what stage 1 wrote about other weights."""
+    initial = f"{heads.repo_id}@{heads.commit}" if heads.repo_id else settings.heads and Path(settings.heads).name
+    return {
+        "stage": f"2, along with an adapter ({settings.train_heads})",
+        "data": [{"file": Path(settings.data).name, "rows": rows, "sha256": data_sha256}],
+        "targets": "hard",
+        "aux_loss_decay": settings.aux_loss_decay,
+        "max_length": settings.max_length,
+        "initial_heads": initial or None,
+        **training_settings(args),
+        **provenance(),
+    }

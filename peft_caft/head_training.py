@@ -66,13 +66,14 @@ class DataFile:
     """A data file, encoded, with what the provenance says of it."""
 
     path: Path
+    sha256: str  # of what was read
     encoded: EncodedData
 
     def record(self) -> dict[str, Any]:
         provenance_path = self.path.with_suffix(".provenance.json")
         return {
             "file": self.path.name,
-            "sha256": file_sha256(self.path),
+            "sha256": self.sha256,
             "rows": len(self.encoded.rows),
             "tokens": self.encoded.tokens,
             "supervised_tokens": self.encoded.supervised_tokens,
@@ -110,15 +111,15 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         args.ddp_find_unused_parameters = False  # every head takes part in every batch
     _prepare_evaluation(settings, args)
     sharded = sharding_requested(args, settings.cache)
-    # Fails on bad data before anything is written.
     train_rows, eval_rows = _rows(settings)
-    with args.main_process_first(local=False):
-        is_first = args.process_index == 0
-        # With other processes a step is about other rows, and checkpoints of sharded models have files of their own.
-        processes = {"processes": args.world_size, "sharded": sharded}
-        resume_from = folder.begin(
-            asdict(settings) | training_settings(args) | processes, overwrite=overwrite and is_first
-        )
+    is_first = args.process_index == 0
+    recorded = asdict(settings) | training_settings(args)
+    # Rows that were taken with others in between, or by other processes, are other steps; and checkpoints of sharded models
+    # have files of their own.
+    recorded |= {"processes": args.world_size, "sharded": sharded}
+    recorded |= {"data_sha256": [file.sha256 for file in (*train_rows, *eval_rows)]}
+    if not overwrite:
+        folder.require_free(recorded)
     if not is_first:
         disable_progress_bar()
     set_seed(args.seed)
@@ -128,20 +129,28 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         model.to(args.device)
     require_tokenizer_of(model, tokenizer)
     train, evals = (
-        [DataFile(path, encode(rows, tokenizer, settings.max_length, quiet=not is_first)) for path, rows in files]
+        [
+            DataFile(file.path, file.sha256, encode(file.rows, tokenizer, settings.max_length, quiet=not is_first))
+            for file in files
+        ]
         for files in (train_rows, eval_rows)
     )
+    dtype = model.dtype
+    heads = _initial_heads(settings, model)
+    # Everything that was asked for is there and fits.
+    with args.main_process_first(local=False):
+        resume_from = folder.begin(recorded, overwrite=overwrite and is_first)
     if is_first:
         for what, files in (("Training", train), ("Held-out", evals)):
             for file in files:
                 print(f"{what} data, {file.path.name}: {file.encoded.describe()}")
-    dtype = model.dtype
-    heads = _initial_heads(settings, model)
-    if is_first:
         print(f"Heads: {sum(p.numel() for p in heads.parameters()):,} parameters, {heads.config.head_type}")
     if settings.base_model_id is not None:
         heads.config.base_model_name_or_path = settings.base_model_id
     heads.config.license = settings.license or heads.config.license
+    initial_heads = None
+    if settings.init_heads is not None:
+        initial_heads = f"{heads.repo_id}@{heads.commit}" if heads.repo_id else Path(settings.init_heads).name
     # The optimizer steps in fp32 even where the base model computes in half precision.
     heads.float()
     trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)
@@ -158,7 +167,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         "targets": settings.targets,
         "aux_loss_decay": settings.aux_loss_decay,
         "max_length": settings.max_length,
-        "initial_heads": Path(settings.init_heads).name if settings.init_heads else None,
+        "initial_heads": initial_heads,
         "base_model_weights": _provenance_of_model(settings.model),
         **training_settings(args),
         "processes": args.world_size,
@@ -236,23 +245,36 @@ def _trainer(
     )
 
 
-def _rows(settings: HeadTrainingSettings) -> tuple[list[tuple[Path, list]], list[tuple[Path, list]]]:
-    """Rows of each training and each held-out file; without the latter a tenth of each training file is held out."""
-    train = [(Path(path), read_jsonl(path, settings.max_rows)) for path in settings.data]
+@dataclass
+class RawFile:
+    """A data file as it was read."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str, limit: int | None) -> RawFile:
+        return cls(Path(path), read_jsonl(path, limit), file_sha256(path))
+
+
+def _rows(settings: HeadTrainingSettings) -> tuple[list[RawFile], list[RawFile]]:
+    """Each training and each held-out file; without the latter a tenth of each training file is held out."""
+    train = [RawFile.read(path, settings.max_rows) for path in settings.data]
     if settings.eval_data:
-        evals = [(Path(path), read_jsonl(path, settings.eval_rows)) for path in settings.eval_data]
+        evals = [RawFile.read(path, settings.eval_rows) for path in settings.eval_data]
     else:
         evals = []
-        for index, (path, rows) in enumerate(train):
-            held_out = min(settings.eval_rows, len(rows) // 10)
+        for file in train:
+            held_out = min(settings.eval_rows, len(file.rows) // 10)
             if held_out < 1:
                 raise ValueError(
-                    f"data: got {len(rows)} rows in {path}, expected at least 10, of which one in ten is held out. Give "
-                    "more rows, or held-out ones with --eval-data."
+                    f"data: got {len(file.rows)} rows in {file.path} and eval_rows={settings.eval_rows}, expected at least 10 "
+                    "rows, of which one in ten is held out. Give more rows, or held-out ones with --eval-data."
                 )
-            train[index] = (path, rows[:-held_out])
-            evals.append((path, rows[-held_out:]))
-    stems = [path.stem for path, _ in evals]
+            evals.append(RawFile(file.path, file.rows[-held_out:], file.sha256))
+            file.rows = file.rows[:-held_out]
+    stems = [file.path.stem for file in evals]
     if len(set(stems)) < len(stems):
         raise ValueError(
             f"eval_data: got the names {stems}, expected different ones, which name the figures. Rename a file."

@@ -26,13 +26,37 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def _settings_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
     def summary_path(self) -> Path:
         return self.path / "summary.json"
+
+    def require_free(self, settings: dict[str, Any]) -> None:
+        """Check that a run of these settings can start here or be taken up.
+
+        Raises:
+            FileExistsError: if the folder holds a finished run, or an interrupted one of other settings.
+        """
+        advice = "Choose another output folder, or pass --overwrite to replace it."
+        if self.summary_path.exists():
+            raise FileExistsError(f"output: {self.path} holds a finished run. {advice}")
+        recorded = (
+            json.loads(self._settings_path.read_text(encoding="utf-8")) if self._settings_path.exists() else settings
+        )
+        changed = [k for k in sorted({*recorded, *settings}) if recorded.get(k) != settings.get(k)]
+        if changed:
+            name = changed[0]
+            raise FileExistsError(
+                f"output: {self.path} holds an interrupted run with other settings; {name}: got {settings.get(name)!r}, "
+                f"expected {recorded.get(name)!r} to resume it. {advice}"
+            )
 
     def begin(
         self, settings: dict[str, Any], overwrite: bool = False, checkpoint_files: tuple[str, ...] = ()
     ) -> Path | None:
-        """Start a run or take up an interrupted one.
+        """Start a run or take up an interrupted one. Call it when nothing is left that a better command could mend.
 
         Args:
             settings: everything that decides the result; JSON values.
@@ -43,25 +67,14 @@ class RunFolder:
             the last whole checkpoint to resume from, or None to start from the beginning.
 
         Raises:
-            FileExistsError: if the folder holds a finished run, or an interrupted one of other settings.
+            FileExistsError: see `require_free`.
         """
-        recorded_path = self.path / "run.json"
-        advice = "Choose another output folder, or pass --overwrite to replace it."
         if overwrite:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.summary_path.unlink(missing_ok=True)
-        elif self.summary_path.exists():
-            raise FileExistsError(f"output: {self.path} holds a finished run. {advice}")
-        elif recorded_path.exists():
-            recorded = json.loads(recorded_path.read_text(encoding="utf-8"))
-            changed = [k for k in sorted({*recorded, *settings}) if recorded.get(k) != settings.get(k)]
-            if changed:
-                name = changed[0]
-                raise FileExistsError(
-                    f"output: {self.path} holds an interrupted run with other settings; {name}: got "
-                    f"{settings.get(name)!r}, expected {recorded.get(name)!r} to resume it. {advice}"
-                )
-        write_text(recorded_path, json.dumps(settings, indent=2, default=str) + "\n")
+        else:
+            self.require_free(settings)
+        write_text(self._settings_path, json.dumps(settings, indent=2, default=str) + "\n")
         return last_whole_checkpoint(self.checkpoints, checkpoint_files)
 
     def finish(self, summary: dict[str, Any]) -> None:

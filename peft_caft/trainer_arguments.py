@@ -65,7 +65,9 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
         "lr_scheduler_type",
         "warmup_steps",
         "weight_decay",
+        "train_sampling_strategy",
         "seed",
+        "data_seed",
     )
     return {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names}
 

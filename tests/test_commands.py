@@ -140,6 +140,12 @@ def test_killed_run_is_taken_up_and_ends_as_an_unbroken_one(command, files, tmp_
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (broken / "summary.json").exists()
+    # It is not taken up with other rows.
+    more = write_chats(tmp_path / "more.jsonl", 61)
+    contents = Path(files["data"]).read_bytes()
+    Path(files["data"]).write_bytes(Path(more).read_bytes())
+    assert "data_sha256: got" in peft_caft(*common, "--output", str(broken), *trainer, expect=1)
+    Path(files["data"]).write_bytes(contents)
     peft_caft(*common, "--output", str(broken), *trainer)
     peft_caft(*common, "--output", str(unbroken), *trainer)
     name = "adapter_model.safetensors" if command == "train" else "model.safetensors"
@@ -162,6 +168,40 @@ def test_interrupted_run_of_other_settings_is_not_resumed(tmp_path):
     with pytest.raises(FileExistsError, match="seed: got 2, expected 1"):
         folder.begin({"seed": 2, "learning_rate": 0.1})
     assert folder.begin({"seed": 2, "learning_rate": 0.1}, overwrite=True) is None
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"), [("train-heads", ["--num-heads", "0"]), ("train", ["--target-modules", "no_such_layer"])]
+)
+def test_a_refused_command_does_not_block_the_corrected_one(command, wrong, files, tmp_path):
+    common = [
+        command,
+        "--model",
+        files["model"],
+        "--data",
+        files["data"],
+        "--output",
+        str(tmp_path),
+        "--max-length",
+        "64",
+    ]
+    common += ["--max_steps", "2", *SMALL]
+    assert wrong[1] in peft_caft(*common, *wrong, expect=1)
+    assert "written to" in peft_caft(*common)
+
+
+def test_heads_trained_along_say_so_instead_of_showing_the_figures_of_stage_1(files, tmp_path):
+    common = ["--model", files["model"], "--data", files["data"], "--heads", files["heads"], "--max-length", "64"]
+    peft_caft("train", *common, "--train-heads", "full", "--output", str(tmp_path), "--max_steps", "2", *SMALL)
+    heads = AuxiliaryHeads.from_pretrained(
+        tmp_path / "trained_heads", AutoModelForCausalLM.from_pretrained(files["model"])
+    )
+    assert heads.config.training["stage"].startswith("2, along with an adapter")
+    assert heads.config.training["initial_heads"] == "heads"
+    assert heads.config.training["max_steps"] == 2
+    card = (tmp_path / "trained_heads" / "README.md").read_text()
+    assert "How good they are" not in card
+    assert "Started from the heads `heads`" in card
 
 
 def test_half_saved_checkpoint_is_passed_over(tmp_path):
