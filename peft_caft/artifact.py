@@ -2,7 +2,7 @@
 
 ``config.json`` holds the hash of the weights it belongs to. A save writes the new configuration first under a pending
 name, then replaces the weights, then the configuration: whenever it is cut off, one configuration on disk matches the
-weights on disk, and a reader takes that one.
+weights on disk, and a reader takes that one. The old card goes before the old weights, so that none describes others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 
 from .atomic import replacing, write_text
 from .backbone import Backbone
-from .heads_card import write_card
+from .heads_card import CARD_NAME, PLOT_NAME, write_card
 from .heads_config import HeadsConfig
 from .hub_errors import explained
 
@@ -51,6 +51,8 @@ def save_heads(heads: AuxiliaryHeads, save_directory: str | os.PathLike) -> None
         save_file(weights, temporary, metadata={"format": "pt"})
         config.weights_sha256 = sha256(temporary)
         write_text(folder / PENDING_CONFIG_NAME, config.to_json())
+        for describing_the_old in (CARD_NAME, PLOT_NAME):
+            (folder / describing_the_old).unlink(missing_ok=True)
     write_text(folder / CONFIG_NAME, config.to_json())
     (folder / PENDING_CONFIG_NAME).unlink(missing_ok=True)
     write_card(folder, config)
@@ -102,8 +104,9 @@ def find_heads(source: str, field: str = "heads", revision: str | None = None, *
     folder = Path(source)
     if folder.is_dir():
         files = HeadsFiles(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+        interrupted = files.weights.is_file() and (folder / PENDING_CONFIG_NAME).is_file()  # the very first save
         for path in (files.config, files.weights):
-            if not path.is_file():
+            if not path.is_file() and not interrupted:
                 raise FileNotFoundError(
                     f"{field}: no {path.name} in {source!r}, expected a folder written by AuxiliaryHeads.save_pretrained."
                     " Train heads with `peft-caft train-heads`, or give a Hub repository id."
@@ -164,11 +167,11 @@ def sha256(path: Path) -> str:
 
 
 def _config_of_weights(config_path: Path, weights_path: Path) -> HeadsConfig:
-    config = HeadsConfig.from_file(config_path)
+    pending = config_path.with_name(PENDING_CONFIG_NAME)
+    config = HeadsConfig.from_file(config_path if config_path.is_file() else pending)
     if config.weights_sha256 is None:
         return config
     digest = sha256(weights_path)
-    pending = config_path.with_name(PENDING_CONFIG_NAME)
     if config.weights_sha256 != digest and pending.is_file():
         config = HeadsConfig.from_file(pending)
     if config.weights_sha256 != digest:

@@ -11,7 +11,6 @@ from .cli_options import (
     TRAINING_NOTE,
     DType,
     MaxLength,
-    MaxRows,
     Model,
     Output,
     Overwrite,
@@ -81,13 +80,19 @@ def train_heads_command(
     ] = "soft",
     aux_loss_decay: Annotated[float, typer.Option(help="alpha: head k weighs alpha^(k-1).")] = 0.8,
     max_length: MaxLength = 512,
-    max_rows: MaxRows = None,
+    max_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows to use at most of each training file, the held-out ones among them; all if unset.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: DType = "auto",
     cache: Annotated[
         str | None,
         typer.Option(
             help="Folder that keeps the base model's hidden states, so that later epochs and runs over the same data need "
-            "no forward pass of it; tokens x hidden size x 2 bytes in bf16.",
+            "its last layer alone; tokens x hidden size x 2 bytes in bf16.",
             show_default=False,
         ),
     ] = None,
@@ -152,7 +157,9 @@ def push_command(
     ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace whatever the repository holds.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Publish over something else too, whose heads or adapter files go.")
+    ] = False,
 ) -> None:
     """Publish heads or an adapter on the Hub, with a model card, in one commit.
 

@@ -202,7 +202,9 @@ def _encode_chat(
             "the tokenizer of an instruct model."
         )
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    text, input_ids, labels = "", [], []
+    text = ""
+    input_ids: list[int] = []
+    labels: list[int] = []
     for index in answers[-1:] if last_only else answers:
         cut_off = not complete and index == len(messages) - 1
         before = rendered(messages[:index], tokenizer, add_generation_prompt=True)

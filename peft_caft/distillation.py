@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +23,7 @@ from .config import require_choice
 from .data import file_sha256, require_tokenizer_of
 from .distillation_parts import Parts
 from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, stop_token_ids
+from .output_guard import full_disk_explained
 from .prompts import Prompt, prepare_prompts, read_prompts
 from .provenance import provenance, weights_digest
 
@@ -96,7 +94,7 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
     }
     del recorded["output"]
     parts = Parts(Path(settings.output))
-    with _full_disk_explained(parts.output):
+    with full_disk_explained(parts.output, "All batches that were finished are"):
         done = parts.begin(recorded, overwrite) if state.is_main_process else None
         state.wait_for_everyone()
         if not parts.folder.is_dir():
@@ -137,19 +135,6 @@ def _require_valid(settings: DistillationSettings) -> None:
         raise IsADirectoryError(f"output: {output} is a folder, expected a JSONL file to write.")
     if output.resolve() == Path(settings.prompts).resolve():
         raise ValueError(f"output: got {output}, the prompts themselves, expected another file.")
-
-
-@contextmanager
-def _full_disk_explained(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            f"output: the disk of {output} is full. All batches that were finished are kept: make room there and run the same "
-            "command again to go on."
-        ) from error
 
 
 def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Prompt]:

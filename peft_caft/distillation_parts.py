@@ -14,14 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .atomic import write_text
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one output are not noticed there
-    fcntl = None  # type: ignore[assignment]
+from .output_guard import lock
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Parts:
         advice = "Choose another output, or pass --overwrite to replace it."
         for part in self._parts():
             with open(part, "rb+") as file:
-                self._lock(file)  # a process of a killed run may live on
+                lock(file, self.output)  # a process of a killed run may live on
         if overwrite:
             self.discard()
             self.provenance_path.unlink(missing_ok=True)
@@ -90,7 +86,7 @@ class Parts:
             BlockingIOError: if another run writes the same output.
         """
         with open(self.folder / f"part-{rank}.jsonl", "ab") as file:
-            self._lock(file)
+            lock(file, self.output)
 
             def append(batch: dict[str, Any]) -> None:
                 file.write((json.dumps(batch) + "\n").encode())
@@ -109,17 +105,6 @@ class Parts:
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.jsonl"))
-
-    def _lock(self, file: IO[bytes]) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"output: {self.output} is being written by another process. Wait for it or stop it, or choose another "
-                "output."
-            ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,41 +113,42 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     set_seed(args.seed)
     model = get_peft_model(model, peft_config)
     # Everything that was asked for is there and fits.
-    resume_from = folder.begin(recorded, overwrite, (TRAINED_HEADS_NAME,) if has_trained_heads else ())
-    trainable, _ = model.get_nb_trainable_parameters()
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=data.rows,
-        eval_dataset=held_out,
-        data_collator=collator(tokenizer),
-        callbacks=[CAFTCallback()] if settings.method == "caft" else None,
-    )
-    before = trainer.evaluate()["eval_loss"] if held_out else None
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    seconds = time.perf_counter() - started
-    after = trainer.evaluate()["eval_loss"] if held_out else None
-    with filling(settings.output) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    if has_trained_heads:
-        heads = model.base_model.auxiliary_heads["default"]
-        heads.config.training = _record_of_trained_heads(settings, args, data_sha256, len(data.rows), heads)
-        heads.save_pretrained(Path(settings.output) / "trained_heads")
-    summary = {
-        "method": settings.method,
-        "eval_loss_before": before,
-        "eval_loss_after": after,
-        "train_seconds": seconds,
-        "peak_memory_mib": peak_memory_mib(),
-        "trainable_parameters": trainable,
-        "data_sha256": data_sha256,
-        **provenance(),
-        "log_history": trainer.state.log_history,
-    }
-    folder.finish(summary)
-    return summary
+    with folder.held() if args.process_index == 0 else nullcontext():
+        resume_from = folder.begin(recorded, overwrite, (TRAINED_HEADS_NAME,) if has_trained_heads else ())
+        trainable, _ = model.get_nb_trainable_parameters()
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=data.rows,
+            eval_dataset=held_out,
+            data_collator=collator(tokenizer),
+            callbacks=[CAFTCallback()] if settings.method == "caft" else None,
+        )
+        before = trainer.evaluate()["eval_loss"] if held_out else None
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        seconds = time.perf_counter() - started
+        after = trainer.evaluate()["eval_loss"] if held_out else None
+        with filling(settings.output) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        if has_trained_heads:
+            heads = model.base_model.auxiliary_heads["default"]
+            heads.config.training = _record_of_trained_heads(settings, args, data_sha256, len(data.rows), heads)
+            heads.save_pretrained(Path(settings.output) / "trained_heads")
+        summary = {
+            "method": settings.method,
+            "eval_loss_before": before,
+            "eval_loss_after": after,
+            "train_seconds": seconds,
+            "peak_memory_mib": peak_memory_mib(),
+            "trainable_parameters": trainable,
+            "data_sha256": data_sha256,
+            **provenance(),
+            "log_history": trainer.state.log_history,
+        }
+        folder.finish(summary)
+        return summary
 
 
 def _record_of_trained_heads(

@@ -130,7 +130,8 @@ def batch_totals(
         targets; in the last row the sum of accepted lengths, two zeros, and the number of positions with all targets.
     """
     unembedding = backbone.unembedding().in_compute_dtype(labels.device.type)
-    sums = torch.zeros(len(heads.heads) + 1, 4, dtype=torch.float64, device=labels.device)
+    exact = torch.float32 if labels.device.type == "mps" else torch.float64  # Apple's devices have no double
+    sums = torch.zeros(len(heads.heads) + 1, 4, dtype=exact, device=labels.device)
     accepted = torch.ones(labels.numel(), dtype=torch.bool, device=labels.device)
     lengths = torch.zeros(labels.numel(), device=labels.device)
     has_all = torch.ones_like(accepted)
@@ -138,7 +139,7 @@ def batch_totals(
         rows, targets = supervised_rows(labels, index + 2, attention_mask)
         cross_entropies, hits = _scores(heads.states(index, captured, rows, backbone), targets, unembedding)
         values = (cross_entropies.sum(), hits[:, 0].sum(), hits.sum())
-        sums[index] = torch.stack([*(v.double() for v in values), sums.new_tensor(len(rows))])
+        sums[index] = torch.stack([*(v.to(exact) for v in values), sums.new_tensor(len(rows))])
         hit, has_target = torch.zeros_like(accepted), torch.zeros_like(accepted)
         hit[rows], has_target[rows] = hits[:, 0], True
         accepted &= hit

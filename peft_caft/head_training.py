@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -135,11 +136,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         ]
         for files in (train_rows, eval_rows)
     )
-    dtype = model.dtype
     heads = _initial_heads(settings, model)
-    # Everything that was asked for is there and fits.
-    with args.main_process_first(local=False):
-        resume_from = folder.begin(recorded, overwrite=overwrite and is_first)
     if is_first:
         for what, files in (("Training", train), ("Held-out", evals)):
             for file in files:
@@ -148,13 +145,32 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     if settings.base_model_id is not None:
         heads.config.base_model_name_or_path = settings.base_model_id
     heads.config.license = settings.license or heads.config.license
-    initial_heads = None
+    # Everything that was asked for is there and fits.
+    with folder.held() if is_first else nullcontext():
+        with args.main_process_first(local=False):
+            resume_from = folder.begin(recorded, overwrite=overwrite and is_first)
+        return _train(settings, args, folder, resume_from, model, heads, tokenizer, train, evals)
+
+
+def _train(
+    settings: HeadTrainingSettings,
+    args: TrainingArguments,
+    folder: RunFolder,
+    resume_from: Path | None,
+    model: PreTrainedModel,
+    heads: AuxiliaryHeads,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[DataFile],
+    evals: list[DataFile],
+) -> dict[str, Any]:
+    """The run itself, from its last checkpoint if there is one, to the artifact and its summary."""
+    dtype, initial_heads = model.dtype, None
     if settings.init_heads is not None:
         initial_heads = f"{heads.repo_id}@{heads.commit}" if heads.repo_id else Path(settings.init_heads).name
     # The optimizer steps in fp32 even where the base model computes in half precision.
     heads.float()
     trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)
-    if not sharded:  # else as soon as they are
+    if not trainer.is_fsdp_enabled:  # else as soon as they are sharded
         trainer.evaluate_before()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -181,7 +197,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         "peak_memory_mib": peak_memory_mib(),
         "log_history": trainer.state.log_history,
     }
-    if is_first:
+    if args.process_index == 0:
         trained.save_pretrained(settings.output)
         folder.finish(summary)
     return summary

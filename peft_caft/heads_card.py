@@ -22,7 +22,7 @@ UNTRAINED = "These heads are **not trained**: they carry no knowledge of the bas
 def write_card(folder: Path, config: HeadsConfig, repo_id: str | None = None) -> None:
     """Write ``README.md`` into an artifact's folder, and ``heads.png`` if there are figures and matplotlib.
 
-    A plot from an earlier save goes, since it shows other heads. The Hub repository ``repo_id`` is the one that the card
+    Without matplotlib a plot that lies there stays; without figures it goes. The Hub repository ``repo_id`` is the one that the card
     tells to load them from.
     """
     plot = folder / PLOT_NAME
@@ -31,8 +31,8 @@ def write_card(folder: Path, config: HeadsConfig, repo_id: str | None = None) ->
         from .plots import plot_evaluations
 
         plot_evaluations(plot, {e["name"]: (e["before"]["heads"], e["after"]["heads"]) for e in evaluations})
-    elif plot.exists():
-        plot.unlink()
+    elif not evaluations:
+        plot.unlink(missing_ok=True)
     write_text(folder / CARD_NAME, heads_card(config, repo_id, has_plot=plot.exists()))
 
 

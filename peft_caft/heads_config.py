@@ -145,8 +145,8 @@ def fingerprint(unembedding: Tensor) -> list[float] | None:
         return None
     vocabulary, hidden = unembedding.shape
     picked = torch.linspace(0, vocabulary - 1, FINGERPRINT_ROWS).long().to(unembedding.device)
-    rows = unembedding[picked].double()
-    wave = torch.cos(torch.arange(hidden, dtype=torch.float64, device=rows.device) ** 2)
+    rows = unembedding[picked].cpu().double()  # some devices have no double
+    wave = torch.cos(torch.arange(hidden, dtype=torch.float64) ** 2)
     cosines = (rows @ wave) / (rows.norm(dim=1) * wave.norm()).clamp_min(1e-12)
     # A row of ordinary size has a cosine of about 1 / sqrt(hidden) with the wave: scale it to the order of one.
     return [round(value, 4) for value in (cosines * hidden**0.5).clamp(-8, 8).tolist()]

@@ -37,7 +37,7 @@ def explained(field: str, repo_id: str, revision: str | None = None, action: str
     where = f"{field}: {repo_id!r} on {constants.ENDPOINT}"
     at = f"revision {revision or 'main'}"
     log_in = LOG_IN.format(f"{action} {repo_id!r}")
-    retry = "Nothing half done is kept: run the same again later."
+    retry = "No file was changed by halves: run the same again later."
     try:
         yield
     except HFValidationError as error:

@@ -9,13 +9,15 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
-from .artifact import CONFIG_NAME
+from .artifact import CONFIG_NAME, WEIGHTS_NAME
 from .config import CAFT_CONFIG_NAME
 from .heads_card import PLOT_NAME
 from .heads_config import FINGERPRINT_TOLERANCE, HeadsConfig
 from .hub_errors import explained
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+# What heads and adapters are made of; a repository holds one or the other.
+PUBLISHED_NAMES = (CONFIG_NAME, WEIGHTS_NAME, PLOT_NAME, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME)
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,19 @@ class Repository:
         with explained("repo_id", self.repo_id, self.head):
             return Path(self.api.hf_hub_download(self.repo_id, name, revision=self.head))
 
-    def commit(self, folders: tuple[Path, ...], names: tuple[str, ...], what: str) -> CommitInfo:
-        """Publish the files of these names, each from the first folder that has it, in one commit."""
+    def commit(self, folders: tuple[Path, ...], names: tuple[str, ...], what: str, alone: bool) -> CommitInfo:
+        """Publish the files of these names, each from the first folder that has it, in one commit.
+
+        Args:
+            alone: remove what the repository holds of another kind of artifact.
+        """
         places = {name: [folder / name for folder in folders if (folder / name).is_file()] for name in names}
         found = {name: paths[0] for name, paths in places.items() if paths}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in found.items()
         ]
-        # What an earlier push left and this one does not have would describe the wrong weights.
-        stale = {PLOT_NAME, CAFT_CONFIG_NAME} & self.files - found.keys()
+        # What an earlier push left and this one does not have would describe the wrong weights, or be taken for them.
+        stale = set(PUBLISHED_NAMES if alone else (PLOT_NAME, CAFT_CONFIG_NAME)) & self.files - found.keys()
         operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
         with explained("repo_id", self.repo_id, self.to.revision, "write to"):
             # Not upload_folder: with Xet it makes several commits (huggingface_hub 2), of which a reader meets the first.

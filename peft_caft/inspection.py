@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -101,8 +101,15 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
         FileNotFoundError, PermissionError, ConnectionError: if there is no such artifact or it cannot be had.
         ValueError: if it is damaged.
     """
-    adapter_config = _file(artifact, ADAPTER_CONFIG_NAME, revision)
+    try:
+        adapter_config = _file(artifact, ADAPTER_CONFIG_NAME, revision)
+    except (FileNotFoundError, ConnectionError):  # the Hub is not to be asked, or cannot be reached
+        if not isinstance(try_to_load_from_cache(artifact, CONFIG_NAME, revision=revision), str):
+            raise
+        adapter_config = None
     if adapter_config is not None:
+        if not Path(artifact).is_dir():
+            revision = adapter_config.parent.name  # the cache keeps a file under snapshots/COMMIT
         return _inspect_adapter(artifact, adapter_config, model, revision)
     if _file(artifact, CONFIG_NAME, revision) is None:
         raise FileNotFoundError(
@@ -120,6 +127,8 @@ def _file(source: str, name: str, revision: str | None) -> Path | None:
     with explained("artifact", source, revision):
         try:
             return Path(hf_hub_download(source, name, revision=revision))
+        except LocalEntryNotFoundError:  # not in the cache, and the Hub was not to be asked
+            raise
         except EntryNotFoundError:
             return None
 
@@ -162,6 +171,12 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
         )
     folder, tensors = str(config_path.parent), Tensors.of(weights)
     is_caft = _file(source, CAFT_CONFIG_NAME, revision) is not None
+    adapter = json.loads(config_path.read_text(encoding="utf-8"))
+    if adapter.get("peft_type") != "LORA":
+        raise ValueError(
+            f"peft_type: got {adapter.get('peft_type')!r} in {config_path.name} of {source!r}, expected 'LORA', as CAFT and LoRA "
+            "adapters have."
+        )
     lora = LoraConfig.from_pretrained(folder)
     targets = (
         lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules or []))
@@ -172,7 +187,7 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
         **tensors.facts(),
         "base model": f"{lora.base_model_name_or_path or 'unknown'}, revision {lora.revision or 'unknown'}",
     }
-    record = {"adapter_config": json.loads(config_path.read_text(encoding="utf-8"))}
+    record = {"adapter_config": adapter}
     if is_caft:
         caft = CAFTConfig.from_pretrained(folder)
         heads_commit = caft.heads_revision or caft.heads_commit or "not recorded"
@@ -211,7 +226,9 @@ def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str) -> str | 
     except ValueError as error:  # target modules that the model lacks
         return str(error)
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    return _first_difference(tensors.shapes, {name: tuple(t.shape) for name, t in expected.items()})
+    # Where embedding or lm_head are adapted, PEFT saves the base model's own beside the adapter.
+    own = {name: shape for name, shape in tensors.shapes.items() if ".base_layer." not in name}
+    return _first_difference(own, {name: tuple(t.shape) for name, t in expected.items()})
 
 
 def _first_difference(got: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str | None:

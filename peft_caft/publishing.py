@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -24,9 +25,8 @@ from .config import CAFT_CONFIG_NAME, CAFTConfig
 from .heads_card import CARD_NAME, PLOT_NAME, heads_card, write_card
 from .heads_config import HeadsConfig
 from .hub_errors import explained
-from .hub_repository import ADAPTER_CONFIG_NAME, Destination, Repository, json_or_none
+from .hub_repository import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, Destination, Repository, json_or_none
 
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -54,7 +54,8 @@ def push(
         heads: for an adapter whose heads were a local folder: ``"org/name"`` or ``"org/name@revision"`` of those heads.
         base_model: Hub id of the base model, if the folder names a local one.
         license: Hub identifier such as ``"apache-2.0"``.
-        force: replace whatever the repository holds.
+        force: publish over something else too, whose heads or adapter files go; and adapters with other heads than those
+            that they were trained with.
 
     Raises:
         FileNotFoundError: if the folder holds neither; or see `hub_errors.explained`.
@@ -102,9 +103,11 @@ def push_heads(
         if card.exists() and card.read_text(encoding="utf-8") != written:
             _copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, config.license)
         else:
+            if (source / PLOT_NAME).exists():  # also where matplotlib is missing
+                shutil.copyfile(source / PLOT_NAME, generated / PLOT_NAME)
             write_card(generated, config, repository.repo_id)
         return repository.commit(
-            (generated, source), (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME), "Auxiliary heads"
+            (generated, source), (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME), "Auxiliary heads", alone=force
         )
 
 
@@ -148,7 +151,9 @@ def push_adapter(
             settings, summary = (json_or_none(source / name) for name in ("run.json", "summary.json"))
             write_text(generated / CARD_NAME, adapter_card(config, repository.repo_id, license, settings, summary))
         names = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, *TOKENIZER_FILES)
-        return repository.commit((generated, source), names, "CAFT adapter" if is_caft else "LoRA adapter")
+        return repository.commit(
+            (generated, source), names, "CAFT adapter" if is_caft else "LoRA adapter", alone=force
+        )
 
 
 def require_hub_id(name: str, value: str, advice: str) -> str:
@@ -184,11 +189,12 @@ def _name_heads(config: CAFTConfig, given: str | None, token: str | bool | None,
         repo_id, revision = trained_with, config.heads_commit or config.heads_revision or ""
     advice = f"Publish the heads first, `peft-caft push {trained_with} ORG/NAME`, then give --heads ORG/NAME@COMMIT (heads=)."
     require_hub_id("heads", repo_id, advice)
-    with explained("heads", repo_id, revision or None):
-        path = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision or None, token=token))
-    published = HeadsConfig.from_file(path)
-    if Path(trained_with).is_dir() and not force:
-        used = find_heads(trained_with).read_config()
+    path, published = _heads_config(repo_id, revision or None, token)
+    if given is not None and not force:
+        if Path(trained_with).is_dir():
+            used = find_heads(trained_with).read_config()
+        else:
+            _, used = _heads_config(trained_with, config.heads_commit or config.heads_revision, token)
         if used.weights_sha256 != published.weights_sha256:
             raise ValueError(
                 f"heads: {given!r} holds other weights (sha256 {published.weights_sha256}) than {trained_with!r} "
@@ -196,6 +202,13 @@ def _name_heads(config: CAFTConfig, given: str | None, token: str | bool | None,
                 "--force (force=True)."
             )
     config.heads, config.heads_revision, config.heads_commit = repo_id, path.parent.name, path.parent.name
+
+
+def _heads_config(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, HeadsConfig]:
+    """The configuration of heads on the Hub, and where it lies: under snapshots/COMMIT of the cache."""
+    with explained("heads", repo_id, revision):
+        path = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, token=token))
+    return path, HeadsConfig.from_file(path)
 
 
 def _copy_card(source: Path, target: Path, base_model: str | None, license: str | None) -> None:

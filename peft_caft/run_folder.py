@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .atomic import write_text
+from .output_guard import full_disk_explained, lock
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,21 @@ class RunFolder:
     @property
     def summary_path(self) -> Path:
         return self.path / "summary.json"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other process may run in this folder inside the block, and a full disk is one clear error.
+
+        Raises:
+            BlockingIOError: if another one does.
+            OSError: if the disk is full.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / ".lock"
+        with full_disk_explained(self.path, "Checkpoints that were finished are"), open(path, "ab") as file:
+            lock(file, self.path)
+            yield
+            path.unlink()
 
     def require_free(self, settings: dict[str, Any]) -> None:
         """Check that a run of these settings can start here or be taken up.

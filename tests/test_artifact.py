@@ -296,16 +296,27 @@ def cut_off_at(call: int, monkeypatch) -> None:
     monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
 
 
+CALLS = 16  # writes and renames of a save over other heads
+
+
 def equal(first: AuxiliaryHeads, second: AuxiliaryHeads) -> bool:
     own, other = first.state_dict(), second.state_dict()
     return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
 
 
-@pytest.mark.parametrize("call", range(12))
+@pytest.mark.parametrize("call", range(CALLS + 1))
 def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, tmp_path, monkeypatch):
     model = tiny_model("llama")
     old, new = made(1), made(2)
+    figures = {"heads": [{"tokens_ahead": 2, "cross_entropy": 9.0, "top1": 0.1, "top5": 0.2, "tokens": 3}]}
+    evaluation = {
+        "name": "old",
+        "before": figures | {"acceptance_length": 0.1},
+        "after": figures | {"acceptance_length": 0.1},
+    }
+    old.config.training = {"evaluations": [evaluation]}
     old.save_pretrained(tmp_path)
+    assert "9.000" in (tmp_path / "README.md").read_text()
     with monkeypatch.context() as patch:
         cut_off_at(call, patch)
         try:
@@ -318,17 +329,27 @@ def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, tmp_pa
     assert any(matches)
     if call == 0:
         assert matches[0]
+    assert finished == (call == CALLS), "CALLS is the number of steps that a save takes"
     if finished:
         assert matches[1]
+    card = tmp_path / "README.md"
+    if matches[1] and card.exists():
+        assert "9.000" not in card.read_text(), "the old card would describe the new heads"
     new.save_pretrained(tmp_path)  # and the next save works
     assert AuxiliaryHeads.from_pretrained(tmp_path, base_model=model).config == new.config
 
 
-def test_cutting_off_reaches_every_step_of_a_save(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        cut_off_at(11, patch)
-        with pytest.raises(CutOff):
-            made(1).save_pretrained(tmp_path)
+@pytest.mark.parametrize("call", range(CALLS))
+def test_first_save_that_is_cut_off_leaves_nothing_or_the_heads(call, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, suppress(CutOff):
+        cut_off_at(call, patch)
+        made(1).save_pretrained(tmp_path)
+    model = tiny_model("llama")
+    if (tmp_path / "model.safetensors").exists():
+        assert equal(AuxiliaryHeads.from_pretrained(tmp_path, base_model=model), made(1))
+    else:
+        with pytest.raises(FileNotFoundError):
+            AuxiliaryHeads.from_pretrained(tmp_path, base_model=model)
 
 
 @pytest.mark.slow
@@ -336,8 +357,8 @@ def test_two_saves_cut_off_one_after_the_other_leave_heads_whole(tmp_path, monke
     model = tiny_model("llama")
     versions = [made(seed) for seed in (1, 2, 3)]
     lost = []
-    for first in range(12):
-        for second in range(12):
+    for first in range(CALLS + 1):
+        for second in range(CALLS + 1):
             folder = tmp_path / f"{first}-{second}"
             versions[0].save_pretrained(folder)
             for call, heads in zip((first, second), versions[1:], strict=True):

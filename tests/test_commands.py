@@ -190,6 +190,24 @@ def test_a_refused_command_does_not_block_the_corrected_one(command, wrong, file
     assert "written to" in peft_caft(*common)
 
 
+def test_two_runs_into_one_folder_do_not_mix(files, tmp_path):
+    arguments = [
+        "--model",
+        files["model"],
+        "--data",
+        files["data"],
+        "--output",
+        str(tmp_path),
+        "--max_steps",
+        "2",
+        *SMALL,
+    ]
+    with RunFolder(tmp_path).held():
+        assert "is being written by another process" in peft_caft("train-heads", *arguments, expect=1)
+    assert "Heads written" in peft_caft("train-heads", *arguments)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_heads_trained_along_say_so_instead_of_showing_the_figures_of_stage_1(files, tmp_path):
     common = ["--model", files["model"], "--data", files["data"], "--heads", files["heads"], "--max-length", "64"]
     peft_caft("train", *common, "--train-heads", "full", "--output", str(tmp_path), "--max_steps", "2", *SMALL)

@@ -378,6 +378,31 @@ def test_other_heads_than_those_trained_with_are_refused(client, adapter):
         client.run(PUSH, folder=str(adapter / "adapter"), repo_id="org/refused", options=options)
 
 
+def test_other_heads_than_those_of_the_hub_trained_with_are_refused(client, adapter):
+    client.run("push(1, 'org/trained-with'); push(5, 'org/not-trained-with')")
+    code = """
+config = CAFTConfig(heads="org/trained-with", num_auxiliary_heads=3, target_modules="all-linear")
+get_peft_model(tiny_llama(), config).save_pretrained(folder)
+"""
+    client.run(code, folder=str(adapter / "hub-adapter"))
+    options = {"heads": "org/not-trained-with", "base_model": "org/tiny-llama"}
+    with pytest.raises(ClientError, match=r"'org/not-trained-with' holds other weights .* than 'org/trained-with'"):
+        client.run(PUSH, folder=str(adapter / "hub-adapter"), repo_id="org/refused", options=options)
+
+
+def test_force_leaves_one_kind_of_artifact(client, hub, adapter):
+    client.run("push(1, 'org/forced')")
+    options = {"heads": "org/forced", "base_model": "org/tiny-llama"}
+    client.run("push(1, 'org/forced-heads')")
+    client.run(PUSH, folder=str(adapter / "adapter"), repo_id="org/forced-heads", options=options | {"force": True})
+    assert not {"config.json", "model.safetensors"} & set(hub.files("org/forced-heads"))
+    client.run("push(2, 'org/forced-heads', force=True)")
+    assert set(hub.files("org/forced-heads")) >= {"config.json", "model.safetensors", "README.md"}
+    assert not {name for name in hub.files("org/forced-heads") if "adapter" in name or "caft" in name}
+    assert client.run("seed_of(load('org/forced-heads'))") == 2
+    client.run("push(3, 'org/forced-heads')")  # and the next push needs no force
+
+
 def test_adapter_and_heads_never_replace_each_other(client, hub, adapter):
     client.run("push(1, 'org/occupied')")
     options = {"heads": "org/occupied", "base_model": "org/tiny-llama"}
@@ -425,6 +450,12 @@ def test_offline_after_download(client, home):
     with Client(client_environment(nowhere, home, HF_HUB_OFFLINE="1"), SETUP) as process:
         assert process.run("heads = load('org/offline'); [seed_of(heads), heads.commit]") == [1, oid]
         assert process.run("seed_of(load('org/offline', revision=oid))", oid=oid) == 1
+        inspect = "from peft_caft.inspection import inspect; inspect('org/never-loaded')"
+        with pytest.raises(ClientError, match=r"artifact: 'org/never-loaded'.*not in the local cache"):
+            process.run(inspect)
+        assert "org/offline at commit" in process.run(
+            "from peft_caft.inspection import inspect; inspect('org/offline').text()"
+        )
         with pytest.raises(ClientError, match=r"FileNotFoundError.*not in the local cache.*Load it once online"):
             process.run("load('org/never-loaded')")
         with pytest.raises(ClientError, match=r"ConnectionError: repo_id: 'org/offline'.*HF_HUB_OFFLINE"):

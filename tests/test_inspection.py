@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -79,6 +79,20 @@ def test_an_adapter_is_described_with_its_heads(files):
 @pytest.mark.parametrize("artifact", ["heads", "caft", "lora"])
 def test_what_was_made_for_a_model_fits_it(artifact, files):
     assert "yes" in run(files[artifact], "--model", files["model"])
+
+
+def test_an_adapter_of_the_unembedding_fits_its_model(files, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(files["model"])
+    get_peft_model(base, LoraConfig(target_modules=["q_proj", "lm_head"], r=2)).save_pretrained(tmp_path)
+    assert any("base_layer" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert inspect(str(tmp_path), files["model"]).misfit is None
+
+
+def test_an_adapter_of_another_kind_is_refused_by_name(files, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(files["model"])
+    get_peft_model(base, IA3Config(target_modules=["q_proj"], feedforward_modules=[])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"peft_type: got 'IA3' in adapter_config.json"):
+        inspect(str(tmp_path))
 
 
 def test_heads_of_another_model_do_not_fit(files):

@@ -128,7 +128,7 @@ MOMENTS = {
     "artifact without its configuration": "heads/model.safetensors",
     "artifact whole, no summary": "heads/config.json",
 }
-QUICK = ("between checkpoints", "artifact without its configuration")
+QUICK = ("cache half full", "between checkpoints", "artifact without its configuration")
 
 
 @pytest.mark.parametrize(
@@ -267,3 +267,27 @@ def test_full_disk_is_told_before_the_cache_is_written(tmp_path):
         assert not (disk / "cache" / "hidden_states.bin").exists()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 400 KB, which has no room for a checkpoint with its optimizer."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_runs_full_says_so_and_the_run_goes_on_when_there_is_room(files, small_disk, tmp_path):
+    arguments = command(files, tmp_path)
+    arguments[arguments.index("--output") + 1] = str(small_disk / "heads")
+    process = start(arguments, tmp_path)
+    process.join(120)
+    output = (tmp_path / "log").read_text()
+    assert process.exitcode == 1
+    assert "is full. Checkpoints that were finished are kept" in output
+    assert "Traceback" not in output
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert "Heads written" in finish(arguments, tmp_path)
