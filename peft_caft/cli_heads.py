@@ -115,7 +115,7 @@ def train_heads_command(
     from .trainer_arguments import trainer_arguments
 
     defaults = {
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "num_train_epochs": 1.0,
         "warmup_steps": 20,
         "train_sampling_strategy": "group_by_length",

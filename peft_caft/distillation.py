@@ -25,7 +25,7 @@ from .distillation_parts import Parts
 from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, stop_token_ids
 from .output_guard import full_disk_explained
 from .prompts import Prompt, prepare_prompts, read_prompts
-from .provenance import provenance, weights_digest
+from .provenance import git_commit, provenance, weights_digest
 
 BACKENDS = ("transformers", "vllm")
 REASONS = ("empty", "repetitive", "untrainable", "duplicate")
@@ -67,6 +67,7 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
         FileExistsError, FileNotFoundError, ValueError, OSError: as the message says.
     """
     _require_valid(settings)
+    git_commit()  # remembered for the provenance: a long run is of the code that it began with
     # Without an accelerator accelerate must be told so, or each process takes itself for the only one. Processes that are
     # done wait for the others, however long those take.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from .config import require_choice
-from .data import EncodedData, collator, encode, file_sha256, read_jsonl, require_tokenizer_of
+from .data import collator, require_tokenizer_of
 from .head_metrics import HeadEvaluation
 from .head_pretraining import TARGETS, HeadPretraining, HeadTrainer
 from .heads import AuxiliaryHeads
@@ -29,6 +29,7 @@ from .hidden_cache import cached_rows, with_hidden_states
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder
 from .sharded_heads import sharding_requested
+from .stage1_data import DataFile, read_files
 from .trainer_arguments import training_settings
 
 
@@ -62,28 +63,6 @@ class HeadTrainingSettings:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-@dataclass
-class DataFile:
-    """A data file, encoded, with what the provenance says of it."""
-
-    path: Path
-    sha256: str  # of what was read
-    encoded: EncodedData
-
-    def record(self) -> dict[str, Any]:
-        provenance_path = self.path.with_suffix(".provenance.json")
-        return {
-            "file": self.path.name,
-            "sha256": self.sha256,
-            "rows": len(self.encoded.rows),
-            "tokens": self.encoded.tokens,
-            "supervised_tokens": self.encoded.supervised_tokens,
-            "provenance": json.loads(provenance_path.read_text(encoding="utf-8"))
-            if provenance_path.is_file()
-            else None,
-        }
-
-
 def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
     """Train heads and write them to ``settings.output``; an interrupted run is taken up at its last checkpoint.
 
@@ -112,13 +91,13 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         args.ddp_find_unused_parameters = False  # every head takes part in every batch
     _prepare_evaluation(settings, args)
     sharded = sharding_requested(args, settings.cache)
-    train_rows, eval_rows = _rows(settings)
+    train_files, eval_files = read_files(settings.data, settings.eval_data, settings.max_rows, settings.eval_rows)
     is_first = args.process_index == 0
     recorded = asdict(settings) | training_settings(args)
     # Rows that were taken with others in between, or by other processes, are other steps; and checkpoints of sharded models
     # have files of their own.
     recorded |= {"processes": args.world_size, "sharded": sharded}
-    recorded |= {"data_sha256": [file.sha256 for file in (*train_rows, *eval_rows)]}
+    recorded |= {"data_sha256": [file.sha256 for file in (*train_files, *eval_files)]}
     if not overwrite:
         folder.require_free(recorded)
     if not is_first:
@@ -130,11 +109,8 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         model.to(args.device)
     require_tokenizer_of(model, tokenizer)
     train, evals = (
-        [
-            DataFile(file.path, file.sha256, encode(file.rows, tokenizer, settings.max_length, quiet=not is_first))
-            for file in files
-        ]
-        for files in (train_rows, eval_rows)
+        [file.encoded(tokenizer, settings.max_length, quiet=not is_first) for file in files]
+        for files in (train_files, eval_files)
     )
     heads = _initial_heads(settings, model)
     if is_first:
@@ -259,43 +235,6 @@ def _trainer(
         data_collator=with_hidden_states(collate),
         callbacks=None if patience is None else [_EarlyStopping(patience)],
     )
-
-
-@dataclass
-class RawFile:
-    """A data file as it was read."""
-
-    path: Path
-    rows: list[dict[str, Any]]
-    sha256: str
-
-    @classmethod
-    def read(cls, path: str, limit: int | None) -> RawFile:
-        return cls(Path(path), read_jsonl(path, limit), file_sha256(path))
-
-
-def _rows(settings: HeadTrainingSettings) -> tuple[list[RawFile], list[RawFile]]:
-    """Each training and each held-out file; without the latter a tenth of each training file is held out."""
-    train = [RawFile.read(path, settings.max_rows) for path in settings.data]
-    if settings.eval_data:
-        evals = [RawFile.read(path, settings.eval_rows) for path in settings.eval_data]
-    else:
-        evals = []
-        for file in train:
-            held_out = min(settings.eval_rows, len(file.rows) // 10)
-            if held_out < 1:
-                raise ValueError(
-                    f"data: got {len(file.rows)} rows in {file.path} and eval_rows={settings.eval_rows}, expected at least 10 "
-                    "rows, of which one in ten is held out. Give more rows, or held-out ones with --eval-data."
-                )
-            evals.append(RawFile(file.path, file.rows[-held_out:], file.sha256))
-            file.rows = file.rows[:-held_out]
-    stems = [file.path.stem for file in evals]
-    if len(set(stems)) < len(stems):
-        raise ValueError(
-            f"eval_data: got the names {stems}, expected different ones, which name the figures. Rename a file."
-        )
-    return train, evals
 
 
 def _evaluation_record(

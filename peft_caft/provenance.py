@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -29,8 +30,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """Commit of the source tree that this package runs from, None if it is installed from a wheel."""
+    """Commit of the source tree that this package runs from, None if it is installed from a wheel.
+
+    The one of the first call: a long run is of the code that it began with.
+    """
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None

@@ -16,6 +16,7 @@ from typing import Any
 
 from .atomic import write_text
 from .output_guard import full_disk_explained, lock
+from .provenance import git_commit
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class RunFolder:
         Raises:
             FileExistsError: see `require_free`.
         """
+        git_commit()  # remembered for the provenance: a long run is of the code that it began with
         if overwrite:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.summary_path.unlink(missing_ok=True)
