@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,18 +19,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from peft_caft.answers import AnswerReader, rejection
-from peft_caft.cli import main
 from peft_caft.data import encode, read_jsonl
 from peft_caft.distillation import DistillationSettings, distill
 from peft_caft.distillation_parts import Parts
 from peft_caft.generation import stop_token_ids
 from peft_caft.prompts import prepare_prompts, read_prompts
 
+from .forked_command import finish, kill_when
 from .tiny_checkpoint import WORDS, save_checkpoint, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["peft_caft.cli", "peft_caft.distillation", __name__])
 STOP = 1  # </s>
 
 
@@ -396,45 +393,17 @@ def test_a_missing_optional_package_is_named_with_its_install_command(files, tmp
 # Interruptions
 
 
-def run_command(arguments: list[str], log: str) -> None:
-    """In a process of its own: what the console script does, with its output in ``log``."""
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    sys.argv = arguments
-    main()
-
-
 def command(files: dict[str, str], output: Path) -> list[str]:
     places = ["--model", files["model"], "--prompts", files["prompts"], "--output", str(output)]
     return ["peft-caft", "distill", *places, "--max-new-tokens", "24", "--batch-size", "4"]
 
 
-def start(files: dict[str, str], output: Path) -> multiprocessing.Process:
-    process = SERVER.Process(target=run_command, args=(command(files, output), str(output.with_suffix(".log"))))
-    process.start()
-    return process
+def finish_distilling(files: dict[str, str], output: Path) -> str:
+    return finish(command(files, output), output.with_suffix(".log"))
 
 
-def finish(files: dict[str, str], output: Path) -> str:
-    process = start(files, output)
-    process.join(120)
-    log = output.with_suffix(".log").read_text()
-    assert process.exitcode == 0, log
-    return log
-
-
-def kill_when(moment: Callable[[], bool], files: dict[str, str], output: Path) -> None:
-    """Run until ``moment`` comes, and kill at once."""
-    process = start(files, output)
-    try:
-        while not moment():
-            assert process.is_alive(), f"ended before the moment came: {output.with_suffix('.log').read_text()}"
-            time.sleep(0.001)
-    finally:
-        process.kill()
-        process.join()
+def kill_distilling_when(moment: Callable[[], bool], files: dict[str, str], output: Path) -> None:
+    kill_when(moment, command(files, output), output.with_suffix(".log"))
 
 
 def require_same(files: dict[str, str], output: Path) -> None:
@@ -451,7 +420,7 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(files, tmp_pat
     def lines() -> int:
         return part.read_bytes().count(b"\n") if part.exists() else 0
 
-    kill_when(Parts(output).folder.exists, files, output)
+    kill_distilling_when(Parts(output).folder.exists, files, output)
 
     def after(wanted: int) -> bool:
         reached = lines() >= wanted
@@ -459,13 +428,13 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_file(files, tmp_pat
         return reached
 
     for batches in (1, 4, 8):  # of 15
-        kill_when(lambda wanted=batches: after(wanted), files, output)
+        kill_distilling_when(lambda wanted=batches: after(wanted), files, output)
         assert lines() < 15
         with open(part, "ab") as file:  # as if killed while writing a line
             file.write(b'{"batch": 3, "seconds": 0.1, "results": [{"prom'[: randomness.randrange(1, 47)])
         if batches == 4:  # as if another process had made them, of a run with more of them
             part.rename(part.with_name("part-5.jsonl"))
-    assert " 0/60 " not in finish(files, output), "begins where the others ended"
+    assert " 0/60 " not in finish_distilling(files, output), "begins where the others ended"
     require_same(files, output)
 
 
@@ -501,7 +470,7 @@ def test_a_finished_output_is_left_alone_and_never_replaced_unasked(files, tmp_p
 
 def test_an_interrupted_run_is_not_taken_up_with_other_settings(files, tmp_path):
     output = tmp_path / "answers.jsonl"
-    kill_when((Parts(output).folder / "part-0.jsonl").exists, files, output)
+    kill_distilling_when((Parts(output).folder / "part-0.jsonl").exists, files, output)
     with pytest.raises(FileExistsError, match=r"interrupted run with other settings; seed: got 3, expected 0"):
         distill(settings(files, output, seed=3))
     other = write(tmp_path / "prompts.jsonl", {"prompt": "another"})

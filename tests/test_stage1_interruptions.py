@@ -1,17 +1,10 @@
-"""Kill -9 at any moment of `peft-caft train-heads`, then the same command again: nothing is lost, doubled or read half-written.
-
-Each run is a process of its own, forked from a server that has done the slow imports.
-"""
+"""Kill -9 at any moment of `peft-caft train-heads`, then the same command again: nothing is lost, doubled or read half-written."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +14,12 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from peft_caft import AuxiliaryHeads, hidden_cache
-from peft_caft.cli import main
 from peft_caft.data import collator
 from peft_caft.hidden_cache import cached_rows
 
+from .forked_command import finish, kill_when
 from .tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["peft_caft.cli", "peft_caft.head_training", "peft_caft.trainer_arguments", __name__])
 # Two epochs of six steps, so that interruptions fall into a later epoch too.
 OPTIONS = [
     *("--max-length", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "60", "--save_steps", "2"),
@@ -46,42 +37,6 @@ def files(tmp_path_factory):
 def command(files: dict[str, str], folder: Path, *options: str) -> list[str]:
     places = ["--model", files["model"], "--data", files["data"], "--output", str(folder / "heads")]
     return ["peft-caft", "train-heads", *places, "--cache", str(folder / "cache"), *OPTIONS, *options]
-
-
-def run_command(arguments: list[str], log: str) -> None:
-    """In a process of its own: what the console script does, with its output in ``log``."""
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    sys.argv = arguments
-    main()
-
-
-def start(arguments: list[str], folder: Path) -> multiprocessing.Process:
-    process = SERVER.Process(target=run_command, args=(arguments, str(folder / "log")))
-    process.start()
-    return process
-
-
-def finish(arguments: list[str], folder: Path) -> str:
-    process = start(arguments, folder)
-    process.join(120)
-    output = (folder / "log").read_text()
-    assert process.exitcode == 0, output
-    return output
-
-
-def kill_when(moment: Callable[[], bool], arguments: list[str], folder: Path) -> None:
-    """Run until ``moment`` comes, and kill at once."""
-    process = start(arguments, folder)
-    try:
-        while not moment():
-            assert process.is_alive(), f"ended before the moment came: {(folder / 'log').read_text()}"
-            time.sleep(0.0002)
-    finally:
-        process.kill()
-        process.join()
 
 
 def require_same_weights(folder: Path, other: Path) -> None:
@@ -108,7 +63,7 @@ def require_nothing_half_written(heads: Path, expected: Path) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    finish(command(files, folder), folder)
+    finish(command(files, folder), folder / "log")
     return folder
 
 
@@ -140,11 +95,11 @@ def test_killed_and_run_again_ends_as_if_never_killed(moment, files, uninterrupt
     arguments = command(files, tmp_path)
     kill_when(
         (lambda: next(tmp_path.glob(when), None) is not None) if isinstance(when, str) else lambda: when(tmp_path),
-        *(arguments, tmp_path),
+        *(arguments, tmp_path / "log"),
     )
     assert not (tmp_path / "heads" / "summary.json").exists()
     require_nothing_half_written(tmp_path / "heads", uninterrupted / "heads")
-    finish(arguments, tmp_path)
+    finish(arguments, tmp_path / "log")
     require_same_weights(tmp_path, uninterrupted)
     require_nothing_half_written(tmp_path / "heads", uninterrupted / "heads")
     assert list((tmp_path / "heads").glob(".*")) == []
@@ -172,7 +127,7 @@ def test_early_stopping_keeps_the_best_heads_and_survives_an_interruption(moment
         folder.mkdir()
     patience = 2
     options = (*EARLY, "--early-stopping-patience", str(patience))
-    finish(command(files, whole, *options), whole)
+    finish(command(files, whole, *options), whole / "log")
     summary = json.loads((whole / "heads" / "summary.json").read_text())
     losses = [entry["eval_loss"] for entry in summary["log_history"] if "eval_loss" in entry]
     best = losses.index(min(losses))
@@ -183,8 +138,8 @@ def test_early_stopping_keeps_the_best_heads_and_survives_an_interruption(moment
 
     arguments = command(files, cut, *options)
     before_the_stop = cut / f"{CHECKPOINT}{2 * (len(losses) - 1)}" / "trainer_state.json"
-    kill_when(before_the_stop.exists if moment == "before the stop" else lambda: stopped(cut), arguments, cut)
-    finish(arguments, cut)
+    kill_when(before_the_stop.exists if moment == "before the stop" else lambda: stopped(cut), arguments, cut / "log")
+    finish(arguments, cut / "log")
     again = json.loads((cut / "heads" / "summary.json").read_text())
     assert [entry["eval_loss"] for entry in again["log_history"] if "eval_loss" in entry] == losses
     assert again["steps"] == summary["steps"]
@@ -284,11 +239,8 @@ def small_disk(tmp_path):
 def test_a_disk_that_runs_full_says_so_and_the_run_goes_on_when_there_is_room(files, small_disk, tmp_path):
     arguments = command(files, tmp_path)
     arguments[arguments.index("--output") + 1] = str(small_disk / "heads")
-    process = start(arguments, tmp_path)
-    process.join(120)
-    output = (tmp_path / "log").read_text()
-    assert process.exitcode == 1
+    output = finish(arguments, tmp_path / "log", expect=1)
     assert "is full. Checkpoints that were finished are kept" in output
     assert "Traceback" not in output
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    assert "Heads written" in finish(arguments, tmp_path)
+    assert "Heads written" in finish(arguments, tmp_path / "log")

@@ -1,0 +1,54 @@
+"""``peft-caft`` commands in processes of their own that can be killed, forked from a server that has done the slow imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from peft_caft.cli import main
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["peft_caft.distillation", "peft_caft.head_training", __name__])
+
+
+def run_command(arguments: list[str], log: str) -> None:
+    """What the console script does, with its output in ``log``."""
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    sys.argv = arguments
+    main()
+
+
+def start(arguments: list[str], log: Path) -> multiprocessing.Process:
+    process = SERVER.Process(target=run_command, args=(arguments, str(log)))
+    process.start()
+    return process
+
+
+def finish(arguments: list[str], log: Path, expect: int = 0) -> str:
+    """Run to the end; the output."""
+    process = start(arguments, log)
+    process.join(120)
+    output = log.read_text()
+    assert process.exitcode == expect, output
+    return output
+
+
+def kill_when(moment: Callable[[], bool], arguments: list[str], log: Path) -> None:
+    """Run until ``moment`` comes, and kill at once."""
+    process = start(arguments, log)
+    try:
+        while not moment():
+            assert process.is_alive(), f"ended before the moment came: {log.read_text()}"
+            time.sleep(0.0002)
+    finally:
+        process.kill()
+        process.join()
