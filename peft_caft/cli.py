@@ -12,7 +12,6 @@ import typer
 from . import cli_heads
 from .cli_options import (
     PASS_THROUGH,
-    TRAINING_NOTE,
     Data,
     DType,
     EvalData,
@@ -25,6 +24,7 @@ from .cli_options import (
     TrainingYaml,
     settings_of,
 )
+from .training_defaults import STAGE_2, training_note
 
 app = typer.Typer(
     help="Concept-aware fine-tuning (CAFT, arXiv 2506.07833): multi-token fine-tuning of language models with LoRA.",
@@ -36,7 +36,7 @@ app = typer.Typer(
 app.add_typer(cli_heads.app)
 
 
-@app.command("train", context_settings=PASS_THROUGH, epilog=TRAINING_NOTE)
+@app.command("train", context_settings=PASS_THROUGH, epilog=training_note(STAGE_2))
 def train_command(
     context: typer.Context,
     model: Model,
@@ -82,8 +82,7 @@ def train_command(
     from .fine_tuning import FineTuningSettings, fine_tune
     from .trainer_arguments import trainer_arguments
 
-    defaults = {"learning_rate": 1e-4, "num_train_epochs": 1.0, "warmup_steps": 10}
-    arguments = trainer_arguments(output, defaults, training_yaml, context.args)
+    arguments = trainer_arguments(output, STAGE_2, training_yaml, context.args)
     settings = settings_of(FineTuningSettings, locals())
     summary = fine_tune(settings, arguments, overwrite)
     if summary["eval_loss_after"] is not None:

@@ -8,7 +8,6 @@ import typer
 
 from .cli_options import (
     PASS_THROUGH,
-    TRAINING_NOTE,
     DType,
     MaxLength,
     Model,
@@ -17,11 +16,12 @@ from .cli_options import (
     TrainingYaml,
     settings_of,
 )
+from .training_defaults import STAGE_1, training_note
 
 app = typer.Typer()
 
 
-@app.command("train-heads", context_settings=PASS_THROUGH, epilog=TRAINING_NOTE)
+@app.command("train-heads", context_settings=PASS_THROUGH, epilog=training_note(STAGE_1))
 def train_heads_command(
     context: typer.Context,
     model: Model,
@@ -114,15 +114,7 @@ def train_heads_command(
     from .head_training import HeadTrainingSettings, train_heads
     from .trainer_arguments import trainer_arguments
 
-    defaults = {
-        "learning_rate": 2e-3,
-        "num_train_epochs": 1.0,
-        "warmup_steps": 20,
-        "train_sampling_strategy": "group_by_length",
-        "eval_strategy": "steps",
-        "eval_steps": 0.2,
-    }
-    arguments = trainer_arguments(output, defaults, training_yaml, context.args)
+    arguments = trainer_arguments(output, STAGE_1, training_yaml, context.args)
     settings = settings_of(HeadTrainingSettings, locals())
     summary = train_heads(settings, arguments, overwrite)
     if arguments.process_index:

@@ -8,11 +8,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-TRAINING_NOTE = (
-    "Any field of transformers.TrainingArguments is an option too, e.g. --learning_rate 1e-4 --num_train_epochs 3 "
-    "--gradient_accumulation_steps 4 --gradient_checkpointing true --seed 1, or a line of --training-yaml."
-)
-
 Model = Annotated[str, typer.Option(help="Base model: folder or Hub id.")]
 Data = Annotated[str, typer.Option(help="Training data, JSONL: 'messages', or 'prompt' and 'completion', or 'text'.")]
 Output = Annotated[str, typer.Option(help="Folder to write. An interrupted run in it is resumed.")]

@@ -10,15 +10,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-COMMON_DEFAULTS: dict[str, Any] = {
-    "logging_steps": 10,
-    "save_steps": 200,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "dataloader_pin_memory": torch.cuda.is_available(),  # pinning without a GPU only warns
-    "per_device_train_batch_size": 8,
-    "lr_scheduler_type": "cosine",
-}
+from .training_defaults import COMMON
 
 
 def trainer_arguments(
@@ -36,7 +28,8 @@ def trainer_arguments(
         FileNotFoundError: if there is no such YAML file.
         ValueError: naming an option or YAML key that TrainingArguments lacks, or a value it refuses.
     """
-    values = COMMON_DEFAULTS | defaults | _yaml(yaml_file)
+    # Pinning without a GPU only warns.
+    values = {"dataloader_pin_memory": torch.cuda.is_available()} | COMMON | defaults | _yaml(yaml_file)
     parser = HfArgumentParser(TrainingArguments, exit_on_error=False, allow_abbrev=False)
     parser.set_defaults(**values)
     try:

@@ -300,3 +300,10 @@ def test_every_command_explains_itself(command):
     output = peft_caft(command, "--help")
     assert "Usage:" in output
     assert "--help" in output
+
+
+@pytest.mark.parametrize(("command", "rate"), [("train-heads", "0.002"), ("train", "0.0001")])
+def test_help_shows_the_defaults_that_decide_a_run(command, rate):
+    output = " ".join(peft_caft(command, "--help").split())
+    assert f"learning_rate {rate}" in output
+    assert "per_device_train_batch_size 8" in output
