@@ -161,6 +161,7 @@ def main(
         "rows": len(rows),
         "batch_size": batch_size,
         "max_length": max_length,
+        "threads": torch.get_num_threads(),
         "data": {Path(path).name: file_sha256(path) for path in [*data, *eval_data]},
         **provenance(),
     }
@@ -195,7 +196,7 @@ def label(arm: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """One row per arm and held-out set."""
+    """One row per arm and held-out set, and below it how it was made."""
     lines = []
     for name in results["arms"][0]["evaluations"]:
         for arm in results["arms"]:
@@ -223,7 +224,12 @@ def table(results: dict[str, Any]) -> str:
         "top-1 (%)",
         "accepted",
     ]
-    return markdown_table(header, lines)
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"{markdown_table(header, lines)}\n\n{results['seconds']:g} s of training each, in turn; {results['rows']:,} rows of at "
+        f"most {results['max_length']} tokens, {results['batch_size']} a step. {results['machine']}, {results['threads']} "
+        f"threads, {versions}, commit {results['git_commit'][:12]}.\n\n    {results['command']}"
+    )
 
 
 if __name__ == "__main__":

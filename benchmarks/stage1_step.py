@@ -166,10 +166,11 @@ def table(record: dict[str, Any]) -> str:
         ]
         for name in names
     ]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     text = markdown_table(["times as fast, median (quartiles)", *record["ratios"]], cells)
     return (
         f"{text}\n\n{record['batches']} batches, {record['tokens']:,} tokens, {record['supervised_share']:.0%} supervised, "
-        f"{record['threads']} threads."
+        f"{record['threads']} threads, {record['machine']}, {versions}.\n\n    {record['command']}"
     )
 
 

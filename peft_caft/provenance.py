@@ -52,8 +52,10 @@ def provenance() -> dict[str, object]:
     """Versions, commit and machine of this process, for the record beside an artifact."""
     # A path means nothing on another machine, so only its last part is recorded.
     arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
+    program = Path(sys.argv[0]).name  # of a script, or of the command line: a console script or its module
+    started = ["python", program] if program.endswith(".py") and program != "cli.py" else ["peft-caft"]
     return {
-        "command": shlex.join(["peft-caft", *arguments]),
+        "command": shlex.join([*started, *arguments]),
         "versions": versions(),
         "git_commit": git_commit(),
         "machine": f"{platform.system()} {platform.machine()}",
