@@ -164,6 +164,7 @@ def _train(
         **training_settings(args),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
         "seconds": seconds,
         "evaluations": [_evaluation_record(file, trainer.evaluate_before(), after) for file in evals],

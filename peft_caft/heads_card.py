@@ -152,13 +152,14 @@ def training_lines(training: dict[str, Any]) -> list[str]:
             f"{rest.pop('max_length', 'unknown')} tokens, seed {rest.pop('seed', 'unknown')}"
         )
     if "steps" in rest:
-        steps, epochs = rest.pop("steps"), rest.pop("num_train_epochs", None)
-        rest.pop("max_steps", None)
+        steps, epochs = rest.pop("steps"), rest.pop("epochs", None)
+        for asked_for in ("max_steps", "num_train_epochs"):
+            rest.pop(asked_for, None)
         early = "; stopped early" if rest.pop("stopped_early", False) else ""
-        asked = f" of {epochs:g} epoch(s)" if epochs else ""
+        over = f" ({epochs:.3g} epochs)" if epochs else ""
         took = f" in {duration(rest.pop('seconds'))}" if "seconds" in rest else ""
         machine = f" on {rest.pop('machine')}" if "machine" in rest else ""
-        lines.append(f"- Run: {steps:,} steps{asked}{took}{machine}{early}")
+        lines.append(f"- Run: {steps:,} steps{over}{took}{machine}{early}")
     if initial := rest.pop("initial_heads", None):
         lines.append(f"- Started from the heads `{initial}`")
     command, commit = rest.pop("command", None), rest.pop("git_commit", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def test_trained_heads_record_where_they_come_from(files):
     assert "| head (tokens ahead) |" in card
     assert str(Path(files["heads"]).parent) not in card
     assert "- Weights of the base model: a GGUF file; rounded" in card
+    assert re.search(r"- Run: 84 steps \(6 epochs\) in \d+ s", card)  # 54 rows, 4 a step
     assert "measured on the weights named above, not on those of `model`" in card
 
 
