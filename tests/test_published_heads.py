@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from stdlib_functions import stdlib_functions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_caft.artifact import find_heads
@@ -69,9 +69,6 @@ def test_figures_are_far_above_the_pilots(config):
 @pytest.mark.slow
 def test_recorded_figures_are_what_the_heads_do(config):
     """On the test functions of this Python, which may be others than those of the record."""
-    sys.path.insert(0, str(ROOT / "examples" / "smollm2_heads"))
-    from stdlib_functions import stdlib_functions
-
     model = AutoModelForCausalLM.from_pretrained(embedded_model()).eval()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     assert inspect(str(FOLDER), str(embedded_model())).misfit is None
