@@ -147,7 +147,7 @@ def training_lines(training: dict[str, Any]) -> list[str]:
         optimiser = f"{rest.pop('optim')}, " if "optim" in rest else ""
         lines.append(
             f"- Optimiser: {optimiser}learning rate {rest.pop('learning_rate'):g}, {rest.pop('lr_scheduler_type', 'unknown')} "
-            f"schedule, {rest.pop('warmup_steps', 0)} warm-up steps, weight decay {rest.pop('weight_decay', 0):g}, "
+            f"schedule, {rest.pop('warmup_steps', 0):g} warm-up steps, weight decay {rest.pop('weight_decay', 0):g}, "
             f"{' x '.join(str(b) for b in batch)} rows a step (batch x accumulation x processes), rows of at most "
             f"{rest.pop('max_length', 'unknown')} tokens, seed {rest.pop('seed', 'unknown')}"
         )
