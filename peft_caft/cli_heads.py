@@ -52,7 +52,8 @@ def train_heads_command(
     init_heads: Annotated[
         str | None,
         typer.Option(
-            help="Heads to go on from, folder or Hub id: adapts them to the data of a task. [default: fresh ones]",
+            help="Heads to go on from, folder or Hub id: adapts them to the data of a task, best with --targets hard, since the "
+            "base model does not know the task yet. [default: fresh ones]",
             show_default=False,
         ),
     ] = None,

@@ -95,7 +95,11 @@ def _run(output_dir: Path, scale: Scale, seed: int) -> dict[str, Any]:
         ["train-heads", "--model", model, "--data", data["heads"], "--eval-data", data["dev"]],
         scale,
         seed,
-        [*(["--init-heads", str(published)] if published else []), "--learning_rate", "1e-3", "--warmup_steps", "5"],
+        # Hard targets: the base model itself knows next to nothing of the task.
+        [
+            *(["--init-heads", str(published)] if published else []),
+            *("--targets", "hard", "--learning_rate", "1e-3", "--warmup_steps", "5"),
+        ],
     )
     runs = {}
     for number, method, why in (
