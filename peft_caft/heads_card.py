@@ -185,9 +185,11 @@ def _data_lines(file: dict[str, Any], start: str) -> list[str]:
     settings = provenance.get("settings")
     settings = settings if isinstance(settings, dict) else provenance
     known = {k: v for k, v in settings.items() if isinstance(v, (str, int, float, bool)) and k not in _NO_NEWS}
+    what = known.pop("what", None)
+    kind = "self-distilled" if "model" in known else "made with" if what is None else _shown(what)
     facts = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in known.items())
-    kind = "self-distilled" if "model" in known else "made with"
-    return [line, f"  - {kind}: {facts}"] if facts else [line]
+    told = ": ".join(part for part in (kind, facts) if part)
+    return [line, f"  - {told}"] if facts or what else [line]
 
 
 _COUNTS = {"rows": "rows", "tokens": "tokens", "supervised_tokens": "of them supervised"}
