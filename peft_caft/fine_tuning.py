@@ -155,14 +155,13 @@ def _record_of_trained_heads(
     settings: FineTuningSettings, args: TrainingArguments, data_sha256: str, rows: int, heads: AuxiliaryHeads
 ) -> dict[str, Any]:
     """What heads that were trained along say of themselves, in place of what stage 1 wrote about other weights."""
-    initial = f"{heads.repo_id}@{heads.commit}" if heads.repo_id else settings.heads and Path(settings.heads).name
     return {
         "stage": f"2, along with an adapter ({settings.train_heads})",
         "data": [{"file": Path(settings.data).name, "rows": rows, "sha256": data_sha256}],
         "targets": "hard",
         "aux_loss_decay": settings.aux_loss_decay,
         "max_length": settings.max_length,
-        "initial_heads": initial or None,
+        "initial_heads": None if settings.heads is None else heads.recorded_as(settings.heads),
         **training_settings(args),
         **provenance(),
     }

@@ -140,9 +140,7 @@ def _train(
     evals: list[DataFile],
 ) -> dict[str, Any]:
     """The run itself, from its last checkpoint if there is one, to the artifact and its summary."""
-    dtype, initial_heads = model.dtype, None
-    if settings.init_heads is not None:
-        initial_heads = f"{heads.repo_id}@{heads.commit}" if heads.repo_id else Path(settings.init_heads).name
+    dtype = model.dtype
     # The optimizer steps in fp32 even where the base model computes in half precision.
     heads.float()
     trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)
@@ -159,7 +157,7 @@ def _train(
         "targets": settings.targets,
         "aux_loss_decay": settings.aux_loss_decay,
         "max_length": settings.max_length,
-        "initial_heads": initial_heads,
+        "initial_heads": None if settings.init_heads is None else heads.recorded_as(settings.init_heads),
         "base_model_weights": _provenance_of_model(settings.model),
         **training_settings(args),
         "processes": args.world_size,

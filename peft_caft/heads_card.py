@@ -22,8 +22,8 @@ UNTRAINED = "These heads are **not trained**: they carry no knowledge of the bas
 def write_card(folder: Path, config: HeadsConfig, repo_id: str | None = None) -> None:
     """Write ``README.md`` into an artifact's folder, and ``heads.png`` if there are figures and matplotlib.
 
-    Without matplotlib a plot that lies there stays; without figures it goes. The Hub repository ``repo_id`` is the one that the card
-    tells to load them from.
+    Without matplotlib a plot that lies there stays; without figures it goes. The Hub repository ``repo_id`` is the one that
+    the card tells to load them from.
     """
     plot = folder / PLOT_NAME
     evaluations = evaluations_of(config)

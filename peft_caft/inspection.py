@@ -27,9 +27,8 @@ from .heads import AuxiliaryHeads
 from .heads_card import evaluations_of, training_lines
 from .heads_config import HeadsConfig
 from .hub_errors import explained
+from .hub_repository import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from .tables import evaluation_table, markdown_table
-
-ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass

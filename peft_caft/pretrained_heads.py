@@ -28,6 +28,10 @@ class PretrainedHeads:
     repo_id: str | None = None
     commit: str | None = None
 
+    def recorded_as(self, source: str) -> str:
+        """What a record calls these heads, which were loaded from ``source``: a path means nothing on another machine."""
+        return f"{self.repo_id}@{self.commit}" if self.repo_id else os.path.basename(os.path.normpath(source))
+
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write ``config.json``, ``model.safetensors``, a model card and, if they were evaluated, a plot.
 
