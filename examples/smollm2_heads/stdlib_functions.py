@@ -1,4 +1,4 @@
-"""Functions of Python's standard library that have a docstring, split into train and test by module."""
+"""Functions of Python's standard library that have a docstring, split into train and test by module; and of packages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 MAX_CHARACTERS = 1200
@@ -60,14 +61,36 @@ def stdlib_functions(folder: str | Path | None = None, max_files: int | None = N
         folder: what to read; None is the standard library of the running Python.
         max_files: read an evenly spaced choice of so many files, for a quick look.
     """
-    folder = Path(folder or sysconfig.get_path("stdlib"))
+    return _functions_in(Path(folder or sysconfig.get_path("stdlib")), "", max_files, known=())
+
+
+def package_functions(packages: Iterable[str], known: list[Function], max_files: int | None = None) -> list[Function]:
+    """Functions and methods with a docstring of installed packages, without those whose code is in ``known``.
+
+    Args:
+        packages: names to import.
+        known: such as `stdlib_functions` gives them; packages carry copies of some.
+        max_files: as for `stdlib_functions`, per package.
+    """
+    found: list[Function] = []
+    for package in packages:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(
+                f"package: got {package!r}, expected an installed one. Run pip install {package}."
+            )
+        found += _functions_in(Path(spec.origin).parent, f"{package}.", max_files, [*known, *found])
+    return found
+
+
+def _functions_in(folder: Path, prefix: str, max_files: int | None, known: Iterable[Function]) -> list[Function]:
     relative = (path.relative_to(folder) for path in folder.rglob("*.py"))
     files = sorted(path.as_posix() for path in relative if not LEFT_OUT & set(path.parts))
     if max_files is not None:
         files = files[:: max(1, -(-len(files) // max_files))]
-    found, seen = [], set()
+    found, seen = [], {text for function in known for text in (function.source, function.body)}
     for file in files:
-        for function in _functions_of(folder / file, _module_name(file)):
+        for function in _functions_of(folder / file, prefix + _module_name(file)):
             if function.source not in seen and function.body not in seen:
                 found.append(function)
             seen |= {function.source, function.body}
