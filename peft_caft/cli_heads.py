@@ -80,6 +80,13 @@ def train_heads_command(
         typer.Option(help="What heads learn: the base model's own distributions for the text, or its tokens."),
     ] = "soft",
     aux_loss_decay: Annotated[float, typer.Option(help="alpha: head k weighs alpha^(k-1).")] = 0.8,
+    aux_token_fraction: Annotated[
+        float,
+        typer.Option(
+            help="p: share of the positions, drawn anew each step, that teach the heads. Steps are cheaper, so that the same "
+            "time sees more text; the gradient stays unbiased."
+        ),
+    ] = 1.0,
     max_length: MaxLength = 512,
     max_rows: Annotated[
         int | None,

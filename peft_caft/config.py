@@ -32,6 +32,12 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}.")
 
 
+def require_token_fraction(value: float, note: str = "") -> None:
+    """Raise a ValueError unless ``value`` can be the share of positions that a step draws."""
+    if not 0 < value <= 1:
+        raise ValueError(f"aux_token_fraction (p): got {value}, expected 0 < p <= 1.{note}")
+
+
 @dataclass
 class CAFTConfig(LoraConfig):
     """Configuration of concept-aware fine-tuning (CAFT, https://arxiv.org/abs/2506.07833) with LoRA adapters.
@@ -123,11 +129,7 @@ class CAFTConfig(LoraConfig):
             )
         if not 0 < self.aux_loss_decay <= 1:
             raise ValueError(f"aux_loss_decay (alpha): got {self.aux_loss_decay}, expected 0 < alpha <= 1.")
-        if not 0 < self.aux_token_fraction <= 1:
-            raise ValueError(
-                f"aux_token_fraction (p): got {self.aux_token_fraction}, expected 0 < p <= 1. To switch the auxiliary "
-                "loss off, set aux_loss_weight=0."
-            )
+        require_token_fraction(self.aux_token_fraction, " To switch the auxiliary loss off, set aux_loss_weight=0.")
 
     def _require_at_least_one(self, name: str, note: str = "") -> None:
         value = getattr(self, name)

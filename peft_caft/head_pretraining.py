@@ -7,7 +7,9 @@ the text (hard targets) or the base model's own distributions (soft targets).
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from .artifact import load_weights
 from .backbone import Backbone, Captured
-from .config import require_choice
+from .config import require_choice, require_token_fraction
 from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
 from .heads import AuxiliaryHeads
@@ -41,18 +43,33 @@ class HeadPretraining(nn.Module):
 
     loss_type = "ForCausalLM"  # tells Trainer that labels are shifted, for num_items_in_batch
 
-    def __init__(self, model: nn.Module, heads: AuxiliaryHeads, aux_loss_decay: float, targets: str = "hard") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: AuxiliaryHeads,
+        aux_loss_decay: float,
+        targets: str = "hard",
+        aux_token_fraction: float = 1.0,
+    ) -> None:
         super().__init__()
         require_choice("targets", targets, TARGETS)
+        require_token_fraction(aux_token_fraction)
         self.base = model.requires_grad_(False)
         self.heads = heads.requires_grad_(True)
         self.config = model.config
         self.aux_loss_decay = aux_loss_decay
         self.targets = targets
+        self.aux_token_fraction = aux_token_fraction
+        self._sampling_seeds = count()
         self.recent = RecentLosses()
         self._backbone = Backbone.of(model)
         # What FSDP shards one by one: the layers of the base model, and the heads that are copies of one.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self._backbone.layers})
+
+    def begin_step(self, seed: int, step: int, process: int) -> None:
+        """Where the run is: from it alone follow the positions that are drawn, also after a resume."""
+        digest = hashlib.sha256(f"{seed}, {step}, {process}".encode()).digest()
+        self._sampling_seeds = count(int.from_bytes(digest[:6], "big"))
 
     def train(self, mode: bool = True) -> HeadPretraining:
         super().train(mode)
@@ -83,7 +100,15 @@ class HeadPretraining(nn.Module):
             with torch.no_grad():
                 return {"totals": batch_totals(self.heads, self._backbone, captured, labels, attention_mask)}
         loss_of = auxiliary_loss if self.targets == "hard" else soft_auxiliary_loss
-        auxiliary = loss_of(self.heads, self._backbone, captured, labels, attention_mask)
+        auxiliary = loss_of(
+            self.heads,
+            self._backbone,
+            captured,
+            labels,
+            attention_mask,
+            fraction=self.aux_token_fraction,
+            sampling_seed=next(self._sampling_seeds),
+        )
         supervised = supervised_count(labels)
         self.recent.add(auxiliary, int(supervised))
         divisor = supervised.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
@@ -96,6 +121,13 @@ class HeadPretraining(nn.Module):
         return records[-1]
 
 
+class _TellStep(TrainerCallback):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].begin_step(args.seed, state.global_step, args.process_index)
+
+
 class HeadTrainer(Trainer):
     """Trainer whose checkpoints hold the heads artifact instead of the whole model, and that evaluates every head.
 
@@ -104,6 +136,7 @@ class HeadTrainer(Trainer):
 
     def __init__(self, model: HeadPretraining, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
+        self.add_callback(_TellStep())
         self._before: dict[str, HeadEvaluation] | None = None
         # Sharded modules cannot be copied: the place for whole parameters is made before they are.
         self._whole_heads = copy.deepcopy(model.heads).cpu() if self.is_fsdp_enabled else model.heads

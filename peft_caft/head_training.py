@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from .config import require_choice
+from .config import require_choice, require_token_fraction
 from .data import collator, require_tokenizer_of
 from .head_metrics import HeadEvaluation
 from .head_pretraining import TARGETS, HeadPretraining, HeadTrainer
@@ -51,6 +51,7 @@ class HeadTrainingSettings:
     head_num_layers: int | None = None
     targets: str = "soft"
     aux_loss_decay: float = 0.8
+    aux_token_fraction: float = 1.0
     max_length: int = 512
     max_rows: int | None = None
     dtype: str = "auto"
@@ -79,6 +80,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         FileExistsError, FileNotFoundError, ValueError, TypeError, OSError: as the message says.
     """
     require_choice("targets", settings.targets, TARGETS)
+    require_token_fraction(settings.aux_token_fraction)
     if settings.init_heads is not None and settings.fresh_heads():
         name, value = next(iter(settings.fresh_heads().items()))
         raise ValueError(
@@ -156,6 +158,7 @@ def _train(
         "data": [file.record() for file in train],
         "targets": settings.targets,
         "aux_loss_decay": settings.aux_loss_decay,
+        "aux_token_fraction": settings.aux_token_fraction,
         "max_length": settings.max_length,
         "initial_heads": None if settings.init_heads is None else heads.recorded_as(settings.init_heads),
         "base_model_weights": _provenance_of_model(settings.model),
@@ -227,7 +230,7 @@ def _trainer(
         rows = cached_rows(Path(settings.cache), rows, model, collate, args.distributed_state)
     patience = settings.early_stopping_patience
     return HeadTrainer(
-        HeadPretraining(model, heads, settings.aux_loss_decay, settings.targets),
+        HeadPretraining(model, heads, settings.aux_loss_decay, settings.targets, settings.aux_token_fraction),
         args,
         train_dataset=rows,
         eval_dataset={file.path.stem: file.encoded.rows for file in evals},

@@ -140,7 +140,9 @@ def training_lines(training: dict[str, Any]) -> list[str]:
     if targets := rest.pop("targets", None):
         meaning = {"soft": "the base model's own distributions", "hard": "the tokens of the text"}
         decay = f", head k weighing {rest.pop('aux_loss_decay')}^(k-1)" if "aux_loss_decay" in rest else ""
-        lines.append(f"- Targets: {targets} ({meaning.get(targets, 'see the command')}){decay}")
+        fraction = rest.pop("aux_token_fraction", 1)
+        share = f", at {fraction:.0%} of the positions, drawn anew each step" if fraction != 1 else ""
+        lines.append(f"- Targets: {targets} ({meaning.get(targets, 'see the command')}){share}{decay}")
     if "learning_rate" in rest:
         batch = [rest.pop("per_device_train_batch_size", 1), rest.pop("gradient_accumulation_steps", 1)]
         batch.append(rest.pop("processes", 1))

@@ -80,19 +80,28 @@ def soft_auxiliary_loss(
     labels: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    fraction: float = 1.0,
+    sampling_seed: int = 0,
 ) -> AuxiliaryLoss:
     """`auxiliary_loss` with the base model's own distributions as targets, at the same positions (self-distillation).
 
     Head k at t learns what the base model predicts for token t+k when it has read the tokens up to t+k-1, which the same
-    forward pass computed.
+    forward pass computed. With ``fraction`` < 1 it is the predicted tokens that are drawn: each needs the base model's
+    logits once, for all heads.
     """
-    states, teacher_rows = [], []
+    states, teacher_rows, counts = [], [], []
     for index in range(len(heads.heads)):
         rows, _ = supervised_rows(labels, index + 2, attention_mask, position_ids)
+        counts.append(len(rows))
+        teachers = rows + index + 1  # of the same sequence, since t+k is
+        if fraction < 1:
+            generator = torch.Generator().manual_seed(sampling_seed)
+            kept = sample_rows(teachers, fraction, labels.numel(), generator)
+            rows, teachers = rows[kept], teachers[kept]
         states.append(heads.states(index, captured, rows, backbone))
-        teacher_rows.append(rows + index + 1)  # of the same sequence, since t+k is
-    counts = [len(rows) for rows in teacher_rows]
+        teacher_rows.append(teachers)
     needed, matched = torch.cat(teacher_rows).unique(return_inverse=True)
     teacher_states = captured.last_hidden_state.flatten(0, 1)[needed]
-    sums = soft_cross_entropy(states, list(matched.split(counts)), teacher_states, backbone.unembedding())
-    return AuxiliaryLoss(sums, counts)
+    picked = list(matched.split([len(rows) for rows in teacher_rows]))
+    sums = soft_cross_entropy(states, picked, teacher_states, backbone.unembedding())
+    return AuxiliaryLoss([head_sum / fraction for head_sum in sums], counts)

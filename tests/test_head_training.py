@@ -123,6 +123,14 @@ def test_held_out_sets_of_one_name_are_refused(files, tmp_path):
         run(files, tmp_path / "out", data=[files["data"], str(other)])
 
 
+def test_a_share_of_the_positions_is_recorded_and_told(files, tmp_path):
+    record = run(files, tmp_path / "heads", "--max_steps", "2", aux_token_fraction=0.25)
+    assert record["aux_token_fraction"] == 0.25
+    assert "at 25% of the positions, drawn anew each step" in (tmp_path / "heads" / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"aux_token_fraction \(p\): got 0, expected 0 < p <= 1"):
+        run(files, tmp_path / "none", aux_token_fraction=0)
+
+
 def test_early_stopping_without_evaluations_is_refused(files, tmp_path):
     with pytest.raises(ValueError, match=r"early_stopping_patience: got 2 with eval_strategy"):
         run(files, tmp_path / "out", "--eval_strategy", "no", early_stopping_patience=2)

@@ -9,7 +9,7 @@ from peft_caft import AuxiliaryHeads
 from peft_caft.backbone import Backbone
 from peft_caft.config import HEAD_TYPES
 from peft_caft.linear_cross_entropy import Unembedding
-from peft_caft.loss import soft_auxiliary_loss
+from peft_caft.loss import auxiliary_loss, soft_auxiliary_loss
 from peft_caft.soft_cross_entropy import soft_cross_entropy
 
 from .reference import all_logits
@@ -122,3 +122,49 @@ def test_the_loss_is_least_when_the_head_predicts_as_the_model_does():
     torch.testing.assert_close(least, -(probabilities * probabilities.log()).sum())
     (other,) = soft_cross_entropy([teacher + 0.1], [torch.arange(9)], teacher, layer)
     assert other > least
+
+
+@pytest.mark.parametrize("loss_of", [auxiliary_loss, soft_auxiliary_loss])
+def test_drawn_positions_leave_the_expected_gradient_unchanged(loss_of):
+    model = tiny_model("llama")
+    input_ids = torch.randint(1, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(1))
+    heads = AuxiliaryHeads.from_base_model(model, 3, "residual")
+    backbone = Backbone.of(model)
+    with backbone.capture() as records, torch.no_grad():
+        backbone.trunk(input_ids=input_ids, use_cache=False)
+
+    def gradient(**sampling):
+        heads.zero_grad()
+        auxiliary = loss_of(heads, backbone, records[-1], input_ids, **sampling)
+        assert auxiliary.counts == [4 * (24 - k) for k in (2, 3, 4)]  # of all positions
+        auxiliary.weighted(0.8).backward()
+        return torch.cat([p.grad.flatten() for p in heads.parameters()])
+
+    state = torch.get_rng_state()
+    exact = gradient()
+    drawn = torch.stack([gradient(fraction=0.25, sampling_seed=seed) for seed in range(600)])
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(drawn[3], gradient(fraction=0.25, sampling_seed=3))
+    off = drawn.mean(dim=0) - exact
+    standard_error = drawn.std(dim=0) / len(drawn) ** 0.5
+    # The squared deviation of each entry is its squared standard error on average, if the estimate has no bias.
+    ratio = float(off.square().sum() / standard_error.square().sum())
+    assert 0.2 < ratio < 3
+    assert (drawn - exact).norm(dim=1).mean() > 0.1 * exact.norm()  # it is an estimate at all
+
+
+def test_all_heads_draw_the_same_predicted_tokens(monkeypatch):
+    """One row of the base model's logits serves every head, so that a fraction of them is computed."""
+    seen = []
+    monkeypatch.setattr(
+        "peft_caft.loss.soft_cross_entropy",
+        lambda states, rows, teacher, layer: seen.append(len(teacher)) or [s.sum() for s in states],
+    )
+    model = tiny_model("llama")
+    input_ids = torch.randint(1, VOCABULARY, (8, 64))
+    heads, backbone = AuxiliaryHeads.from_base_model(model, 4, "residual"), Backbone.of(model)
+    with backbone.capture() as records, torch.no_grad():
+        backbone.trunk(input_ids=input_ids, use_cache=False)
+    for fraction in (1.0, 0.25):
+        soft_auxiliary_loss(heads, backbone, records[-1], input_ids, fraction=fraction)
+    assert seen[1] < 0.35 * seen[0]
