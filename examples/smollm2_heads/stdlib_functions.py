@@ -75,11 +75,12 @@ def package_functions(packages: Iterable[str], known: list[Function], max_files:
     found: list[Function] = []
     for package in packages:
         spec = find_spec(package)
-        if spec is None or spec.origin is None:
+        if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError(
-                f"package: got {package!r}, expected an installed one. Run pip install {package}."
+                f"package: got {package!r}, expected the folder of an installed one. Run pip install {package}."
             )
-        found += _functions_in(Path(spec.origin).parent, f"{package}.", max_files, [*known, *found])
+        folder = Path(spec.submodule_search_locations[0])
+        found += _functions_in(folder, f"{package}.", max_files, [*known, *found])
     return found
 
 
