@@ -1,4 +1,4 @@
-"""Which heads to train, and how, at equal time: types, inputs, targets and learning rates in one interleaved run.
+"""Which heads to train, and how, at equal time: types, inputs, targets, learning rates and shares in one interleaved run.
 
     python benchmarks/head_recipes.py --data distilled.jsonl --data functions_train.jsonl \
         --eval-data functions_test.jsonl --output benchmarks/head_recipes --seconds 150
@@ -50,12 +50,13 @@ class Arm:
     targets: str
     learning_rate: float
     warmup: float  # share of the time
+    aux_token_fraction: float
     seed: int
 
     def start(self, model: Any, decay: float) -> None:
         heads = AuxiliaryHeads.from_base_model(model, 4, self.head_type, self.head_input).float()
         self.parameters = sum(p.numel() for p in heads.parameters())
-        self.module = HeadPretraining(model, heads, decay, self.targets)
+        self.module = HeadPretraining(model, heads, decay, self.targets, self.aux_token_fraction)
         self.optimizer = torch.optim.AdamW(heads.parameters(), lr=self.learning_rate, weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.order: list[list[int]] = []
@@ -100,6 +101,7 @@ class Arm:
             "targets",
             "learning_rate",
             "warmup",
+            "aux_token_fraction",
             "seed",
             "parameters",
             "steps",
@@ -125,6 +127,7 @@ def main(
     targets: Annotated[str, typer.Option(help="With commas.")] = "hard,soft",
     learning_rate: Annotated[str, typer.Option(help="With commas.")] = "1e-3",
     warmup: Annotated[str, typer.Option(help="Shares of the time, with commas.")] = "0.05",
+    aux_token_fraction: Annotated[str, typer.Option(help="Shares of the positions, with commas.")] = "1",
     seed: Annotated[str, typer.Option(help="With commas.")] = "0",
     batch_size: Annotated[int, typer.Option(help="Rows.")] = 8,
     max_rows: Annotated[int | None, typer.Option(help="Rows of each training file.")] = None,
@@ -141,10 +144,9 @@ def main(
     rows = [row for path in data for row in encode(read_jsonl(path, max_rows), tokenizer, max_length).rows]
     sets = {Path(p).stem: encode(read_jsonl(p, eval_rows), tokenizer, max_length).rows for p in eval_data}
     cached = cached_rows(cache, rows, base, collate, PartialState())
-    combinations = itertools.product(
-        *(option.split(",") for option in (head_type, head_input, targets, learning_rate, warmup, seed))
-    )
-    arms = [Arm(t, i, g, float(r), float(w), int(s)) for t, i, g, r, w, s in combinations]
+    options = (head_type, head_input, targets, learning_rate, warmup, aux_token_fraction, seed)
+    combinations = itertools.product(*(option.split(",") for option in options))
+    arms = [Arm(t, i, g, float(r), float(w), float(p), int(s)) for t, i, g, r, w, p, s in combinations]
     set_seed(0)
     for arm in arms:
         arm.start(base, aux_loss_decay)
@@ -192,7 +194,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def label(arm: dict[str, Any]) -> str:
-    return f"{arm['head_type']}, {arm['head_input']}, {arm['targets']}, {arm['learning_rate']:g}, {arm['warmup']:.0%} warm-up"
+    return f"{arm['head_type']}, {arm['head_input']}, {arm['targets']}, {arm['learning_rate']:g}, {arm['warmup']:.0%} warm-up{share(arm)}"
+
+
+def share(arm: dict[str, Any]) -> str:
+    """How many of the positions teach at a step, unless all do, as in results of before there was a choice."""
+    fraction = arm.get("aux_token_fraction", 1)
+    return "" if fraction == 1 else f", {fraction:.0%} of the positions"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -205,7 +213,7 @@ def table(results: dict[str, Any]) -> str:
             lines.append(
                 [
                     name,
-                    f"{arm['head_type']}, {arm['head_input']}, {arm['targets']}",
+                    f"{arm['head_type']}, {arm['head_input']}, {arm['targets']}{share(arm)}",
                     f"{arm['learning_rate']:g}, {arm['warmup']:.0%}",
                     str(arm["seed"]),
                     str(arm["steps"]),
