@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import flops as flops_benchmark
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
+from peft_caft.config import HEAD_TYPES
 from peft_caft.flops import ModelShapes, caft_step, lora_step
 
 TOKENS = 64
@@ -125,3 +129,14 @@ def test_what_makes_no_sense_is_refused():
         caft_step(shapes, 64, "linear")
     with pytest.raises(ValueError, match=r"aux_token_fraction \(p\): got 2"):
         caft_step(shapes, 64, "residual", aux_token_fraction=2)
+
+
+def test_the_published_table_is_what_is_counted_and_keeps_its_promises():
+    models = {name: flops_benchmark.shapes_of(config) for name, config in flops_benchmark.MODELS.items()}
+    published = Path(flops_benchmark.__file__).parent / "flops" / "table.md"
+    assert published.read_text(encoding="utf-8") == flops_benchmark.table(models) + "\n"
+    for name in ("Llama-2 7B", "Llama-2 13B"):
+        assert flops_benchmark.overhead(models[name], "residual", supervised=0.7) <= flops_benchmark.CLAIM
+    for shapes in models.values():
+        for head_type in HEAD_TYPES:
+            assert flops_benchmark.overhead(shapes, head_type, 0.5, fraction=0.25) <= flops_benchmark.CLAIM
