@@ -63,7 +63,7 @@ def test_figures_are_far_above_the_pilots(config):
         top1, cross_entropy = pilot[head["tokens_ahead"]]
         assert head["top1"] > top1
         assert head["cross_entropy"] < cross_entropy
-    assert functions["after"]["heads"][0]["top1"] >= 0.26
+    assert functions["after"]["heads"][0]["top1"] >= 0.27
 
 
 @pytest.mark.slow
