@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from peft_caft.atomic import write_text
 from peft_caft.data import encode, file_sha256, read_jsonl
 from peft_caft.demo_model import embedded_model
-from peft_caft.provenance import provenance
+from peft_caft.provenance import listed, provenance
 from peft_caft.tables import markdown_table
 
 
@@ -121,10 +121,9 @@ def table(results: dict) -> str:
         ]
         for name, values in results["sets"].items()
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{markdown_table(columns, lines)}\n\nThe base model itself, its {results['branches']} most likely next tokens followed; the "
-        f"first {results['rows']} rows, of at most {results['max_length']} tokens. {versions}, commit "
+        f"first {results['rows']} rows, of at most {results['max_length']} tokens. {listed(results['versions'])}, commit "
         f"{results['git_commit'][:12]}.\n\n    {results['command']}"
     )
 

@@ -34,7 +34,7 @@ from peft_caft.demo_model import embedded_model
 from peft_caft.head_metrics import evaluate_heads
 from peft_caft.head_pretraining import HeadPretraining
 from peft_caft.hidden_cache import CachedRows, cached_rows, with_hidden_states
-from peft_caft.provenance import provenance
+from peft_caft.provenance import listed, provenance
 from peft_caft.tables import markdown_table
 
 SLICE_SECONDS = 10.0
@@ -232,11 +232,10 @@ def table(results: dict[str, Any]) -> str:
         "top-1 (%)",
         "accepted",
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"{markdown_table(header, lines)}\n\n{results['seconds']:g} s of training each, in turn; {results['rows']:,} rows of at "
         f"most {results['max_length']} tokens, {results['batch_size']} a step. {results['machine']}, {results['threads']} "
-        f"threads, {versions}, commit {results['git_commit'][:12]}.\n\n    {results['command']}"
+        f"threads, {listed(results['versions'])}, commit {results['git_commit'][:12]}.\n\n    {results['command']}"
     )
 
 

@@ -34,7 +34,7 @@ from peft_caft.data import collator, encode, file_sha256, read_jsonl
 from peft_caft.demo_model import embedded_model
 from peft_caft.head_pretraining import HeadPretraining
 from peft_caft.hidden_cache import cached_rows, with_hidden_states
-from peft_caft.provenance import provenance
+from peft_caft.provenance import listed, provenance
 from peft_caft.tables import markdown_table
 
 DECAY = 0.8
@@ -166,11 +166,10 @@ def table(record: dict[str, Any]) -> str:
         ]
         for name in names
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     text = markdown_table(["times as fast, median (quartiles)", *record["ratios"]], cells)
     return (
         f"{text}\n\n{record['batches']} batches, {record['tokens']:,} tokens, {record['supervised_share']:.0%} supervised, "
-        f"{record['threads']} threads, {record['machine']}, {versions}.\n\n    {record['command']}"
+        f"{record['threads']} threads, {record['machine']}, {listed(record['versions'])}.\n\n    {record['command']}"
     )
 
 

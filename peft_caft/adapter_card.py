@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from .config import CAFTConfig
 from .heads_card import PAPER, duration, front_matter
+from .provenance import listed
 
 # In the card that PEFT's save_pretrained writes for its user to fill in.
 PLACEHOLDER = "[More Information Needed]"
@@ -92,7 +93,7 @@ def _run_lines(settings: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     if "train_seconds" in summary:
         lines.append(f"- Run: {duration(summary['train_seconds'])} on {summary.get('machine', 'an unnamed machine')}")
     if summary.get("versions"):
-        lines.append("- Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()))
+        lines.append("- Versions: " + listed(summary["versions"]))
     if summary.get("command"):
         lines += ["", "```bash", summary["command"], "```"]
     return lines

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from .atomic import write_text
 from .config import CAFTConfig
 from .heads_config import HeadsConfig
+from .provenance import listed
 from .tables import evaluation_table
 
 CARD_NAME = "README.md"
@@ -168,8 +169,7 @@ def training_lines(training: dict[str, Any]) -> list[str]:
     lines += [f"- {name.replace('_', ' ')}: {_shown(value)}" for name, value in rest.items()]
     versions = training.get("versions") or {}
     if versions:
-        named = ", ".join(f"{name} {version}" for name, version in versions.items())
-        lines.append(f"- Versions: {named}" + (f" (commit `{commit[:12]}`)" if commit else ""))
+        lines.append(f"- Versions: {listed(versions)}" + (f" (commit `{commit[:12]}`)" if commit else ""))
     if command:
         lines += ["", "```bash", command, "```"]
     return lines

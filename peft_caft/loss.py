@@ -65,8 +65,7 @@ def auxiliary_loss(
         rows, targets = supervised_rows(labels, index + 2, attention_mask, position_ids)
         counts.append(len(rows))
         if fraction < 1:
-            generator = torch.Generator().manual_seed(sampling_seed)
-            kept = sample_rows(rows, fraction, labels.numel(), generator)
+            kept = sample_rows(rows, fraction, labels.numel(), sampling_seed)
             rows, targets = rows[kept], targets[kept]
         states = heads.states(index, captured, rows, backbone)
         sums.append(linear_cross_entropy(states, targets, unembedding) / fraction)
@@ -95,8 +94,7 @@ def soft_auxiliary_loss(
         counts.append(len(rows))
         teachers = rows + index + 1  # of the same sequence, since t+k is
         if fraction < 1:
-            generator = torch.Generator().manual_seed(sampling_seed)
-            kept = sample_rows(teachers, fraction, labels.numel(), generator)
+            kept = sample_rows(teachers, fraction, labels.numel(), sampling_seed)
             rows, teachers = rows[kept], teachers[kept]
         states.append(heads.states(index, captured, rows, backbone))
         teacher_rows.append(teachers)

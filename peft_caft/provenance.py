@@ -30,6 +30,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def listed(versions: dict[str, str]) -> str:
+    """`versions` in a line of text."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
 @functools.cache
 def git_commit() -> str | None:
     """Commit of the source tree that this package runs from, None if it is installed from a wheel.

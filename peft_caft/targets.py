@@ -50,19 +50,20 @@ def supervised_count(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def sample_rows(rows: Tensor, fraction: float, positions: int, generator: torch.Generator) -> Tensor:
+def sample_rows(rows: Tensor, fraction: float, positions: int, seed: int) -> Tensor:
     """Which of ``rows`` survive when every position is kept with probability ``fraction``.
 
-    The draw is over positions, on the CPU, so that all heads given equally seeded generators see the same positions.
+    The draw is over positions, on the CPU, so that all heads given the same seed see the same positions.
 
     Args:
         rows: int64 ``(supervised,)``, values below ``positions``.
         fraction: p in (0, 1].
         positions: ``batch * tokens``.
-        generator: CPU generator.
+        seed: of the draw, which no other random number depends on.
 
     Returns:
         bool ``(supervised,)``.
     """
+    generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(positions, generator=generator) < fraction
     return kept.to(rows.device)[rows]

@@ -31,7 +31,7 @@ from stdlib_functions import Function, package_functions, stdlib_functions
 
 from peft_caft.atomic import write_text
 from peft_caft.data import file_sha256
-from peft_caft.provenance import provenance
+from peft_caft.provenance import listed, provenance
 from peft_caft.tables import markdown_table
 
 # Installed with '.[heads-data]', under Apache-2.0, BSD or MIT, and written by many hands.
@@ -78,10 +78,14 @@ def build(
     }
     write_text(folder / "data.provenance.json", json.dumps(record, indent=2) + "\n")
     # `peft-caft train-heads` looks for one beside each file.
-    of_stdlib = f"functions with a docstring of the standard library of Python {platform.python_version()}"
-    listed = ", ".join(f"{name} {number}" for name, number in record["packages"].items())
-    for name in ("functions_train.jsonl", "functions_test.jsonl", "functions_packages.jsonl"):
-        what = of_stdlib if name != "functions_packages.jsonl" else f"functions with a docstring of {listed}"
+    of_stdlib = f"the standard library of Python {platform.python_version()}"
+    sources = {
+        "functions_train.jsonl": of_stdlib,
+        "functions_test.jsonl": of_stdlib,
+        "functions_packages.jsonl": listed(record["packages"]),
+    }
+    for name, source in sources.items():
+        what = f"functions with a docstring of {source}"
         beside = {"what": what, "command": record["command"], "module_files": len(described[name]["modules"])}
         write_text((folder / name).with_suffix(".provenance.json"), json.dumps(beside, indent=2) + "\n")
     return record
