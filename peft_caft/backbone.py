@@ -19,9 +19,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from .linear_cross_entropy import Unembedding
+from .unembedding import Unembedding
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "use_cache")
+LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")  # handed down to the layers, which do not read them
 
 
 def beneath_adapters(module: nn.Module) -> nn.Module:
@@ -80,6 +81,7 @@ class Backbone:
     logit_scale: float
     logit_softcap: float | None
     verified: bool = False
+    logits_needed: bool = False  # seen at the first pass without logits
     layers_return_tuples: bool = False  # seen at the first captured pass
 
     @classmethod
@@ -134,14 +136,17 @@ class Backbone:
         return self.lm_head.weight.shape[0]
 
     def unembedding(self) -> Unembedding:
-        """The lm_head as a constant, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits."""
+        """The lm_head as a constant, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits.
+
+        Under autocast in its dtype: made once for all heads, since a cast is a copy of the weight.
+        """
         bias = getattr(self.lm_head, "bias", None)
         return Unembedding(
             weight=self.lm_head.weight.detach(),
             bias=None if bias is None else bias.detach(),
             scale=self.logit_scale,
             softcap=self.logit_softcap,
-        )
+        ).in_compute_dtype(self.lm_head.weight.device.type)
 
     def normed(self, states: Tensor) -> Tensor:
         """The base model's final norm, where it has one."""
@@ -154,7 +159,7 @@ class Backbone:
         seen: dict[str, Any] = {}
 
         def before_last_layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+            kwargs = {n: value for n, value in kwargs.items() if n not in (*CACHE_ARGUMENTS, *LOSS_ARGUMENTS)}
             hidden = args[0] if args else kwargs.pop("hidden_states")
             seen["hidden"] = hidden
             seen["args"] = tuple(None if isinstance(value, Cache) else value for value in args[1:])
@@ -208,20 +213,21 @@ class Backbone:
 
     @torch.no_grad()
     def verify(self, captured: Captured, logits: Tensor) -> None:
-        """Check, once, on the first token that norm, unembedding and logit scaling are all there is after the layers.
+        """Check, once, on a row's last token that norm, unembedding and logit scaling are all there is after the layers.
 
         Args:
             captured: record of a forward pass.
-            logits: the model's own logits of that pass, ``(batch, tokens, vocabulary)``, of all tokens.
+            logits: the model's own logits of that pass, ``(batch, tokens, vocabulary)``, of all tokens or the last ones.
 
         Raises:
             TypeError: if they are not; training would follow a wrong gradient.
         """
-        own_norm = self.normed(captured.last_layer_output[:1, :1])
-        own = self.unembedding().logits(captured.last_hidden_state[:1, :1].to(self.lm_head.weight.dtype))
+        own_norm = self.normed(captured.last_layer_output[:1, -1:])
+        unembedding = self.unembedding()
+        own = unembedding.logits(captured.last_hidden_state[:1, -1:].to(unembedding.weight.dtype))
         for what, got, expected in (
-            ("final norm", own_norm.float(), captured.last_hidden_state[:1, :1].float()),
-            ("logits", own, logits[:1, :1].float()),
+            ("final norm", own_norm.float(), captured.last_hidden_state[:1, -1:].float()),
+            ("logits", own, logits[:1, -1:].float()),
         ):
             # Under autocast the hidden states may be fp32 and the logits bf16.
             half = {captured.last_hidden_state.dtype, logits.dtype} & {torch.bfloat16, torch.float16}

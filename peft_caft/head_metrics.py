@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from .backbone import Backbone, Captured
 from .heads import AuxiliaryHeads
-from .linear_cross_entropy import Unembedding, rows_per_chunk
 from .targets import supervised_rows
+from .unembedding import Unembedding, chunks
 
 TOP = 5
 
@@ -129,7 +129,7 @@ def batch_totals(
         float64 ``(heads + 1, 4)``: for each head the sums of cross entropies, top-1 hits, top-5 hits, and the number of
         targets; in the last row the sum of accepted lengths, two zeros, and the number of positions with all targets.
     """
-    unembedding = backbone.unembedding().in_compute_dtype(labels.device.type)
+    unembedding = backbone.unembedding()
     exact = torch.float32 if labels.device.type == "mps" else torch.float64  # Apple's devices have no double
     sums = torch.zeros(len(heads.heads) + 1, 4, dtype=exact, device=labels.device)
     accepted = torch.ones(labels.numel(), dtype=torch.bool, device=labels.device)
@@ -154,10 +154,10 @@ def _scores(states: Tensor, targets: Tensor, unembedding: Unembedding) -> tuple[
     top = min(TOP, len(unembedding.weight))
     cross_entropies = [states.new_zeros(0, dtype=torch.float32)]
     hits = [torch.zeros(0, top, dtype=torch.bool, device=states.device)]
-    chunk_rows = rows_per_chunk(unembedding.weight)
-    for start in range(0, len(targets), chunk_rows):
-        logits = unembedding.logits(states[start : start + chunk_rows].to(unembedding.weight.dtype))
-        target = targets[start : start + chunk_rows]
-        cross_entropies.append((logits.logsumexp(dim=1) - logits.gather(1, target[:, None])[:, 0]).float())
-        hits.append(logits.topk(top, dim=1).indices == target[:, None])
+    workspace = unembedding.workspace(len(targets))
+    for chunk in chunks(len(targets), unembedding.weight):
+        target = targets[chunk, None]
+        log_probs, _ = unembedding.log_probs(states[chunk].to(unembedding.weight.dtype), workspace)
+        cross_entropies.append(-log_probs.gather(1, target)[:, 0].float())
+        hits.append(log_probs.topk(top, dim=1).indices == target)
     return torch.cat(cross_entropies), torch.cat(hits)

@@ -100,19 +100,21 @@ class HeadPretraining(nn.Module):
             with torch.no_grad():
                 return {"totals": batch_totals(self.heads, self._backbone, captured, labels, attention_mask)}
         loss_of = auxiliary_loss if self.targets == "hard" else soft_auxiliary_loss
+        supervised = supervised_count(labels)
+        divisor = supervised.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         auxiliary = loss_of(
             self.heads,
             self._backbone,
             captured,
             labels,
             attention_mask,
+            decay=self.aux_loss_decay,
+            weight=1 / divisor,
             fraction=self.aux_token_fraction,
             sampling_seed=next(self._sampling_seeds),
         )
-        supervised = supervised_count(labels)
         self.recent.add(auxiliary, int(supervised))
-        divisor = supervised.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": auxiliary.weighted(self.aux_loss_decay) / divisor}
+        return {"loss": auxiliary.total}
 
     @torch.no_grad()
     def _captured(self, input_ids: Tensor, attention_mask: Tensor | None, hidden_states: Tensor | None) -> Captured:

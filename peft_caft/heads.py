@@ -15,8 +15,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .backbone import Backbone, Captured, beneath_adapters, layer_output
+from .backbone import Backbone, Captured, beneath_adapters
 from .heads_config import HeadsConfig, fingerprint
+from .layer_replay import LayerAtRows, replay
 from .pretrained_heads import PretrainedHeads
 
 
@@ -42,17 +43,28 @@ class ResidualBlock(nn.Module):
 class ResidualHead(nn.Sequential):
     """A stack of residual blocks; each token on its own."""
 
-    def states(self, hidden: Tensor, rows: Tensor, captured: Captured) -> Tensor:
+    def states(self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True) -> Tensor:
         return self(hidden.flatten(0, 1)[rows])
 
 
 class DecoderLayerHead(nn.Sequential):
-    """A stack of layers of the base model's own kind, called with the mask and positions of its last layer."""
+    """A stack of layers of the base model's own kind, called with the mask and positions of its last layer.
 
-    def states(self, hidden: Tensor, rows: Tensor, captured: Captured) -> Tensor:
-        for layer in self:
-            hidden = layer_output(layer(hidden, *captured.layer_args, **captured.layer_kwargs))
-        return hidden.flatten(0, 1)[rows]
+    Keys and values are needed of all positions, but queries and all that follows only of ``rows``. So the last layer runs
+    for these alone where that is possible (see `LayerAtRows`), and for all positions elsewhere.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self._at_rows = LayerAtRows()
+
+    def states(self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True) -> Tensor:
+        *earlier, last = self
+        for layer in earlier:
+            hidden = replay(layer, hidden, captured)
+        if skip_queries and (states := self._at_rows(last, hidden, rows, captured)) is not None:
+            return states
+        return replay(last, hidden, captured).flatten(0, 1)[rows]
 
 
 class AuxiliaryHeads(PretrainedHeads, nn.Module):
@@ -156,14 +168,17 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
         self.heads = self.heads[:count]
         self.config.num_heads = count
 
-    def states(self, index: int, captured: Captured, rows: Tensor, backbone: Backbone) -> Tensor:
+    def states(
+        self, index: int, captured: Captured, rows: Tensor, backbone: Backbone, skip_queries: bool = True
+    ) -> Tensor:
         """Final states of one head, ready for the unembedding.
 
         Args:
             index: 0 for the head that predicts 2 tokens ahead.
             captured: record of the base model's forward pass over ``(batch, tokens)``.
-            rows: int64 ``(selected,)``, indices into the flattened ``batch * tokens`` positions.
+            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens`` positions.
             backbone: whose final norm to use.
+            skip_queries: let decoder-layer heads compute the selected positions alone where they can.
 
         Returns:
             ``(selected, hidden)`` in the dtype of the hidden states.
@@ -173,7 +188,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
         # Heads kept in fp32 for training run in the base model's half precision, as under mixed precision.
         mixed = hidden.dtype in (torch.bfloat16, torch.float16) and next(head.parameters()).dtype == torch.float32
         with torch.autocast(hidden.device.type, dtype=hidden.dtype) if mixed else nullcontext():
-            states = head.states(hidden, rows, captured)
+            states = head.states(hidden, rows, captured, skip_queries)
         states = states.to(hidden.dtype)
         return backbone.normed(states) if self.config.final_norm else states
 

@@ -4,109 +4,88 @@ Since the layer is frozen, the only gradient is dL/dhidden, and the forward pass
 hand, computes it there: memory is one chunk of logits plus dL/dhidden. In plain torch, the same is
 
     logits = scale(hidden @ weight.T + bias)
-    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**23  # logits per chunk: 32 MiB in fp32, 170 rows of a 49k vocabulary
+from .unembedding import Unembedding, chunks
 
 
-def rows_per_chunk(weight: Tensor) -> int:
-    """Rows whose logits are computed together by an unembedding of this weight ``(vocabulary, hidden)``."""
-    return max(1, CHUNK_ELEMENTS // weight.shape[0])
-
-
-@dataclass(frozen=True)
-class Unembedding:
-    """A frozen lm_head and what the architecture does to its logits.
-
-    Attributes:
-        weight: ``(vocabulary, hidden)``, without graph.
-        bias: ``(vocabulary,)`` or None, without graph.
-        scale: factor on the logits.
-        softcap: c of ``c * tanh(logits / c)``, applied after the factor, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``(rows, vocabulary)``, fp32 or better, of ``(rows, hidden)`` in the dtype of the weight."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-    def in_compute_dtype(self, device_type: str) -> Unembedding:
-        """The same layer in the dtype of autocast, where that is on, for use with autocast switched off."""
-        if not torch.is_autocast_enabled(device_type):
-            return self
-        dtype = torch.get_autocast_dtype(device_type)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Unembedding(self.weight.to(dtype), bias, self.scale, self.softcap)
-
-    def backward(self, grad_logits: Tensor, logits: Tensor) -> Tensor:
-        """dL/dhidden ``(rows, hidden)`` from dL/dlogits and the logits, in one dtype; overwrites ``grad_logits``."""
-        if self.softcap is not None:
-            grad_logits *= 1 - (logits / self.softcap) ** 2
-        if self.scale != 1.0:
-            grad_logits *= self.scale
-        return grad_logits.to(self.weight.dtype) @ self.weight
-
-
-def linear_cross_entropy(hidden: Tensor, targets: Tensor, unembedding: Unembedding) -> Tensor:
-    """Sum over rows of the cross entropy between ``unembedding.logits(hidden)`` and ``targets``.
+def linear_cross_entropy(
+    hidden: Tensor, targets: Tensor, unembedding: Unembedding, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross entropies between ``unembedding.logits(hidden)`` and ``targets``, and their sum.
 
     Args:
         hidden: ``(rows, hidden)``, any floating dtype; computed in the dtype of the weight or of autocast.
         targets: int64 ``(rows,)``, all of them valid token ids.
         unembedding: the frozen layer.
+        weights: fp32 ``(rows,)``, factor of each row in the sum; all 1 if None. In half precision best about 1 in size (see
+            `split_factor`): they are applied before dL/dlogits is rounded.
 
     Returns:
-        scalar, fp32 (float64 for a float64 layer), differentiable in ``hidden``; 0 for no rows.
+        sum over rows of weight * cross entropy, scalar, differentiable in ``hidden``, 0 for no rows; and the cross entropies
+        themselves, ``(rows,)``, without graph. Both in nats, fp32 (float64 for a float64 layer).
     """
-    loss, _ = _LinearCrossEntropy.apply(hidden, targets, unembedding, torch.is_grad_enabled() and hidden.requires_grad)
-    return loss
+    needs_grad = torch.is_grad_enabled() and hidden.requires_grad
+    return _LinearCrossEntropy.apply(hidden, targets, unembedding, weights, needs_grad)[:2]
+
+
+def split_factor(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """``factor``, fp32 scalar, as a product of a number in [1/2, 1), or 0, and a power of two.
+
+    A gradient that is multiplied by the first before it is rounded to half precision, and by the second afterwards, is rounded
+    once, and neither overflows nor vanishes on the way.
+    """
+    mantissa, exponent = torch.frexp(factor)
+    return mantissa, torch.ldexp(torch.ones_like(mantissa), exponent)
+
+
+def plain_cross_entropy(
+    hidden: Tensor, targets: Tensor, unembedding: Unembedding, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` as one would write it, with all logits at once: what the chunks are compared with."""
+    logits = unembedding.logits(hidden.to(unembedding.weight.dtype))
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return (losses if weights is None else losses * weights).sum(), losses.detach()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, unembedding: Unembedding, needs_grad: bool) -> Any:
-        device = hidden.device.type
-        layer = unembedding.in_compute_dtype(device)
-        dtype = layer.weight.dtype
-        loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, unembedding: Unembedding, weights: Tensor | None, needs_grad: bool
+    ) -> Any:
+        layer = unembedding.in_compute_dtype(hidden.device.type)
+        half = layer.weight.dtype != layer.logits_dtype
+        losses = torch.empty(len(targets), dtype=layer.logits_dtype, device=hidden.device)
         grad = torch.empty_like(hidden) if needs_grad else None
-        chunk_rows = rows_per_chunk(layer.weight)
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(targets), chunk_rows):
-                chunk = slice(start, start + chunk_rows)
-                logits = layer.logits(hidden[chunk].to(dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            workspace = layer.workspace(len(targets))
+            for chunk in chunks(len(targets), layer.weight):
                 target = targets[chunk, None]
-                log_probs = logits.log_softmax(dim=1)  # fewer passes over memory than logsumexp takes
+                # One buffer becomes log-probabilities, probabilities and dL/dlogits in turn.
+                log_probs, logits = layer.log_probs(hidden[chunk].to(layer.weight.dtype), workspace)
                 target_log_probs = log_probs.gather(1, target)
-                loss -= target_log_probs.sum()
+                torch.neg(target_log_probs[:, 0], out=losses[chunk])
                 if grad is not None:
-                    grad_logits = log_probs.exp_()
-                    grad_logits.scatter_add_(1, target, torch.full_like(target_log_probs, -1.0))
+                    grad_logits = log_probs.exp_().scatter_add_(1, target, torch.full_like(target_log_probs, -1.0))
+                    if half and weights is not None:
+                        grad_logits *= weights[chunk, None]
                     grad[chunk] = layer.backward(grad_logits, logits)
+        if grad is not None and weights is not None and not half:
+            grad *= weights[:, None]  # much less to do than above, and exact enough
         ctx.save_for_backward(grad)
-        return loss, None
+        ctx.mark_non_differentiable(losses)
+        return (losses if weights is None else losses * weights).sum(), losses, None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: None) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> Any:
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None, None, None  # a 0-dim factor does not change the dtype
+        return grad * grad_loss, None, None, None, None  # a 0-dim factor does not change the dtype

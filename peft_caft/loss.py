@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backbone import Backbone, Captured
 from .heads import AuxiliaryHeads
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
 from .soft_cross_entropy import soft_cross_entropy
 from .targets import sample_rows, supervised_rows
 
 
 @dataclass
 class AuxiliaryLoss:
-    """Per-head sums of cross entropy; ``sums[i]`` belongs to the head that predicts i + 2 tokens ahead.
+    """The auxiliary loss of one batch, and what it is made of.
 
     Attributes:
-        sums: one fp32 scalar per head, nats, differentiable; estimates of the full sum when positions are sampled.
+        total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar, fp32, nats, differentiable.
+        sums: one fp32 scalar per head without graph, nats; estimates of the full sum when positions are sampled.
+            ``sums[i]`` belongs to the head that predicts i + 2 tokens ahead.
         counts: number of positions that each sum is about (before sampling).
     """
 
+    total: Tensor
     sums: list[Tensor]
     counts: list[int]
-
-    def weighted(self, decay: float) -> Tensor:
-        """sum_k alpha^(k-1) * (sum of head k's cross entropies), not yet divided by a number of tokens."""
-        total = self.sums[0] * decay
-        for index, head_sum in enumerate(self.sums[1:], start=1):
-            total = total + head_sum * decay ** (index + 1)
-        return total
 
 
 def auxiliary_loss(
@@ -41,13 +39,18 @@ def auxiliary_loss(
     labels: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    *,
+    decay: float,
+    weight: Tensor | float = 1.0,
     fraction: float = 1.0,
     sampling_seed: int = 0,
+    fast_paths: bool = True,
 ) -> AuxiliaryLoss:
     """Cross entropies of all heads on one batch.
 
-    Only rows with a target reach a residual head and the unembedding; a decoder-layer head needs the whole sequence
-    as context.
+    Only rows with a target reach a residual head and the unembedding; of a decoder-layer head all rows take part as keys and
+    values. Frozen heads are differentiated at once, decoder-layer heads one after the other, and leave nothing but the gradient
+    of their input.
 
     Args:
         heads: the auxiliary heads.
@@ -55,21 +58,78 @@ def auxiliary_loss(
         captured: hidden states ``(batch, tokens, hidden)``.
         labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
         attention_mask, position_ids: as the model got them, see `supervised_rows`.
+        decay: alpha.
+        weight: of all heads together: in the objective beta * gamma over the number of next-token targets.
         fraction: p; with p < 1 each position takes part with probability p and weighs 1/p, which leaves the
             expectation of loss and gradient unchanged.
         sampling_seed: seed of that draw, which no other random number depends on.
+        fast_paths: False computes the same in the plainest way: all logits of a head, decoder layers for all positions, and
+            gradients by autograd in the backward pass.
     """
     unembedding = backbone.unembedding()
-    sums, counts = [], []
+    weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=labels.device))
+    cross_entropy = linear_cross_entropy if fast_paths else plain_cross_entropy
+    hidden: Tensor = getattr(captured, heads.config.head_input)
+    at_once = fast_paths and _gradient_is_of_the_input_alone(heads, backbone, captured, hidden)
+    if at_once:
+        leaf = hidden.detach().requires_grad_()
+        captured = replace(captured, **{heads.config.head_input: leaf})
+    rows, targets, counts = [], [], []
     for index in range(len(heads.heads)):
-        rows, targets = supervised_rows(labels, index + 2, attention_mask, position_ids)
-        counts.append(len(rows))
+        head_rows, head_targets = supervised_rows(labels, index + 2, attention_mask, position_ids)
+        counts.append(len(head_rows))
         if fraction < 1:
-            kept = sample_rows(rows, fraction, labels.numel(), sampling_seed)
-            rows, targets = rows[kept], targets[kept]
-        states = heads.states(index, captured, rows, backbone)
-        sums.append(linear_cross_entropy(states, targets, unembedding) / fraction)
-    return AuxiliaryLoss(sums, counts)
+            kept = sample_rows(head_rows, fraction, labels.numel(), sampling_seed)
+            head_rows, head_targets = head_rows[kept], head_targets[kept]
+        rows.append(head_rows)
+        targets.append(head_targets)
+    sums, grad = [], None
+    total = hidden.new_zeros((), dtype=unembedding.logits_dtype)
+    for group in _computed_together(heads):
+        states = torch.cat([heads.states(i, captured, rows[i], backbone, fast_paths) for i in group])
+        sizes = [len(rows[i]) for i in group]
+        weights = torch.cat([(weight * (decay ** (i + 1) / fraction)).expand(len(rows[i])) for i in group])
+        loss, losses = cross_entropy(states, torch.cat([targets[i] for i in group]), unembedding, weights)
+        sums += [part.sum() / fraction for part in losses.split(sizes)]
+        if at_once:
+            (head_grad,) = torch.autograd.grad(loss, leaf)
+            grad = head_grad if grad is None else grad.add_(head_grad)
+            loss = loss.detach()
+        total = total + loss
+    total = _Differentiated.apply(hidden, total, grad) if at_once else total
+    return AuxiliaryLoss(total * power_of_two, sums, counts)
+
+
+def _computed_together(heads: AuxiliaryHeads) -> Iterator[list[int]]:
+    """Residual heads all at once, for large matrix products; decoder layers one by one, for their memory."""
+    indices = list(range(len(heads.heads)))
+    yield from [indices] if heads.config.head_type == "residual" else [[index] for index in indices]
+
+
+def _gradient_is_of_the_input_alone(
+    heads: AuxiliaryHeads, backbone: Backbone, captured: Captured, hidden: Tensor
+) -> bool:
+    """Whether nothing but the hidden states gets a gradient through the heads."""
+    modules = [heads] if backbone.final_norm is None else [heads, backbone.final_norm]
+    arguments = (*captured.layer_args, *captured.layer_kwargs.values())
+    flat = [part for value in arguments for part in (value if isinstance(value, tuple) else (value,))]
+    others = [*(p for module in modules for p in module.parameters()), *(t for t in flat if isinstance(t, Tensor))]
+    return torch.is_grad_enabled() and hidden.requires_grad and not any(tensor.requires_grad for tensor in others)
+
+
+class _Differentiated(torch.autograd.Function):
+    """A loss whose gradient is known: ``total`` forward, ``grad`` times the incoming gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, total: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> Any:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total, None, None  # a 0-dim factor does not change the dtype
 
 
 def soft_auxiliary_loss(
@@ -79,6 +139,9 @@ def soft_auxiliary_loss(
     labels: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    *,
+    decay: float,
+    weight: Tensor | float = 1.0,
     fraction: float = 1.0,
     sampling_seed: int = 0,
 ) -> AuxiliaryLoss:
@@ -101,5 +164,6 @@ def soft_auxiliary_loss(
     needed, matched = torch.cat(teacher_rows).unique(return_inverse=True)
     teacher_states = captured.last_hidden_state.flatten(0, 1)[needed]
     picked = list(matched.split([len(rows) for rows in teacher_rows]))
-    sums = soft_cross_entropy(states, picked, teacher_states, backbone.unembedding())
-    return AuxiliaryLoss([head_sum / fraction for head_sum in sums], counts)
+    sums = [s / fraction for s in soft_cross_entropy(states, picked, teacher_states, backbone.unembedding())]
+    total = sum(head_sum * decay ** (index + 1) for index, head_sum in enumerate(sums))
+    return AuxiliaryLoss(total * weight, [head_sum.detach() for head_sum in sums], counts)

@@ -15,15 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils import PeftType
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from .adapter_heads import add_lora, make_heads
 from .backbone import Backbone
 from .config import CAFTConfig
 from .heads import AuxiliaryHeads
-from .loss import AuxiliaryLoss, auxiliary_loss
+from .loss import auxiliary_loss
+from .next_token_loss import next_token_pass
 from .progress import Progress
-from .targets import supervised_count
 
 HEADS_PREFIX = "auxiliary_heads."
 
@@ -55,6 +54,7 @@ class CAFTModel(LoraModel):
         self._progress = Progress()
         self._backbone: Backbone | None = None
         self._auxiliary_loss_enabled = True
+        self._fast_paths_enabled = True
         super().__init__(model, *args, **kwargs)
         self.register_load_state_dict_post_hook(_heads_are_never_missing)
 
@@ -176,8 +176,26 @@ class CAFTModel(LoraModel):
         finally:
             self._auxiliary_loss_enabled = before
 
+    @contextmanager
+    def fast_paths_enabled(self, enabled: bool) -> Iterator[None]:
+        """Within the block, compute the losses fast and in little memory, or in the plainest way, to compare the two.
+
+        The plainest way: the model computes all its logits and its own loss, heads compute all logits at once and decoder
+        layers for all positions, and all gradients are computed by autograd in the backward pass.
+        """
+        before = self._fast_paths_enabled
+        self._fast_paths_enabled = enabled
+        try:
+            yield
+        finally:
+            self._fast_paths_enabled = before
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward; in training with ``labels`` its loss includes the auxiliary loss.
+
+        Then it computes no logits, and those of the output are None, unless the call asks for them, as for instance with
+        ``logits_to_keep=0``, transformers' value for the logits of all tokens. In evaluation nothing differs from the base
+        model.
 
         Args:
             args, kwargs: of the base model. ``labels`` is int64 ``(batch, tokens)``, unshifted, -100 where
@@ -197,41 +215,25 @@ class CAFTModel(LoraModel):
         if config.aux_loss_weight == 0:
             self._progress.auxiliary_loss_computed(None, 0)
             return self.model(*args, **kwargs)
-        backbone = self._backbone
-        assert backbone is not None
-        with backbone.capture() as records:
-            outputs = self.model(*args, **kwargs)
-        captured = records[-1]
-        own_loss, logits = _loss_and_logits(outputs)
-        if not backbone.verified and self._output_is_the_base_models():
-            backbone.verify(captured, logits)
+        assert self._backbone is not None
+        own = next_token_pass(self.model, self._backbone, args, kwargs, self._fast_paths_enabled)
+        if not self._backbone.verified and self._output_is_the_base_models():
+            self._backbone.verify(own.captured, own.logits)
         auxiliary = auxiliary_loss(
             heads,
-            backbone,
-            captured,
-            labels.to(captured.last_layer_input.device),
+            self._backbone,
+            own.captured,
+            labels.to(own.captured.last_layer_input.device),
             kwargs.get("attention_mask"),
             kwargs.get("position_ids"),
+            decay=config.aux_loss_decay,
+            weight=config.aux_loss_weight * self.gamma / own.divisor,
             fraction=config.aux_token_fraction,
             sampling_seed=self._progress.forward_seed(),
+            fast_paths=self._fast_paths_enabled,
         )
-        return _with_loss(outputs, self._total_loss(own_loss, auxiliary, logits, config, kwargs))
-
-    def _total_loss(
-        self, own_loss: Tensor, auxiliary: AuxiliaryLoss, logits: Tensor, config: CAFTConfig, kwargs: dict
-    ) -> Tensor:
-        supervised = supervised_count(kwargs["labels"])
-        self._progress.auxiliary_loss_computed(auxiliary, int(supervised))
-        if supervised == 0:
-            # The mean over no tokens is NaN; a zero that hangs on the graph, lm_head and heads too, leaves every gradient 0.
-            return (logits[:1, :1].float().sum() + auxiliary.weighted(1.0).to(logits.device)) * 0.0
-        divisor = kwargs.get("num_items_in_batch")
-        if divisor is None:
-            divisor = supervised
-        if isinstance(divisor, Tensor):
-            divisor = divisor.to(own_loss.device)
-        weighted = auxiliary.weighted(config.aux_loss_decay).to(own_loss.device) / divisor
-        return own_loss + config.aux_loss_weight * self.gamma.to(own_loss.device) * weighted
+        self._progress.auxiliary_loss_computed(auxiliary, own.supervised)
+        return own.outputs_with(own.loss + auxiliary.total.to(own.loss.device))
 
     def _wants_auxiliary_loss(self) -> bool:
         return (
@@ -293,26 +295,6 @@ class CAFTModel(LoraModel):
         return super()._convert_state_dict_for_initial_model(
             peft_model, peft_config, path_initial_model_for_weight_conversion, *args
         )
-
-
-def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(outputs, ModelOutput):
-        loss, logits = outputs.loss, outputs.logits
-    else:  # a tuple; a mixture of experts puts its router's loss, a scalar, before the logits
-        loss, logits = outputs[0], next(value for value in outputs if isinstance(value, Tensor) and value.dim() == 3)
-    if loss is None:
-        raise ValueError(
-            "labels: given, but the model returned no loss, expected its next-token loss. This trainer computes the "
-            "loss itself; train with transformers.Trainer, or wrap the step in auxiliary_loss_enabled(False)."
-        )
-    return loss, logits
-
-
-def _with_loss(outputs: Any, loss: Tensor) -> Any:
-    if isinstance(outputs, ModelOutput):
-        outputs.loss = loss
-        return outputs
-    return (loss, *outputs[1:])
 
 
 def _heads_are_never_missing(module: nn.Module, incompatible: Any) -> None:

@@ -22,7 +22,7 @@ class RecentLosses:
 
     def add(self, auxiliary: AuxiliaryLoss, supervised: int) -> None:
         """Add one forward pass with ``supervised`` next-token targets."""
-        sums = [head_sum.detach() for head_sum in auxiliary.sums]
+        sums = auxiliary.sums
         if len(self._head_sums) != len(sums):
             self._head_sums, self._head_counts, self._supervised = [0.0 * s for s in sums], [0] * len(sums), 0
         self._head_sums = [total + new for total, new in zip(self._head_sums, sums, strict=True)]

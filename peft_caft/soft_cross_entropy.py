@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear_cross_entropy import Unembedding, rows_per_chunk
+from .unembedding import Unembedding, chunks
 
 
 def soft_cross_entropy(
@@ -52,22 +52,22 @@ class _SoftCrossEntropy(torch.autograd.Function):
         device = teacher_states.device
         layer = unembedding.in_compute_dtype(device.type)
         dtype = layer.weight.dtype
-        losses = torch.zeros(len(states), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        losses = torch.zeros(len(states), dtype=layer.logits_dtype, device=device)
         grads = [torch.empty_like(s) if needs_grad else None for s in states]
-        chunk_rows = rows_per_chunk(layer.weight)
-        starts = torch.arange(0, len(teacher_states) + chunk_rows, chunk_rows, device=device)
-        bounds = [torch.searchsorted(head_rows, starts).tolist() for head_rows in rows]
         with torch.autocast(device.type, enabled=False):
-            for chunk, start in enumerate(range(0, len(teacher_states), chunk_rows)):
-                teacher = layer.logits(teacher_states[start : start + chunk_rows].to(dtype)).softmax(dim=1)
+            teacher_workspace, workspace = (layer.workspace(len(teacher_states)) for _ in range(2))
+            parts = list(chunks(len(teacher_states), layer.weight))
+            ends = torch.tensor([0, *(part.stop for part in parts)], device=device)
+            bounds = [torch.searchsorted(head_rows, ends).tolist() for head_rows in rows]
+            for number, chunk in enumerate(parts):
+                teacher = layer.log_probs(teacher_states[chunk].to(dtype), teacher_workspace)[0].exp_()
                 for head, head_states in enumerate(states):
-                    own = slice(bounds[head][chunk], bounds[head][chunk + 1])
-                    picked = rows[head][own] - start
+                    own = slice(bounds[head][number], bounds[head][number + 1])
+                    picked = rows[head][own] - chunk.start
                     if not len(picked):
                         continue
                     target = teacher if len(picked) == len(teacher) else teacher[picked]
-                    logits = layer.logits(head_states[own].to(dtype))
-                    log_probs = logits.log_softmax(dim=1)
+                    log_probs, logits = layer.log_probs(head_states[own].to(dtype), workspace)
                     losses[head] -= torch.dot(target.flatten(), log_probs.flatten())
                     if (grad := grads[head]) is not None:
                         grad[own] = layer.backward(log_probs.exp_().sub_(target), logits)

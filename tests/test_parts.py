@@ -1,4 +1,4 @@
-"""The small parts by themselves: schedules, targets, linear cross entropy, writing files."""
+"""The small parts by themselves: schedules, targets, writing files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import math
 import pytest
 import torch
 
-from peft_caft import linear_cross_entropy as module
 from peft_caft.atomic import filling, replacing
-from peft_caft.linear_cross_entropy import Unembedding, linear_cross_entropy
 from peft_caft.schedule import gamma
 from peft_caft.targets import supervised_count, supervised_rows
 
@@ -61,73 +59,6 @@ def test_no_target_beyond_the_sequence():
 
 def test_count_leaves_the_first_column_out():
     assert supervised_count(torch.tensor([[1, 2, -100], [-100, 5, 6]])) == 3
-
-
-def reference(hidden, targets, layer: Unembedding):
-    logits = (hidden @ layer.weight.T + (0 if layer.bias is None else layer.bias)).float() * layer.scale
-    if layer.softcap is not None:
-        logits = layer.softcap * torch.tanh(logits / layer.softcap)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-
-
-def layer_and_rows(rows: int, bias: bool = False, dtype=torch.float32, **kwargs):
-    generator = torch.Generator().manual_seed(rows)
-    weight = torch.randn(37, 19, generator=generator)
-    layer = Unembedding(weight.to(dtype), torch.randn(37, generator=generator).to(dtype) if bias else None, **kwargs)
-    hidden = torch.randn(rows, 19, generator=generator).to(dtype).requires_grad_()
-    return layer, hidden, torch.randint(0, 37, (rows,), generator=generator)
-
-
-@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 5.0}])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "chunk_rows"), [(1, 100), (5, 5), (11, 4), (12, 4), (7, 1)])
-def test_linear_cross_entropy_equals_plain_torch(rows, chunk_rows, bias, options, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_rows * 37)
-    layer, hidden, targets = layer_and_rows(rows, bias, **options)
-    (3 * linear_cross_entropy(hidden, targets, layer)).backward()
-    got = hidden.grad.clone()
-    hidden.grad = None
-    expected = reference(hidden, targets, layer)
-    (3 * expected).backward()
-    torch.testing.assert_close(linear_cross_entropy(hidden, targets, layer), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got, hidden.grad, rtol=1e-5, atol=1e-5)
-
-
-def test_linear_cross_entropy_of_no_rows_is_zero():
-    layer, hidden, targets = layer_and_rows(0)
-    loss = linear_cross_entropy(hidden, targets, layer)
-    loss.backward()
-    assert loss == 0
-    assert hidden.grad.shape == (0, 19)
-
-
-def test_linear_cross_entropy_in_bf16_is_no_worse_than_plain_bf16():
-    layer, hidden, targets = layer_and_rows(400, dtype=torch.bfloat16)
-    exact_hidden = hidden.detach().float().requires_grad_()
-    reference(exact_hidden, targets, Unembedding(layer.weight.float())).backward()
-
-    def error(loss_function) -> float:
-        hidden.grad = None
-        loss_function(hidden, targets, layer).backward()
-        return float((hidden.grad.float() - exact_hidden.grad).norm() / exact_hidden.grad.norm())
-
-    assert error(linear_cross_entropy) <= 1.05 * error(reference)
-
-
-def test_linear_cross_entropy_follows_autocast():
-    layer, hidden, targets = layer_and_rows(50)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_cross_entropy(hidden, targets, layer)
-        expected = reference(hidden, targets, layer)
-    assert loss.dtype == torch.float32
-    assert loss != linear_cross_entropy(hidden, targets, layer)
-    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
-
-
-def test_linear_cross_entropy_without_gradients_keeps_none():
-    layer, hidden, targets = layer_and_rows(5)
-    with torch.no_grad():
-        assert not linear_cross_entropy(hidden, targets, layer).requires_grad
 
 
 def interrupted(writing, name: str) -> None:

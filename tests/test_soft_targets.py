@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-import peft_caft.linear_cross_entropy as module
 from peft_caft import AuxiliaryHeads
 from peft_caft.backbone import Backbone
 from peft_caft.config import HEAD_TYPES
-from peft_caft.linear_cross_entropy import Unembedding
 from peft_caft.loss import auxiliary_loss, soft_auxiliary_loss
 from peft_caft.soft_cross_entropy import soft_cross_entropy
+from peft_caft.unembedding import CHUNK_ELEMENTS, Unembedding
 
 from .reference import all_logits
 from .tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
@@ -28,7 +27,7 @@ def naive(states, rows, teacher, layer):
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
 @pytest.mark.parametrize("kind", ["plain", "bias", "scale", "softcap"])
 def test_soft_cross_entropy_equals_full_logits(kind, chunk_rows, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_rows * 37)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk_rows * 37)
     torch.manual_seed(0)
     layer = Unembedding(
         weight=torch.randn(37, 8, dtype=torch.float64),
@@ -85,7 +84,7 @@ def test_head_k_learns_what_the_model_predicts_from_the_tokens_before(architectu
     backbone = Backbone.of(model)
     with backbone.capture() as records, torch.no_grad():
         backbone.trunk(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    auxiliary = soft_auxiliary_loss(heads, backbone, records[-1], labels, mask)
+    auxiliary = soft_auxiliary_loss(heads, backbone, records[-1], labels, mask, decay=0.8)
 
     own_logits, head_logits = all_logits(model, list(heads.heads), input_ids=input_ids, attention_mask=mask)
     teacher = own_logits.detach().softmax(dim=-1)
@@ -98,7 +97,7 @@ def test_head_k_learns_what_the_model_predicts_from_the_tokens_before(architectu
         supervised = labels[:, k:] != IGNORE
         assert count == supervised.sum()
         torch.testing.assert_close(total, losses[supervised].sum(), rtol=1e-5, atol=1e-4)
-    auxiliary.weighted(0.8).backward()
+    auxiliary.total.backward()
     ours = [p.grad.clone() for p in heads.parameters()]
     heads.zero_grad()
     expected = sum(
@@ -135,9 +134,9 @@ def test_drawn_positions_leave_the_expected_gradient_unchanged(loss_of):
 
     def gradient(**sampling):
         heads.zero_grad()
-        auxiliary = loss_of(heads, backbone, records[-1], input_ids, **sampling)
+        auxiliary = loss_of(heads, backbone, records[-1], input_ids, decay=0.8, **sampling)
         assert auxiliary.counts == [4 * (24 - k) for k in (2, 3, 4)]  # of all positions
-        auxiliary.weighted(0.8).backward()
+        auxiliary.total.backward()
         return torch.cat([p.grad.flatten() for p in heads.parameters()])
 
     state = torch.get_rng_state()
@@ -166,5 +165,5 @@ def test_all_heads_draw_the_same_predicted_tokens(monkeypatch):
     with backbone.capture() as records, torch.no_grad():
         backbone.trunk(input_ids=input_ids, use_cache=False)
     for fraction in (1.0, 0.25):
-        soft_auxiliary_loss(heads, backbone, records[-1], input_ids, fraction=fraction)
+        soft_auxiliary_loss(heads, backbone, records[-1], input_ids, decay=0.8, fraction=fraction)
     assert seen[1] < 0.35 * seen[0]

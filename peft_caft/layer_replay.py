@@ -1,0 +1,203 @@
+"""A decoder layer of a head, run on the hidden states of a forward pass that the base model has made.
+
+`replay` runs it for all positions. `LayerAtRows` runs it for some: keys and values are computed of all positions, queries and
+everything after them of the selected ones. Both use the layer as it is, whatever its architecture.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .backbone import Captured, layer_output
+
+logger = logging.getLogger(__name__)
+
+CACHES = ("past_key_values", "past_key_value", "layer_past")  # what transformers' layers call their cache
+WORTHWHILE = 0.9  # above this share of the positions, running for all of them is no slower
+
+
+def replay(layer: nn.Module, hidden: Tensor, captured: Captured) -> Tensor:
+    """Output of ``layer`` for ``hidden``, both ``(batch, tokens, hidden)``, with the base model's mask and positions."""
+    return layer_output(layer(hidden, *captured.layer_args, **captured.layer_kwargs))
+
+
+class LayerAtRows:
+    """Runs decoder layers for selected positions; finds out at the first call whether that gives what `replay` gives.
+
+    transformers' attention hands its keys and values to a cache, if it is given one, and goes on with what the cache returns.
+    So the layer is called twice: with all positions, up to where a cache takes the keys and values and stops it, and with the
+    selected positions, for which another one returns what the first has taken.
+    """
+
+    def __init__(self) -> None:
+        self.works: bool | None = None  # not known before the first call
+
+    def __call__(self, layer: nn.Module, hidden: Tensor, rows: Tensor, captured: Captured) -> Tensor | None:
+        """Output of the layer at ``rows``, or None where this layer or this batch needs `replay`.
+
+        Args:
+            layer: the decoder layer.
+            hidden: its input, ``(batch, tokens, hidden)``.
+            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens`` positions.
+            captured: what the base model called its last layer with.
+
+        Returns:
+            ``(selected, hidden)``, or None.
+        """
+        if self.works is False or not len(rows) or _is_sharded(layer) or torch.compiler.is_compiling():
+            return None
+        selection = Selection(rows, *hidden.shape[:2])
+        if selection.index.numel() > WORTHWHILE * hidden[..., 0].numel():
+            return None
+        arguments = _selected_arguments(layer, hidden, captured, selection)
+        if arguments is None:
+            return None
+        if self.works is None:
+            self.works = self._agrees_with_replay(layer, hidden, rows, captured, selection, arguments)
+            if not self.works:
+                logger.info("%s runs for all positions, not for supervised ones alone.", type(layer).__name__)
+                return None
+        return _at_selection(layer, hidden, captured, selection, arguments)
+
+    @torch.no_grad()
+    def _agrees_with_replay(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        rows: Tensor,
+        captured: Captured,
+        selection: Selection,
+        arguments: dict[str, Any],
+    ) -> bool:
+        training = [module for module in layer.modules() if module.training]
+        layer.eval()  # no dropout, whose draws would differ and would not repeat after a resume
+        try:
+            got = _at_selection(layer, hidden, captured, selection, arguments).float()
+            expected = replay(layer, hidden, captured).flatten(0, 1)[rows].float()
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            logger.info("%s with the queries of some positions: %s", type(layer).__name__, error)
+            return False
+        finally:
+            for module in training:
+                module.training = True
+        half = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype in (torch.bfloat16, torch.float16)
+        return bool((got - expected).norm() <= (3e-2 if half else 1e-4) * expected.norm())
+
+
+class Selection:
+    """Some positions of a batch as a rectangle: per sequence as many as the sequence with most of them has.
+
+    Attributes:
+        index: int64 ``(batch, most)``, positions within the sequence; filled up with 0.
+        slots: int64 ``(selected,)``, where the selected positions are in the flattened rectangle.
+    """
+
+    def __init__(self, rows: Tensor, batch: int, tokens: int) -> None:
+        sequence = rows // tokens
+        counts = torch.bincount(sequence, minlength=batch)
+        most = int(counts.max())
+        first = counts.cumsum(0) - counts
+        self.slots = sequence * most + torch.arange(len(rows), device=rows.device) - first[sequence]
+        self.index = rows.new_zeros(batch * most).index_copy(0, self.slots, rows % tokens).view(batch, most)
+
+    def of(self, values: Tensor, dim: int = 1) -> Tensor:
+        """The selected positions of ``values``, whose first dimension is the batch (or 1) and ``dim`` the tokens."""
+        shape = [1] * values.dim()
+        shape[0], shape[dim] = self.index.shape
+        target = list(values.shape)
+        target[0], target[dim] = self.index.shape
+        return values.expand(len(self.index), *values.shape[1:]).gather(dim, self.index.view(shape).expand(target))
+
+
+class _KeysAndValues(Exception):
+    """Leaves the layer as soon as its keys and values are known."""
+
+
+class _TakingCache:
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.taken = keys, values
+        raise _KeysAndValues
+
+
+class _GivingCache:
+    def __init__(self, taken: tuple[Tensor, Tensor]) -> None:
+        self.taken = taken
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.taken
+
+
+def _at_selection(
+    layer: nn.Module, hidden: Tensor, captured: Captured, selection: Selection, arguments: dict[str, Any]
+) -> Tensor:
+    cache = _cache_name(layer)
+    assert cache is not None
+    taking = _TakingCache()
+    try:
+        layer(**{**_arguments(layer, hidden, captured), cache: taking})
+    except _KeysAndValues:
+        pass
+    else:
+        raise NotImplementedError(f"{type(layer).__name__} gives no cache its keys and values")
+    output = layer_output(layer(**{**arguments, cache: _GivingCache(taking.taken)}))
+    return output.flatten(0, 1)[selection.slots]
+
+
+def _selected_arguments(
+    layer: nn.Module, hidden: Tensor, captured: Captured, selection: Selection
+) -> dict[str, Any] | None:
+    """What the layer is called with for the selected positions; None if something in it has an unknown meaning."""
+    if _cache_name(layer) is None:
+        return None
+    batch, tokens = hidden.shape[:2]
+    attention = next((m.config._attn_implementation for m in layer.modules() if hasattr(m, "config")), None)
+    selected: dict[str, Any] = {}
+    for name, value in _arguments(layer, hidden, captured).items():
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] not in (1, batch):
+            return None
+        if name == "hidden_states" or (
+            name in ("position_ids", "position_embeddings") and _is_about_tokens(value, tokens)
+        ):
+            selected[name] = tuple(map(selection.of, value)) if isinstance(value, tuple) else selection.of(value)
+        elif isinstance(value, Tensor) and name == "attention_mask" and value.dim() == 4 and value.shape[2] == tokens:
+            selected[name] = selection.of(value, dim=2)
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            selected[name] = value
+        else:
+            return None
+    if selected.get("attention_mask") is None:
+        if attention != "sdpa":  # which alone takes no mask for a causal one, and a mask of truth values
+            return None
+        keys = torch.arange(tokens, device=hidden.device)
+        selected["attention_mask"] = (selection.index[:, :, None] >= keys)[:, None]
+    return selected if attention in ("sdpa", "eager") else None
+
+
+def _is_about_tokens(value: Any, tokens: int) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, Tensor) and part.dim() >= 2 and part.shape[1] == tokens for part in parts)
+
+
+def _arguments(layer: nn.Module, hidden: Tensor, captured: Captured) -> dict[str, Any]:
+    """All arguments of the replayed call by name."""
+    bound = inspect.signature(layer.forward).bind(hidden, *captured.layer_args, **captured.layer_kwargs)
+    arguments = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
+
+
+def _cache_name(layer: nn.Module) -> str | None:
+    return next((name for name in CACHES if name in inspect.signature(layer.forward).parameters), None)
+
+
+def _is_sharded(layer: nn.Module) -> bool:
+    """Under FSDP or ZeRO-3 a call that ends early would confuse the hooks that gather and free parameters."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in layer.parameters())
