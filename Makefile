@@ -3,6 +3,7 @@
 
 PYTHON ?= python3  # 3.10 or newer; the demo needs 3.11 or newer
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 PYTHON := $(strip $(PYTHON))
@@ -17,7 +18,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-floor lint format typecheck demo authors-fixtures clean check-python
+.PHONY: help setup test test-all test-floor lint format typecheck demo bench authors-fixtures clean check-python
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +33,13 @@ test-all: lint typecheck  ## the same with the slow tests
 
 demo: $(READY)  ## LoRA against CAFT on a real model, on a CPU; options go into DEMO_ARGS="..."
 	$(BIN)/peft-caft demo $(DEMO_ARGS)
+
+bench: $(READY) $(AUTHORS)/.ready  ## time and memory of a training step, LoRA, CAFT and caft-llm; 25 minutes alone on 2 cores
+	$(BIN)/python $(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[trl]' -r requirements/bench.txt
+	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/sampling_noise.py
+	$(BIN)/python benchmarks/flops.py
+	$(BIN)/python benchmarks/step_results.py
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from .heads import AuxiliaryHeads
 from .linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
 from .soft_cross_entropy import soft_cross_entropy
 from .targets import sample_rows, supervised_rows
+from .unembedding import chunk_rows
 
 
 @dataclass
@@ -49,8 +49,7 @@ def auxiliary_loss(
     """Cross entropies of all heads on one batch.
 
     Only rows with a target reach a residual head and the unembedding; of a decoder-layer head all rows take part as keys and
-    values. Frozen heads are differentiated at once, decoder-layer heads one after the other, and leave nothing but the gradient
-    of their input.
+    values. Frozen heads are differentiated at once, one after the other, and leave nothing but the gradient of their input.
 
     Args:
         heads: the auxiliary heads.
@@ -85,7 +84,7 @@ def auxiliary_loss(
         targets.append(head_targets)
     sums, grad = [], None
     total = hidden.new_zeros((), dtype=unembedding.logits_dtype)
-    for group in _computed_together(heads):
+    for group in _computed_together(heads, rows, unembedding.weight):
         states = torch.cat([heads.states(i, captured, rows[i], backbone, fast_paths) for i in group])
         sizes = [len(rows[i]) for i in group]
         weights = torch.cat([(weight * (decay ** (i + 1) / fraction)).expand(len(rows[i])) for i in group])
@@ -100,10 +99,17 @@ def auxiliary_loss(
     return AuxiliaryLoss(total * power_of_two, sums, counts)
 
 
-def _computed_together(heads: AuxiliaryHeads) -> Iterator[list[int]]:
-    """Residual heads all at once, for large matrix products; decoder layers one by one, for their memory."""
-    indices = list(range(len(heads.heads)))
-    yield from [indices] if heads.config.head_type == "residual" else [[index] for index in indices]
+def _computed_together(heads: AuxiliaryHeads, rows: list[Tensor], weight: Tensor) -> list[list[int]]:
+    """Decoder layers one by one, for their memory; residual heads as many as fill a chunk of logits, for large products."""
+    groups: list[list[int]] = []
+    for index in range(len(rows)):
+        together = [*groups[-1], index] if groups and heads.config.head_type == "residual" else [index]
+        size = sum(len(rows[i]) for i in together)
+        if len(together) > 1 and chunk_rows(size, weight) == size:
+            groups[-1] = together
+        else:
+            groups.append([index])
+    return groups
 
 
 def _gradient_is_of_the_input_alone(

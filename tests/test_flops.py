@@ -45,11 +45,14 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def counted(model) -> float:
+def counted(model, supervised: float = 1.0) -> float:
     """Operations per token of one training step, by torch's counter; eager attention, whose products it sees one by one."""
     ids = torch.randint(1, TINY["vocab_size"], (2, TOKENS))
+    labels = ids.clone()
+    labels[:, : TOKENS - round(supervised * TOKENS)] = -100
+    model(input_ids=ids, labels=labels)  # the first step also compares fast ways with plain ones
     with Counter() as counter:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=labels).loss.backward()
     return counter.flops / ids.numel()
 
 
@@ -88,6 +91,22 @@ def test_the_heads_cost_what_torch_counts(base, head_type, tolerance):
     expected = caft_step(shapes, TOKENS, head_type, len(heads.heads), with_target)
     # A decoder-layer head still runs whole over the few tokens without a target, too.
     assert measured == pytest.approx(expected.auxiliary, rel=tolerance)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+@pytest.mark.parametrize(("head_type", "tolerance"), [("residual", 0.02), ("decoder_layer", 0.05)])
+def test_tokens_without_a_label_cost_nothing_beyond_the_limit(base, head_type, tolerance, fraction):
+    """What a step of half supervised rows really computes is the limit that `caft_step` counts, sampled or not.
+
+    A decoder layer is called twice, so that queries of all tokens and keys and values of selected ones are made in vain.
+    """
+    fields = {"head_type": head_type, "aux_token_fraction": fraction, "aux_loss_schedule": "constant"}
+    model = get_peft_model(base, CAFTConfig(**LORA, **fields)).train()
+    measured = counted(model, supervised=0.5)
+    shapes = ModelShapes.of(model)
+    model.unload()
+    limit = caft_step(shapes, TOKENS, head_type, 4, 0.5, fraction).total
+    assert measured == pytest.approx(limit, rel=tolerance)
 
 
 def test_llama_2_7b_by_hand():

@@ -14,6 +14,8 @@ from transformers import (
 
 from peft_caft import CAFTCallback, CAFTConfig
 from peft_caft.config import HEAD_TYPES
+from peft_caft.linear_cross_entropy import linear_cross_entropy
+from peft_caft.unembedding import CHUNK_ELEMENTS
 
 from .tiny_models import ARCHITECTURES, LLAMA_LIKE, PECULIAR, VOCABULARY, tiny_model, tokens
 
@@ -99,6 +101,22 @@ def test_router_loss_of_a_mixture_is_kept(head_type):
 @pytest.mark.parametrize("divisor", [None, 40, torch.tensor(40)], ids=["none", "int", "tensor"])
 def test_loss_is_divided_as_transformers_divides_it(divisor):
     assert_same_with_fast_paths_off(caft(), input_ids=tokens(), labels=half_supervised(), num_items_in_batch=divisor)
+
+
+@pytest.mark.parametrize(("most", "together"), [(1000, [56]), (28, [28, 28]), (9, [14, 14, 14, 14])])
+def test_residual_heads_that_fit_one_chunk_share_it(most, together, monkeypatch):
+    """Small products are slow, and the activations of heads that wait for their turn take memory."""
+    sizes = []
+
+    def recorded(states, *args):
+        sizes.append(len(states))
+        return linear_cross_entropy(states, *args)
+
+    monkeypatch.setattr("peft_caft.loss.linear_cross_entropy", recorded)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", most * VOCABULARY)
+    model = caft(head_type="residual")
+    assert_same_with_fast_paths_off(model, input_ids=tokens(), labels=half_supervised())
+    assert sizes == together
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
