@@ -66,12 +66,15 @@ class ModelShapes:
         return self.hidden_size * self.vocab_size
 
 
+def number_of_experts(config: PretrainedConfig) -> int:
+    """Experts of each layer of a mixture; 0 for other models."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((n for name in names if (n := getattr(config, name, None))), 0)
+
+
 def _weights(layer: nn.Module, config: PretrainedConfig) -> tuple[float, int]:
     """Weights of the base model that a token passes in one layer, and those of LoRA."""
-    experts = next(
-        (n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, name, None))),
-        0,
-    )
+    experts = number_of_experts(config)
     active = getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
     base, adapter = 0.0, 0
     for name, parameter in layer.named_parameters():
