@@ -10,12 +10,15 @@ freed. Each model's figures are written as soon as they are there; a run that is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +28,7 @@ import typer
 from step_models import GEMMA, LARGE_VOCABULARY, SMOLLM2, folder_of, random_llama, token_ids
 from tqdm import tqdm
 
+import peft_caft
 from peft_caft.atomic import write_text
 from peft_caft.provenance import provenance
 
@@ -59,11 +63,12 @@ class Worker:
     def __init__(self, arm: str, folder: Path, num_heads: int, threads: int, environment: dict[str, str]) -> None:
         python = str(AUTHORS_PYTHON) if ARMS[arm]["method"] == "caft-llm" else sys.executable
         self.arm = arm
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill and stop the process
         self.process = subprocess.Popen(
             [python, str(HERE / "step_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.log,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"} | environment,
         )
@@ -73,14 +78,16 @@ class Worker:
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        assert self.process.stderr is not None
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # it has died, and says below why
         if not (answer := self.process.stdout.readline()):
-            raise RuntimeError(f"arm {self.arm!r}: its process ended:\n{self.process.stderr.read()[-2000:]}")
+            self.log.seek(0)
+            raise RuntimeError(
+                f"arm {self.arm!r}: its process ended with code {self.process.wait()}:\n{self.log.read()[-2000:]}"
+            )
         return json.loads(answer)
 
     def step(self, input_ids: list[int], supervised: int) -> dict[str, Any]:
@@ -112,15 +119,17 @@ def timed(
 
 
 def memory(arms: list[str], folder: Path, num_heads: int, threads: int, ids: list[int], supervised: int) -> dict:
-    """Bytes of each arm: added by adapter and heads, and at the peak of a step above everything that was loaded."""
+    """Bytes of each arm: added by adapter and heads, and at the peaks of three steps above everything that was loaded."""
     found = {}
     for arm in tqdm(arms, desc="Memory", unit=" arms"):
         with workers([arm], folder, num_heads, threads, **GIVING_BACK) as (worker,):
             worker.step(ids, supervised)  # makes the optimizer's state
-            step, loaded = worker.step(ids, supervised), worker.loaded
+            peaks = [worker.step(ids, supervised)["peak_bytes"] for _ in range(3)]
+            loaded = worker.loaded
         found[arm] = {
             "added": loaded["loaded_bytes"] - loaded["base_bytes"],
-            "step": step["peak_bytes"] - loaded["loaded_bytes"],
+            "step": statistics.median(peaks) - loaded["loaded_bytes"],
+            "step_range": [min(peaks) - loaded["loaded_bytes"], max(peaks) - loaded["loaded_bytes"]],
             "head_parameters": loaded["head_parameters"],
             "versions": loaded["versions"],
         }
@@ -166,7 +175,7 @@ def main(
         title = name if not Path(name).is_dir() else Path(name).name
         file = output / f"{title.replace(', ', '-').replace(' ', '-')}.json"
         here = [arm for arm in arms or ARMS if ARMS[arm]["method"] != "caft-llm" or _caft_llm_runs(folder)]
-        record = {"model": title, "settings": settings | {"turns": turns, "arms": here}, **provenance()}
+        record = {"model": title, "settings": settings | {"turns": turns, "arms": here}, **origin()}
         if _is_done(file, record):
             print(f"{title}: measured already, in {file.name}")
             continue
@@ -176,26 +185,30 @@ def main(
             record["seconds"] = timed(running, turns, ids, targets, f"Steps, {title}")
         write_text(file, json.dumps(record, indent=2) + "\n")
     if sweeps:
-        sweep(output / "sweeps.json", settings | {"turns": sweep_turns}, {**provenance()})
+        sweep(output / "sweeps.json", settings | {"turns": sweep_turns}, origin())
 
 
 def sweep(file: Path, settings: dict[str, Any], origin: dict[str, Any]) -> None:
     """One setting at a time; the vocabulary on random Llamas, everything else on SmolLM2."""
     record: dict[str, Any] = {"settings": settings, "values": SWEEPS, **origin}
-    if _is_done(file, record):
-        print(f"sweeps: measured already, in {file.name}")
-        return
     record["seconds"] = {name: {} for name in SWEEPS}
+    if _is_done(file, record):
+        record["seconds"] |= json.loads(file.read_text())["seconds"]
     smollm2 = folder_of(SMOLLM2)
 
     def measure(name: str, values: list, folder: Path, n: int) -> None:
+        missing = [value for value in values if str(value) not in record["seconds"][name]]
+        if not missing:
+            print(f"sweep of {name}, {values}: measured already, in {file.name}")
+            return
         with workers(list(SWEPT), folder, n - 1, settings["threads"]) as running:
-            for value in values:
+            for value in missing:
                 chosen = settings | {name: value}
                 ids = token_ids(folder, chosen["tokens"])
                 targets = round(chosen["s"] * chosen["tokens"])
                 what = f"Steps, {name} = {value:g}"
                 record["seconds"][name][str(value)] = timed(running, settings["turns"], ids, targets, what)
+                write_text(file, json.dumps(record, indent=2) + "\n")
 
     measure("tokens", SWEEPS["tokens"], smollm2, settings["n"])
     measure("s", SWEEPS["s"], smollm2, settings["n"])
@@ -203,7 +216,6 @@ def sweep(file: Path, settings: dict[str, Any], origin: dict[str, Any]) -> None:
         measure("n", [n], smollm2, n)
     for vocabulary in SWEEPS["vocabulary"]:
         measure("vocabulary", [vocabulary], random_llama(vocabulary), settings["n"])
-    write_text(file, json.dumps(record, indent=2) + "\n")
 
 
 def _caft_llm_runs(folder: Path) -> bool:
@@ -212,12 +224,25 @@ def _caft_llm_runs(folder: Path) -> bool:
     return AUTHORS_PYTHON.exists() and kind == "llama"
 
 
+def origin() -> dict[str, Any]:
+    """`provenance`, and a digest of what a step runs: the modules that ``import peft_caft`` imports, and the worker.
+
+    The version stays the same from one commit to the next, and a commit may change nothing that a step runs.
+    """
+    package, names = Path(peft_caft.__file__).parent, ["__init__"]
+    for name in names:  # which grows on the way
+        source = (package / f"{name}.py").read_text()
+        names += sorted(set(re.findall(r"^\s*from \.(\w+) import", source, re.MULTILINE)) - set(names))
+    files = [HERE / "step_worker.py", *(package / f"{name}.py" for name in names)]
+    return {**provenance(), "code_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()}
+
+
 def _is_done(file: Path, record: dict[str, Any]) -> bool:
-    """Whether the file holds the figures of the same settings, versions and machine."""
+    """Whether the file holds figures of the same settings, versions, machine and code."""
     if not file.exists():
         return False
     found = json.loads(file.read_text())
-    return all(found.get(key) == record[key] for key in ("settings", "versions", "machine"))
+    return all(found.get(key) == record[key] for key in ("settings", "versions", "machine", "code_sha256"))
 
 
 if __name__ == "__main__":

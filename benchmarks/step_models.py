@@ -37,18 +37,21 @@ def random_llama(vocabulary: int) -> Path:
     """A Llama of 60 million parameters with a vocabulary of 128k; with a smaller one the rest stays the same."""
     folder = default_cache_dir() / f"random-llama-{vocabulary}"
     if not folder.is_dir():
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=384,
-            intermediate_size=1024,
-            num_hidden_layers=8,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
         torch.manual_seed(0)
-        _save(LlamaForCausalLM(config), folder)
+        _save(LlamaForCausalLM(random_llama_config(vocabulary)), folder)
     return folder
+
+
+def random_llama_config(vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
 
 
 def _gemma() -> Path:
