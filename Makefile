@@ -34,10 +34,11 @@ test-all: lint typecheck  ## the same with the slow tests
 demo: $(READY)  ## LoRA against CAFT on a real model, on a CPU; options go into DEMO_ARGS="..."
 	$(BIN)/peft-caft demo $(DEMO_ARGS)
 
-bench: $(READY) $(AUTHORS)/.ready  ## time and memory of a training step, LoRA, CAFT and caft-llm; 25 minutes alone on 2 cores
+bench: $(READY) $(AUTHORS)/.ready  ## time and memory of a training step, LoRA, CAFT and caft-llm; about an hour, alone on 2 cores
 	$(BIN)/python $(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[trl]' -r requirements/bench.txt
 	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/sampling_noise.py
+	$(BIN)/python benchmarks/plan_check.py
 	$(BIN)/python benchmarks/flops.py
 	$(BIN)/python benchmarks/step_results.py
 

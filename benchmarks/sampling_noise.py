@@ -84,8 +84,8 @@ def measure(count: int, draws: int, rows: int, tokens: int) -> dict[str, dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the noise of sampled positions with that of minibatches.")
-    parser.add_argument("--batches", type=int, default=12)
-    parser.add_argument("--draws", type=int, default=3, help="of positions, for each batch and p")
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=2, help="of positions, for each batch and p")
     parser.add_argument("--rows", type=int, default=4, help="of a batch")
     parser.add_argument("--tokens", type=int, default=128, help="of a row")
     parser.add_argument("--output", type=Path, default=HERE / "sampling_noise", help="folder")

@@ -146,17 +146,24 @@ def plot_models(records: dict[str, dict[str, Any]], path: Path) -> None:
                 panels[0].plot([least, least], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
         memory = [record["memory"][arm]["step"] / record["memory"][BASELINE]["step"] for arm in arms]
         panels[1].barh(places, memory, color=colours)
-        for panel, values in zip(panels, (times, memory), strict=True):
+        for panel, values, ends in zip(panels, (times, memory), ([f["high"] for f in found], memory), strict=True):
             panel.axvline(1, color="grey", linewidth=0.8, linestyle=":")
-            for place, value in zip(places, values, strict=True):
+            for place, value, end in zip(places, values, ends, strict=True):
                 panel.annotate(
-                    f"{value:.2f}", (value, place), (6, 0), textcoords="offset points", va="center", fontsize=8
+                    f"{value:.2f}",
+                    (max(value, end), place),
+                    (8, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
                 )
             panel.margins(x=0.12)
             panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set(yticks=list(places), title=f"{name}: step time / LoRA (line: least operations)")
+        panels[0].set(yticks=list(places))
+        panels[0].set_title(f"{name}: step time / LoRA (line: least operations)", fontsize=10)
         panels[0].set_yticklabels(arms, fontsize=8)
-        panels[1].set(yticks=[], title="peak memory of a step / LoRA")
+        panels[1].set(yticks=[])
+        panels[1].set_title("peak memory of a step / LoRA", fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 
@@ -232,6 +239,18 @@ def report(records: dict[str, dict[str, Any]], sweeps: dict[str, Any] | None) ->
             "## How the cost grows",
             f"One setting changed at a time; {sweeps['settings']['turns']} turns each. Bars: quartiles.",
             "![Step time over LoRA's against n, vocabulary, tokens and s; measured and limit](step/sweeps.png)",
+        ]
+    if (plans := HERE / "plan_check" / "table.md").exists():
+        parts += [
+            "## `peft-caft plan` against measured memory",
+            "Made by `benchmarks/plan_check.py`.",
+            plans.read_text().strip(),
+        ]
+    if (noise := HERE / "sampling_noise" / "table.md").exists():
+        parts += [
+            "## Noise of sampled positions",
+            "Made by `benchmarks/sampling_noise.py`.",
+            noise.read_text().strip(),
         ]
     limits = limit_table({name: shapes_of(config) for name, config in MODELS.items()})
     parts += ["## The limit for larger models", "Counted, not measured (`benchmarks/flops.py`).", limits]
