@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from flops import MODELS
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from step_models import GEMMA, LARGE_VOCABULARY, SMOLLM2, random_llama_config
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
 from peft_caft.atomic import write_text
@@ -35,22 +36,13 @@ from peft_caft.tables import markdown_table
 SETTINGS = PlanSettings(model="", tokens=512, batch_size=1, supervised=0.5, dtype="float32", device="cpu")
 BATCH = Batch(SETTINGS.batch_size, SETTINGS.tokens, SETTINGS.supervised)
 CLAIM = 0.15  # the plan is to be right within that
-LARGE_VOCABULARY = LlamaConfig(
-    vocab_size=128_256,
-    hidden_size=384,
-    intermediate_size=1024,
-    num_hidden_layers=8,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
-NAMES = ("SmolLM2-135M", "random Llama, 128k vocabulary", "Gemma 3 270M")
+NAMES = (SMOLLM2, LARGE_VOCABULARY, GEMMA)
 
 
 def config_of(name: str, gemma: str | None) -> PretrainedConfig:
-    if name == "Gemma 3 270M":
+    if name == GEMMA:
         return read_config(gemma) if gemma else MODELS[name]
-    return read_config(str(embedded_model())) if name == "SmolLM2-135M" else LARGE_VOCABULARY
+    return read_config(str(embedded_model())) if name == SMOLLM2 else random_llama_config(128_256)
 
 
 def measure(name: str, method: str, checkpointing: bool, gemma: str | None) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def model_table(record: dict[str, Any]) -> str:
         "above the base model, MiB",
         "above it / LoRA",
     ]
-    seconds_of_lora = sorted(seconds[BASELINE])[len(seconds[BASELINE]) // 2]
+    seconds_of_lora = statistics.median(seconds[BASELINE])
     return (
         f"{markdown_table(columns, rows)}\n\nA LoRA step took {seconds_of_lora:.2f} s (median); {settings['turns']} turns, commit "
         f"{(record['git_commit'] or 'none')[:9]}.\n\n    {record['command']}"

@@ -21,7 +21,8 @@ from transformers import Cache, PreTrainedModel
 
 from .unembedding import Unembedding
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "use_cache")
+CACHES = ("past_key_values", "past_key_value", "layer_past")  # what transformers' layers call their cache
+CACHE_ARGUMENTS = (*CACHES, "use_cache")
 LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")  # handed down to the layers, which do not read them
 
 

@@ -8,7 +8,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PretrainedConfig
 
-from .hub_errors import explained
+from .hub_errors import explained, first_line
 
 
 def read_config(model: str) -> PretrainedConfig:
@@ -35,8 +35,3 @@ def read_config(model: str) -> PretrainedConfig:
             f"model: {path} is no configuration that transformers {transformers.__version__} knows ({first_line(error)}). "
             "Expected that of a causal language model in transformers itself; models with code of their own are not read."
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of a message that may be long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

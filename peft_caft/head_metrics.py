@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .backbone import Backbone, Captured
 from .heads import AuxiliaryHeads
 from .targets import supervised_rows
-from .unembedding import Unembedding, chunks
+from .unembedding import Unembedding, chunk_rows, chunks
 
 TOP = 5
 
@@ -154,8 +154,9 @@ def _scores(states: Tensor, targets: Tensor, unembedding: Unembedding) -> tuple[
     top = min(TOP, len(unembedding.weight))
     cross_entropies = [states.new_zeros(0, dtype=torch.float32)]
     hits = [torch.zeros(0, top, dtype=torch.bool, device=states.device)]
-    workspace = unembedding.workspace(len(targets))
-    for chunk in chunks(len(targets), unembedding.weight):
+    size = chunk_rows(len(targets), unembedding.weight)
+    workspace = unembedding.workspace(size)
+    for chunk in chunks(len(targets), size):
         target = targets[chunk, None]
         log_probs, _ = unembedding.log_probs(states[chunk].to(unembedding.weight.dtype), workspace)
         cross_entropies.append(-log_probs.gather(1, target)[:, 0].float())

@@ -61,26 +61,27 @@ def explained(field: str, repo_id: str, revision: str | None = None, action: str
                 f"{field}: {repo_id!r}, {at}, is not in the local cache, and asking the Hub is switched off "
                 "(HF_HUB_OFFLINE or local_files_only). Load it once online."
             ) from error
-        raise ConnectionError(f"{where} cannot be reached ({_first_line(error.__cause__)}). {retry}") from error
+        raise ConnectionError(f"{where} cannot be reached ({first_line(error.__cause__)}). {retry}") from error
     except EntryNotFoundError as error:
-        raise FileNotFoundError(f"{where}, {at}, holds no such file ({_first_line(error)}).") from error
+        raise FileNotFoundError(f"{where}, {at}, holds no such file ({first_line(error)}).") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise PermissionError(f"{where}: {_first_line(error)} {log_in}.") from error
+            raise PermissionError(f"{where}: {first_line(error)} {log_in}.") from error
         if status == 412:
             raise ConnectionError(f"{where} was changed by someone else meanwhile. Run the same again.") from error
         if status < 500 and status not in (408, 429):
             raise
-        raise ConnectionError(f"{where}: the Hub failed ({_first_line(error)}). {retry}") from error
+        raise ConnectionError(f"{where}: the Hub failed ({first_line(error)}). {retry}") from error
     except (HTTPError, OfflineModeIsEnabled) as error:
-        raise ConnectionError(f"{where}: no connection, or it broke off ({_first_line(error)}). {retry}") from error
+        raise ConnectionError(f"{where}: no connection, or it broke off ({first_line(error)}). {retry}") from error
     except RuntimeError as error:
         # huggingface_hub wraps what stops the upload of a large file.
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise ConnectionError(f"{where}: the transfer failed ({reason}). {retry}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The beginning of a message that may be long; the kind of error if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .backbone import Captured, layer_output
+from .backbone import CACHES, Captured, layer_output
 
 logger = logging.getLogger(__name__)
 
-CACHES = ("past_key_values", "past_key_value", "layer_past")  # what transformers' layers call their cache
 WORTHWHILE = 0.9  # above this share of the positions, running for all of them is no slower
 
 

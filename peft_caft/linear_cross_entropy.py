@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .unembedding import Unembedding, chunks
+from .unembedding import Unembedding, chunk_rows, chunks
 
 
 def linear_cross_entropy(
@@ -66,8 +66,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=layer.logits_dtype, device=hidden.device)
         grad = torch.empty_like(hidden) if needs_grad else None
         with torch.autocast(hidden.device.type, enabled=False):
-            workspace = layer.workspace(len(targets))
-            for chunk in chunks(len(targets), layer.weight):
+            size = chunk_rows(len(targets), layer.weight)
+            workspace = layer.workspace(size)
+            for chunk in chunks(len(targets), size):
                 target = targets[chunk, None]
                 # One buffer becomes log-probabilities, probabilities and dL/dlogits in turn.
                 log_probs, logits = layer.log_probs(hidden[chunk].to(layer.weight.dtype), workspace)

@@ -14,9 +14,10 @@ from peft import LoraConfig, PeftModel
 from transformers import PretrainedConfig
 
 from .backbone import Backbone
-from .base_config import first_line, read_config
+from .base_config import read_config
 from .config import HEAD_TYPES, CAFTConfig, require_choice, require_token_fraction
 from .flops import ModelShapes, StepFlops, caft_step, lora_step, number_of_experts
+from .hub_errors import first_line
 from .memory import PLACEMENTS, DeviceMemory, ModelBytes, device_memory
 from .simulated_step import Batch, StepMemory, model_on_meta, simulate_step
 

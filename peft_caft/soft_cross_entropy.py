@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .unembedding import Unembedding, chunks
+from .unembedding import Unembedding, chunk_rows, chunks
 
 
 def soft_cross_entropy(
@@ -55,8 +55,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
         losses = torch.zeros(len(states), dtype=layer.logits_dtype, device=device)
         grads = [torch.empty_like(s) if needs_grad else None for s in states]
         with torch.autocast(device.type, enabled=False):
-            teacher_workspace, workspace = (layer.workspace(len(teacher_states)) for _ in range(2))
-            parts = list(chunks(len(teacher_states), layer.weight))
+            size = chunk_rows(len(teacher_states), layer.weight)
+            teacher_workspace, workspace = layer.workspace(size), layer.workspace(size)
+            parts = list(chunks(len(teacher_states), size))
             ends = torch.tensor([0, *(part.stop for part in parts)], device=device)
             bounds = [torch.searchsorted(head_rows, ends).tolist() for head_rows in rows]
             for number, chunk in enumerate(parts):

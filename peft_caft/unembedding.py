@@ -16,14 +16,8 @@ BYTES_PER_ELEMENT = 8  # logits in half precision, log-probabilities in fp32, an
 SHARE_OF_FREE_MEMORY = 0.25
 
 
-def chunks(rows: int, weight: Tensor) -> Iterator[slice]:
-    """Slices of nearly equal size that together cover ``rows``, each small enough for its logits to be held.
-
-    Args:
-        rows: how many hidden states there are.
-        weight: of the unembedding, ``(vocabulary, hidden)``.
-    """
-    size = chunk_rows(rows, weight)
+def chunks(rows: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size``, as `chunk_rows` gives it, that together cover ``rows``."""
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -31,7 +25,7 @@ def chunks(rows: int, weight: Tensor) -> Iterator[slice]:
 def chunk_rows(rows: int, weight: Tensor) -> int:
     """Rows whose logits are computed together: a constant size for each kind of device, halved while memory is short of it.
 
-    It does not follow the free memory more closely than that, so that a run that is repeated computes the same.
+    It is spread so that chunks are nearly equal. To be asked once for a pass, since what is free changes. It does not follow the free memory more closely than that, so that a run that is repeated computes the same.
     """
     vocabulary, device = weight.shape[0], weight.device
     most = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocabulary)
@@ -92,12 +86,12 @@ class Unembedding:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    def workspace(self, rows: int) -> Tensor:
-        """Room for the linear map of the largest chunk of ``rows``, to be used for all chunks in turn.
+    def workspace(self, size: int) -> Tensor:
+        """Room for the linear map of chunks of ``size`` rows, to be used for all chunks in turn.
 
         Memory that is new to the process is slow: with a buffer per chunk a step of a 128k vocabulary took 1.3 times as long.
         """
-        return self.weight.new_empty(chunk_rows(rows, self.weight), self.weight.shape[0])
+        return self.weight.new_empty(size, self.weight.shape[0])
 
     def log_probs(self, hidden: Tensor, workspace: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of a chunk, and its logits where `backward` needs them (with a soft cap).

@@ -56,7 +56,7 @@ def test_gradient_of_a_real_vocabulary_is_within_1e_5():
     torch.manual_seed(0)
     layer = Unembedding(torch.randn(50_000, 64) / 8)
     hidden, targets = torch.randn(700, 64, requires_grad=True), torch.randint(50_000, (700,))
-    assert len(list(chunks(700, layer.weight))) > 1
+    assert len(list(chunks(700, chunk_rows(700, layer.weight)))) > 1
     expected = gradient(reference, hidden, targets, layer)
     error = gradient(linear_cross_entropy, hidden, targets, layer) - expected
     assert error.norm() <= 1e-5 * expected.norm()
@@ -127,7 +127,7 @@ def test_unlikely_target_has_a_finite_loss():
 @pytest.mark.parametrize("rows", [0, 1, 5, 170, 171, 1000])
 def test_chunks_cover_all_rows_in_nearly_equal_parts(rows, monkeypatch):
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 170 * VOCABULARY)
-    parts = list(chunks(rows, torch.empty(VOCABULARY, 2)))
+    parts = list(chunks(rows, chunk_rows(rows, torch.empty(VOCABULARY, 2))))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(rows))
     sizes = [part.stop - part.start for part in parts]
     assert len(sizes) == -(-rows // 170)
