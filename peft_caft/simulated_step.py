@@ -122,13 +122,13 @@ def simulate_step(
 @contextmanager
 def _chunks_as_on(device: str) -> Iterator[None]:
     """Simulated tensors are on the CPU, and the memory that is free on this machine says nothing about the planned one."""
-    elements, free_bytes = dict(unembedding.CHUNK_ELEMENTS), unembedding.free_bytes
-    unembedding.CHUNK_ELEMENTS["cpu"] = elements[device]
+    sizes, free_bytes = dict(unembedding.CHUNK_SIZES), unembedding.free_bytes
+    unembedding.CHUNK_SIZES["cpu"] = sizes[device]
     unembedding.free_bytes = lambda device: math.inf
     try:
         yield
     finally:
-        unembedding.CHUNK_ELEMENTS.update(elements)
+        unembedding.CHUNK_SIZES.update(sizes)
         unembedding.free_bytes = free_bytes
 
 

@@ -9,9 +9,29 @@ import psutil
 import torch
 from torch import Tensor
 
-# Logits that are computed together: enough for a matrix product at full speed (on a CPU from about 200 rows of a 49k
-# vocabulary on), and little beside the activations of a training step. In fp32 these are 64 MiB, and 512 MiB on a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+
+@dataclass(frozen=True)
+class ChunkSize:
+    """How many logits are computed together on a kind of device, while memory allows it.
+
+    Attributes:
+        elements: at most so many logits.
+        enough_rows, enough_elements: no more than what has both: matrix products are at full speed, and what calling them
+            costs is hidden. 0: as many as ``elements`` allows.
+    """
+
+    elements: int
+    enough_rows: int = 0
+    enough_elements: int = 0
+
+    def rows(self, vocabulary: int) -> int:
+        most = max(1, self.elements // vocabulary)
+        enough = max(self.enough_rows, self.enough_elements // vocabulary)
+        return min(most, enough) if enough else most
+
+
+# In fp32 these are at most 64 MiB on a CPU (24 MiB for a vocabulary of 49k), and 512 MiB on a GPU.
+CHUNK_SIZES = {"cpu": ChunkSize(2**24, enough_rows=128, enough_elements=2**22), "cuda": ChunkSize(2**27)}
 BYTES_PER_ELEMENT = 8  # logits in half precision, log-probabilities in fp32, and their gradient in half precision
 SHARE_OF_FREE_MEMORY = 0.25
 
@@ -23,12 +43,13 @@ def chunks(rows: int, size: int) -> Iterator[slice]:
 
 
 def chunk_rows(rows: int, weight: Tensor) -> int:
-    """Rows whose logits are computed together: a constant size for each kind of device, halved while memory is short of it.
+    """Rows whose logits are computed together: a constant for each kind of device, halved while memory is short of it.
 
-    It is spread so that chunks are nearly equal. To be asked once for a pass, since what is free changes. It does not follow the free memory more closely than that, so that a run that is repeated computes the same.
+    It is spread so that chunks are nearly equal. To be asked once for a pass, since what is free changes. It does not follow
+    the free memory more closely than that, so that a run that is repeated computes the same.
     """
     vocabulary, device = weight.shape[0], weight.device
-    most = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocabulary)
+    most = CHUNK_SIZES.get(device.type, CHUNK_SIZES["cuda"]).rows(vocabulary)
     if rows > 1:
         fitting = free_bytes(device) * SHARE_OF_FREE_MEMORY / BYTES_PER_ELEMENT / vocabulary
         while most > 1 and min(most, rows) > fitting:

@@ -5,7 +5,7 @@ import torch
 
 from peft_caft import unembedding as module
 from peft_caft.linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
-from peft_caft.unembedding import CHUNK_ELEMENTS, Unembedding, chunk_rows, chunks
+from peft_caft.unembedding import CHUNK_SIZES, ChunkSize, Unembedding, chunk_rows, chunks
 
 VOCABULARY, HIDDEN = 37, 19
 OPTIONS = [{}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 5.0}]
@@ -39,7 +39,7 @@ def gradient(function, hidden, *args, **kwargs):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("rows", "most"), [(1, 100), (5, 5), (11, 4), (12, 4), (7, 1)])
 def test_sum_losses_and_gradient_equal_plain_torch(rows, most, weighted, bias, options, monkeypatch):
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", most * VOCABULARY)
+    monkeypatch.setitem(CHUNK_SIZES, "cpu", ChunkSize(most * VOCABULARY))
     layer, hidden, targets = layer_and_rows(rows, bias, **options)
     weights = torch.rand(rows, generator=torch.Generator().manual_seed(1)) if weighted else None
     expected, expected_losses = reference(hidden, targets, layer, weights)
@@ -126,7 +126,7 @@ def test_unlikely_target_has_a_finite_loss():
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 170, 171, 1000])
 def test_chunks_cover_all_rows_in_nearly_equal_parts(rows, monkeypatch):
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 170 * VOCABULARY)
+    monkeypatch.setitem(CHUNK_SIZES, "cpu", ChunkSize(170 * VOCABULARY))
     parts = list(chunks(rows, chunk_rows(rows, torch.empty(VOCABULARY, 2))))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(rows))
     sizes = [part.stop - part.start for part in parts]

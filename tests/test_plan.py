@@ -20,7 +20,7 @@ from peft_caft.live_memory import LiveMemory, Simulation
 from peft_caft.memory import NF4_BYTES, ModelBytes, device_memory
 from peft_caft.plan import METHODS, Option, PlanSettings, plan
 from peft_caft.simulated_step import Batch, StepMemory, model_on_meta, simulate_step
-from peft_caft.unembedding import CHUNK_ELEMENTS, free_bytes
+from peft_caft.unembedding import CHUNK_SIZES, free_bytes
 
 from .tiny_models import CONFIGS, LLAMA_LIKE
 
@@ -120,10 +120,10 @@ def test_memory_grows_with_what_is_computed():
 def test_a_gpu_computes_more_logits_at_a_time_and_nothing_is_left_changed():
     config = LlamaConfig(**SMALL.to_dict() | {"vocab_size": 128_256, "num_hidden_layers": 1})
     model = model_on_meta(config, SETTINGS.peft_config("residual"), torch.bfloat16)
-    before = dict(CHUNK_ELEMENTS)
+    before = dict(CHUNK_SIZES)
     cpu, gpu = (simulate_step(model, Batch(4, 256), device=device) for device in ("cpu", "cuda"))
     assert gpu.loss > 3 * cpu.loss
-    assert before == CHUNK_ELEMENTS
+    assert before == CHUNK_SIZES
     assert 0 < free_bytes(torch.device("cpu")) < 2**50
 
 

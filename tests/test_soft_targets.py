@@ -9,7 +9,7 @@ from peft_caft.backbone import Backbone
 from peft_caft.config import HEAD_TYPES
 from peft_caft.loss import auxiliary_loss, soft_auxiliary_loss
 from peft_caft.soft_cross_entropy import soft_cross_entropy
-from peft_caft.unembedding import CHUNK_ELEMENTS, Unembedding
+from peft_caft.unembedding import CHUNK_SIZES, ChunkSize, Unembedding
 
 from .reference import all_logits
 from .tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
@@ -27,7 +27,7 @@ def naive(states, rows, teacher, layer):
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
 @pytest.mark.parametrize("kind", ["plain", "bias", "scale", "softcap"])
 def test_soft_cross_entropy_equals_full_logits(kind, chunk_rows, monkeypatch):
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk_rows * 37)
+    monkeypatch.setitem(CHUNK_SIZES, "cpu", ChunkSize(chunk_rows * 37))
     torch.manual_seed(0)
     layer = Unembedding(
         weight=torch.randn(37, 8, dtype=torch.float64),

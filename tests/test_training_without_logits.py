@@ -15,7 +15,7 @@ from transformers import (
 from peft_caft import CAFTCallback, CAFTConfig
 from peft_caft.config import HEAD_TYPES
 from peft_caft.linear_cross_entropy import linear_cross_entropy
-from peft_caft.unembedding import CHUNK_ELEMENTS
+from peft_caft.unembedding import CHUNK_SIZES, ChunkSize
 
 from .tiny_models import ARCHITECTURES, LLAMA_LIKE, PECULIAR, VOCABULARY, tiny_model, tokens
 
@@ -113,7 +113,7 @@ def test_residual_heads_that_fit_one_chunk_share_it(most, together, monkeypatch)
         return linear_cross_entropy(states, *args)
 
     monkeypatch.setattr("peft_caft.loss.linear_cross_entropy", recorded)
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", most * VOCABULARY)
+    monkeypatch.setitem(CHUNK_SIZES, "cpu", ChunkSize(most * VOCABULARY))
     model = caft(head_type="residual")
     assert_same_with_fast_paths_off(model, input_ids=tokens(), labels=half_supervised())
     assert sizes == together
