@@ -116,11 +116,13 @@ def _takes_loss_arguments(model: PreTrainedModel) -> bool:
 def _without_logits(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments with which the model computes the logits of one token per row, and a loss without any target.
 
-    What is left of that loss is what the model adds to the cross entropy, and otherwise 0.
+    What is left of that loss is what the model adds to the cross entropy, and otherwise 0. The token is given as an index: a slice
+    of hidden states is not contiguous, and for its product torch may copy the lm_head once per row (bf16 on a CPU).
     """
     labels = kwargs["labels"]
     nothing = labels.new_full((len(labels), 1), IGNORE_INDEX)
-    return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": 1}
+    last = torch.tensor([labels.shape[1] - 1], device=labels.device)
+    return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": last}
 
 
 def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
