@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .atomic import replacing
 from .model import CAFTModel
+from .sharding import copy_into, whole
 
+OLDEST_TRL = (1, 15)
 TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
 
 
 class CAFTCallback(TrainerCallback):
-    """Add to ``transformers.Trainer(..., callbacks=[CAFTCallback()])`` when training a CAFT model.
+    """Add to ``transformers.Trainer(..., callbacks=[CAFTCallback()])`` or TRL's ``SFTTrainer`` when training a CAFT model.
 
     Logs ``caft/gamma``, ``caft/aux_loss`` and ``caft/loss_head_2`` ... ``caft/loss_head_n`` (nats/token, means since
     the last log of this process) into the trainer's log history. With ``train_heads`` other than ``"frozen"`` the
@@ -26,11 +29,13 @@ class CAFTCallback(TrainerCallback):
         RuntimeError: at the end of a training step in which no auxiliary loss was computed, or if the checkpoint to
             resume from lacks the trained heads.
         TypeError: if the model has no CAFT adapter.
+        ValueError: if TRL is too old, or its loss is another one than the next-token loss.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _refuse_other_objectives(args)
         trained = _trained_head_parameters(caft_model(kwargs["model"]))
         if state.global_step > 0 and trained:
             _restore(trained, _checkpoint(args, state) / TRAINED_HEADS_NAME)
@@ -79,9 +84,26 @@ class CAFTCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trained = _trained_head_parameters(caft_model(kwargs["model"]))
+        tensors = {name: whole(parameter.detach()).cpu().contiguous() for name, parameter in trained.items()}
         if trained and state.is_world_process_zero:
             with replacing(_checkpoint(args, state) / TRAINED_HEADS_NAME) as temporary:
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, temporary)
+                save_file(tensors, temporary)
+
+
+def _refuse_other_objectives(args: TrainingArguments) -> None:
+    """Refuse settings of TRL's SFTTrainer with which CAFT would not train, or would train something else."""
+    if type(args).__name__ != "SFTConfig":
+        return
+    if args.loss_type == "dft":
+        raise ValueError(
+            "loss_type: got 'dft', expected 'nll'. DFT weighs tokens by their probability, and the auxiliary loss is defined "
+            "beside the next-token loss. Set SFTConfig(loss_type='nll'), or train LoRA."
+        )
+    if tuple(int(part) for part in version("trl").split(".")[:2]) < OLDEST_TRL:
+        raise ValueError(
+            f"trl: got version {version('trl')}, expected {'.'.join(map(str, OLDEST_TRL))} or newer: older ones need the logits "
+            "of all tokens, which CAFT does not compute. Run: pip install --upgrade trl"
+        )
 
 
 def caft_model(model: nn.Module) -> CAFTModel:
@@ -118,4 +140,4 @@ def _restore(trained: dict[str, Tensor], path: Path) -> None:
     if saved.keys() != trained.keys():
         raise RuntimeError(f"{path}: holds other parameters than this run trains. Resume with the same settings.")
     for name, parameter in trained.items():
-        parameter.data.copy_(saved[name])
+        copy_into(parameter, saved[name])

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from .atomic import filling
 from .callback import TRAINED_HEADS_NAME, CAFTCallback
@@ -102,19 +103,28 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     args.output_dir = str(folder.checkpoints)
     has_trained_heads = settings.method == "caft" and settings.train_heads != "frozen"
     data_sha256 = file_sha256(settings.data)
-    recorded = asdict(settings) | training_settings(args) | {"data_sha256": data_sha256}
+    is_first = args.process_index == 0
+    # Rows that were taken by other processes are other steps.
+    recorded = asdict(settings) | training_settings(args) | {"processes": args.world_size, "data_sha256": data_sha256}
     if not overwrite:
         folder.require_free(recorded)
+    if not is_first:
+        disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
-    data = encode(rows, tokenizer, settings.max_length)
-    print(f"Training data: {data.describe()}")
+    data = encode(rows, tokenizer, settings.max_length, quiet=not is_first)
+    if is_first:
+        print(f"Training data: {data.describe()}")
     held_out = encode(eval_rows, tokenizer, settings.max_length).rows if eval_rows else None
+    # Not by trainer.evaluate() before it trains: accelerate would take the model for wrapped, and processes train by themselves.
+    args.eval_on_start = held_out is not None
     set_seed(args.seed)
     model = get_peft_model(model, peft_config)
     # Everything that was asked for is there and fits.
-    with folder.held() if args.process_index == 0 else nullcontext():
-        resume_from = folder.begin(recorded, overwrite, (TRAINED_HEADS_NAME,) if has_trained_heads else ())
+    with folder.held() if is_first else nullcontext():
+        with args.main_process_first(local=False):
+            needed = (TRAINED_HEADS_NAME,) if has_trained_heads else ()
+            resume_from = folder.begin(recorded, overwrite and is_first, needed)
         trainable, _ = model.get_nb_trainable_parameters()
         trainer = Trainer(
             model,
@@ -124,18 +134,12 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             data_collator=collator(tokenizer),
             callbacks=[CAFTCallback()] if settings.method == "caft" else None,
         )
-        before = trainer.evaluate()["eval_loss"] if held_out else None
-        started = time.perf_counter()
+        trainer.add_callback(clock := _Clock())
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - clock.started
         after = trainer.evaluate()["eval_loss"] if held_out else None
-        with filling(settings.output) as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        if has_trained_heads:
-            heads = model.base_model.auxiliary_heads["default"]
-            heads.config.training = _record_of_trained_heads(settings, args, data_sha256, len(data.rows), heads)
-            heads.save_pretrained(Path(settings.output) / "trained_heads")
+        before = next((e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e), None)
+        weights = _whole_state(trainer)
         summary = {
             "method": settings.method,
             "eval_loss_before": before,
@@ -143,12 +147,40 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             "train_seconds": seconds,
             "peak_memory_mib": peak_memory_mib(),
             "trainable_parameters": trainable,
+            "processes": args.world_size,
             "data_sha256": data_sha256,
             **provenance(),
             "log_history": trainer.state.log_history,
         }
-        folder.finish(summary)
+        if is_first:
+            with filling(settings.output) as temporary:
+                model.save_pretrained(temporary, state_dict=weights)
+                tokenizer.save_pretrained(temporary)
+            if has_trained_heads:
+                heads = model.base_model.auxiliary_heads["default"]
+                heads.config.training = _record_of_trained_heads(settings, args, data_sha256, len(data.rows), heads)
+                heads.save_pretrained(Path(settings.output) / "trained_heads")
+            folder.finish(summary)
         return summary
+
+
+class _Clock(TrainerCallback):
+    """Notes when the first step begins: after the evaluation at the start."""
+
+    started = 0.0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = self.started or time.perf_counter()
+
+
+def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
+    """All parameters, gathered from the processes that hold parts of them; None where every process has the whole model.
+
+    All processes call it together; the first one alone gets the result.
+    """
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
 def _record_of_trained_heads(

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .backbone import CACHES, Captured, layer_output
+from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class LayerAtRows:
         Returns:
             ``(selected, hidden)``, or None.
         """
-        if self.works is False or not len(rows) or _is_sharded(layer) or torch.compiler.is_compiling():
+        if self.works is False or not len(rows) or is_sharded(layer) or torch.compiler.is_compiling():
             return None
         selection = Selection(rows, *hidden.shape[:2])
         if selection.index.numel() > WORTHWHILE * hidden[..., 0].numel():
@@ -195,8 +195,3 @@ def _arguments(layer: nn.Module, hidden: Tensor, captured: Captured) -> dict[str
 
 def _cache_name(layer: nn.Module) -> str | None:
     return next((name for name in CACHES if name in inspect.signature(layer.forward).parameters), None)
-
-
-def _is_sharded(layer: nn.Module) -> bool:
-    """Under FSDP or ZeRO-3 a call that ends early would confuse the hooks that gather and free parameters."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in layer.parameters())

@@ -9,12 +9,12 @@ import os
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
 from .heads import AuxiliaryHeads
+from .sharding import copy_into, whole
 
 
 def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
@@ -47,21 +47,17 @@ def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
     return True
 
 
-def gather(heads: AuxiliaryHeads, whole: AuxiliaryHeads) -> None:
-    """Copy the parameters of sharded ``heads`` into ``whole``, heads of the same shape."""
+def gather(heads: AuxiliaryHeads, target: AuxiliaryHeads) -> None:
+    """Copy the parameters of sharded ``heads`` into ``target``, heads of the same shape."""
     with torch.no_grad():
         for name, parameter in heads.named_parameters():
-            whole.get_parameter(name).copy_(_full(parameter))
+            target.get_parameter(name).copy_(whole(parameter))
 
 
-def scatter(whole: AuxiliaryHeads, heads: AuxiliaryHeads) -> None:
-    """Copy the parameters of ``whole`` into sharded ``heads``; each process keeps its shards."""
-    with torch.no_grad():
-        for name, parameter in heads.named_parameters():
-            values = whole.get_parameter(name).to(parameter.device, parameter.dtype)
-            if isinstance(parameter, DTensor):
-                values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
-            parameter.copy_(values)
+def scatter(source: AuxiliaryHeads, heads: AuxiliaryHeads) -> None:
+    """Copy the parameters of ``source`` into sharded ``heads``; each process keeps its shards."""
+    for name, parameter in heads.named_parameters():
+        copy_into(parameter, source.get_parameter(name))
 
 
 def reshard(model: nn.Module) -> None:
@@ -69,7 +65,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _full(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

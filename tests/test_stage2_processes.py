@@ -1,0 +1,106 @@
+"""Stage 2 in two processes under `accelerate launch`, on the CPU with gloo, against the same run in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_caft.config import HEAD_TYPES
+
+from .test_stage1_processes import finish, in_one_process, kill_when, start
+from .tiny_checkpoint import save_checkpoint, write_chats
+
+OPTIONS = [
+    *(
+        "--max-length",
+        "64",
+        "--max_steps",
+        "6",
+        "--learning_rate",
+        "1e-2",
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "3",
+    ),
+    *("--aux-loss-weight", "0.5", "--use_cpu", "true", "--max_grad_norm", "1e9"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    files = {"model": save_checkpoint(folder / "model"), "data": write_chats(folder / "data.jsonl", 160)}
+    for head_type in HEAD_TYPES:
+        files[head_type] = str(folder / head_type)
+        places = ["--model", files["model"], "--data", files["data"], "--output", files[head_type]]
+        options = ["--head-type", head_type, "--max_steps", "3", "--max-length", "64", "--use_cpu", "true"]
+        in_one_process(["train-heads", *places, *options])
+    return files
+
+
+def command(files: dict[str, str], output: Path, head_type: str, *options: str) -> list[str]:
+    places = [
+        "--model",
+        files["model"],
+        "--data",
+        files["data"],
+        "--eval-data",
+        files["data"],
+        "--output",
+        str(output),
+    ]
+    return ["train", *places, "--heads", files[head_type], *OPTIONS, *options]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def require_same_training(one: Path, two: Path, tolerance: float = 1e-5) -> None:
+    ours, theirs = summary(two), summary(one)
+    assert ours["processes"] == 2
+    for own, other in zip(ours["log_history"], theirs["log_history"], strict=True):
+        for name in {"loss", "grad_norm", "caft/gamma", "eval_loss"} & set(other):
+            assert own[name] == pytest.approx(other[name], abs=tolerance, rel=tolerance), name
+    weights, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, one))
+    assert weights.keys() == expected.keys()
+    assert any(weight.abs().max() > 1e-3 for name, weight in weights.items() if "lora_B" in name)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "options", [("frozen",), ("full", "--gradient_checkpointing", "true")], ids=["frozen", "full"]
+)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_two_processes_train_as_one_does(head_type, options, files, tmp_path):
+    options = ("--train-heads", *options, "--per_device_train_batch_size")
+    in_one_process(command(files, tmp_path / "one", head_type, *options, "8"))
+    output = finish(start("ddp.yaml", command(files, tmp_path / "two", head_type, *options, "4")))
+    require_same_training(tmp_path / "one", tmp_path / "two")
+    assert output.count("Training data: ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [("frozen",), ("full", "--gradient_checkpointing", "true")], ids=["frozen", "full"]
+)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("config", ["fsdp2.yaml", "fsdp1.yaml"])
+def test_sharded_model_trains_as_a_whole_one_and_is_taken_up_when_killed(config, head_type, options, files, tmp_path):
+    options = ("--train-heads", *options, "--per_device_train_batch_size")
+    in_one_process(command(files, tmp_path / "one", head_type, *options, "8"))
+    two = command(files, tmp_path / "two", head_type, *options, "4")
+    checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-3"
+    kill_when((checkpoint / "trainer_state.json").exists, start(config, two, "tests.fsdp_on_cpu"))
+    finish(start(config, two, "tests.fsdp_on_cpu"))
+    require_same_training(tmp_path / "one", tmp_path / "two")
+    if options[1] == "full":
+        ours, expected = (load_file(tmp_path / run / "trained_heads" / "model.safetensors") for run in ("two", "one"))
+        for name, weight in ours.items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
