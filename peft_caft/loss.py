@@ -11,9 +11,10 @@ from torch import Tensor
 from .backbone import Backbone, Captured
 from .heads import AuxiliaryHeads
 from .linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
+from .sharding import is_sharded
 from .soft_cross_entropy import soft_cross_entropy
 from .targets import sample_rows, supervised_rows
-from .unembedding import chunk_rows
+from .unembedding import chunk_size_on
 
 
 @dataclass
@@ -100,13 +101,12 @@ def auxiliary_loss(
 
 
 def _computed_together(heads: AuxiliaryHeads, rows: list[Tensor], weight: Tensor) -> list[list[int]]:
-    """Decoder layers one by one, for their memory; residual heads as many as fill a chunk of logits, for large products."""
+    """Decoder layers one by one, for their memory; residual heads in groups that fill two chunks of logits, for large products."""
     groups: list[list[int]] = []
+    together = 2 * chunk_size_on(weight.device).enough(weight.shape[0]) if heads.config.head_type == "residual" else 0
     for index in range(len(rows)):
-        together = [*groups[-1], index] if groups and heads.config.head_type == "residual" else [index]
-        size = sum(len(rows[i]) for i in together)
-        if len(together) > 1 and chunk_rows(size, weight) == size:
-            groups[-1] = together
+        if groups and sum(len(rows[i]) for i in groups[-1]) < together:
+            groups[-1].append(index)
         else:
             groups.append([index])
     return groups
@@ -115,7 +115,9 @@ def _computed_together(heads: AuxiliaryHeads, rows: list[Tensor], weight: Tensor
 def _gradient_is_of_the_input_alone(
     heads: AuxiliaryHeads, backbone: Backbone, captured: Captured, hidden: Tensor
 ) -> bool:
-    """Whether nothing but the hidden states gets a gradient through the heads."""
+    """Whether nothing but the hidden states gets a gradient through the heads, and a part of a backward pass is possible."""
+    if is_sharded(heads):
+        return False
     modules = [heads] if backbone.final_norm is None else [heads, backbone.final_norm]
     arguments = (*captured.layer_args, *captured.layer_kwargs.values())
     flat = [part for value in arguments for part in (value if isinstance(value, tuple) else (value,))]

@@ -20,15 +20,13 @@ from .backbone import Backbone, Captured
 from .linear_cross_entropy import linear_cross_entropy, split_factor
 from .targets import IGNORE_INDEX, supervised_count, supervised_rows
 
-ASKING_FOR_LOGITS = ("logits_to_keep", "shift_labels", "fused_lm_head")
-
 
 @dataclass
 class NextToken:
     """A forward pass of the base model and its next-token loss.
 
     Attributes:
-        outputs: what the model returned: logits of all tokens, or of one token per row if ``logits_left_out``.
+        outputs: what the model returned: logits of all tokens, or of at most one token per row if ``logits_left_out``.
         captured: what the heads need of it.
         loss: CE_1 and what the model adds to it, such as the load balancing of a mixture of experts; scalar with graph,
             nats, 0 if there is no target.
@@ -44,12 +42,17 @@ class NextToken:
     divisor: Tensor
     logits_left_out: bool
 
-    @property
-    def logits(self) -> Tensor:
-        return _loss_and_logits(self.outputs)[1]
+    @torch.no_grad()
+    def verify(self, backbone: Backbone) -> None:
+        """`Backbone.verify` by the logits of the first row's last token."""
+        unembedding = backbone.unembedding()
+        states = self.captured.last_hidden_state[:1, -1:].to(unembedding.weight.dtype)
+        logits = _loss_and_logits(self.outputs)[1]
+        backbone.verify(self.captured, "logits", unembedding.logits(states), logits[:1, -1:])
 
-    def outputs_with(self, loss: Tensor) -> Any:
-        """The model's outputs with another loss, and None for logits that are not those of all tokens."""
+    def with_auxiliary(self, total: Tensor) -> Any:
+        """The model's outputs with ``total`` added to the loss, and None for logits that are not those of all tokens."""
+        loss = self.loss + total.to(self.loss.device)
         if not isinstance(self.outputs, ModelOutput):
             return (loss, *self.outputs[1:])
         changed = {"loss": loss, "logits": None} if self.logits_left_out else {"loss": loss}
@@ -72,7 +75,7 @@ def next_token_pass(
     """
     if leave_out_logits and logits_can_be_left_out(backbone, kwargs):
         with backbone.capture() as records:
-            outputs = model(*args, **_without_logits(kwargs))
+            outputs = model(*args, **_without_logits(kwargs, tokens=0 if backbone.verified else 1))
         # A model that does not understand these arguments takes the mean over no tokens, which is no number.
         if backbone.verified or (outputs.loss is not None and bool(torch.isfinite(outputs.loss.detach()))):
             supervised, divisor, loss = _mean_loss(backbone, records[-1], kwargs)
@@ -98,7 +101,7 @@ def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
     model = backbone.model
     return (
         not backbone.logits_needed
-        and not any(name in kwargs for name in ASKING_FOR_LOGITS)
+        and "logits_to_keep" not in kwargs
         and kwargs.get("return_dict") is not False
         and getattr(model.config, "return_dict", True)
         and model.loss_function is ForCausalLMLoss
@@ -113,16 +116,16 @@ def _takes_loss_arguments(model: PreTrainedModel) -> bool:
     return "logits_to_keep" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _without_logits(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with which the model computes the logits of one token per row, and a loss without any target.
+def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Arguments with which the model computes the logits of a row's last token or of none, and a loss without any target.
 
-    What is left of that loss is what the model adds to the cross entropy, and otherwise 0. The token is given as an index: a slice
+    What is left of that loss is what the model adds to the cross entropy, and otherwise 0. The tokens are given as indices: a slice
     of hidden states is not contiguous, and for its product torch may copy the lm_head once per row (bf16 on a CPU).
     """
     labels = kwargs["labels"]
-    nothing = labels.new_full((len(labels), 1), IGNORE_INDEX)
-    last = torch.tensor([labels.shape[1] - 1], device=labels.device)
-    return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": last}
+    nothing = labels.new_full((len(labels), tokens), IGNORE_INDEX)
+    kept = torch.arange(labels.shape[1] - tokens, labels.shape[1], device=labels.device)
+    return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": kept}
 
 
 def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
