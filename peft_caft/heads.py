@@ -15,8 +15,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .backbone import Backbone, Captured, beneath_adapters
+from .backbone import Backbone, Captured
 from .heads_config import HeadsConfig, fingerprint
+from .layer_copy import plain_copy
 from .layer_replay import LayerAtRows, replay
 from .pretrained_heads import PretrainedHeads
 
@@ -140,7 +141,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
         def block() -> nn.Module:
             if config.head_type == "residual":
                 return ResidualBlock(config.hidden_size, weight.device, weight.dtype, config.residual_bias)
-            return copy_without_adapters(backbone.last_layer)
+            return plain_copy(backbone.last_layer, weight.dtype)
 
         head_class = ResidualHead if config.head_type == "residual" else DecoderLayerHead
         stacks = [[block() for _ in range(config.head_num_layers)] for _ in range(config.num_heads)]
@@ -237,42 +238,3 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
                 parent, _, child = name.rpartition(".")
                 setattr(merged.get_submodule(parent), child, module.get_base_layer())
         return merged.state_dict()
-
-
-def copy_without_adapters(layer: nn.Module) -> nn.Module:
-    """A deep copy of ``layer`` that shares the model's configuration, without adapters, hooks or checkpointing.
-
-    Raises:
-        ValueError: if an adapter is merged into the layer, whose own weights are then not at hand.
-        TypeError: if the layer is quantised.
-    """
-    if any(isinstance(module, BaseTunerLayer) and module.merged for module in layer.modules()):
-        raise ValueError(
-            "last layer: an adapter is merged into it, expected none. Call unmerge_adapter() before adding an adapter "
-            "with decoder_layer heads."
-        )
-    configs = [module.config for module in layer.modules() if hasattr(module, "config")]
-    # The shared configuration lets a later change of the attention implementation reach the copy.
-    clone = beneath_adapters(copy.deepcopy(layer, memo={id(config): config for config in configs}))
-    _strip_adapters(clone)
-    for module in clone.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
-    quantised = {str(p.dtype).removeprefix("torch.") for p in clone.parameters() if not p.is_floating_point()}
-    if quantised:
-        raise TypeError(
-            f"last layer: got weights of dtype {', '.join(sorted(quantised))}, expected floating point to copy into "
-            "decoder_layer heads. Use head_type='residual', or load the model unquantised."
-        )
-    return clone.requires_grad_(True)
-
-
-def _strip_adapters(module: nn.Module) -> None:
-    """Replace every wrapper below ``module`` by what it wraps; wrappers may be nested (``target_parameters``)."""
-    for name, child in list(module.named_children()):
-        bare = beneath_adapters(child)
-        if bare is not child:
-            setattr(module, name, bare)
-        _strip_adapters(bare)

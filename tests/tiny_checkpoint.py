@@ -47,19 +47,19 @@ def tiny_tokenizer(texts: list[str] = WORDS) -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(seed: int = 0, vocab_size: int = 300, hidden_size: int = 32, **changes) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.1,
-        **changes,
-    )
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.1,
+    }
+    config = LlamaConfig(**settings | changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
