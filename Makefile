@@ -35,7 +35,7 @@ demo: $(READY)  ## LoRA against CAFT on a real model, on a CPU; options go into 
 	$(BIN)/peft-caft demo $(DEMO_ARGS)
 
 bench: $(READY) $(AUTHORS)/.ready  ## time and memory of a training step, LoRA, CAFT and caft-llm; about an hour, alone on 2 cores
-	$(BIN)/python $(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[trl]' -r requirements/bench.txt
+	$(BIN)/python $(PIP_INSTALL) -c $(CONSTRAINTS) -r requirements/bench.txt
 	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/sampling_noise.py
 	$(BIN)/python benchmarks/plan_check.py

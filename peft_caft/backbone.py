@@ -91,8 +91,10 @@ class Backbone:
 
         Raises:
             TypeError: if ``model`` is not a decoder-only transformers model with a language-modelling head.
+            ValueError: if its weights are not all in this process's devices.
         """
         base = base_model_of(model)
+        _require_weights_at_hand(base)
         name = type(base).__name__
         advice = "CAFT needs a decoder-only causal language model, such as AutoModelForCausalLM returns."
         if getattr(base.config, "is_encoder_decoder", False):
@@ -213,30 +215,30 @@ class Backbone:
                 self.layers[index] = layer
 
     @torch.no_grad()
-    def verify(self, captured: Captured, logits: Tensor) -> None:
-        """Check, once, on a row's last token that norm, unembedding and logit scaling are all there is after the layers.
+    def verify(self, captured: Captured, what: str, own: Tensor, expected: Tensor) -> None:
+        """Check, once, that norm, unembedding and logit scaling are all there is after the layers.
 
         Args:
-            captured: record of a forward pass.
-            logits: the model's own logits of that pass, ``(batch, tokens, vocabulary)``, of all tokens or the last ones.
+            captured: record of a forward pass; the norm is checked on its first row's last token.
+            what: what ``own`` and ``expected`` are, for the message.
+            own: made of ``captured`` with this class's `unembedding`.
+            expected: the same as the model computed it, of the same shape.
 
         Raises:
-            TypeError: if they are not; training would follow a wrong gradient.
+            TypeError: if they differ; training would follow a wrong gradient.
         """
-        own_norm = self.normed(captured.last_layer_output[:1, -1:])
-        unembedding = self.unembedding()
-        own = unembedding.logits(captured.last_hidden_state[:1, -1:].to(unembedding.weight.dtype))
-        for what, got, expected in (
-            ("final norm", own_norm.float(), captured.last_hidden_state[:1, -1:].float()),
-            ("logits", own, logits[:1, -1:].float()),
-        ):
-            # Under autocast the hidden states may be fp32 and the logits bf16.
-            half = {captured.last_hidden_state.dtype, logits.dtype} & {torch.bfloat16, torch.float16}
-            tolerance = 5e-2 if half else 1e-3
-            if got.shape != expected.shape or (got - expected).norm() > tolerance * expected.norm() + 1e-6:
+        own_norm, norm = self.normed(captured.last_layer_output[:1, -1:]), captured.last_hidden_state[:1, -1:]
+        # Under autocast the hidden states may be fp32 and the logits bf16.
+        half = {norm.dtype, expected.dtype} & {torch.bfloat16, torch.float16} or torch.is_autocast_enabled(
+            norm.device.type
+        )
+        tolerance = 5e-2 if half else 1e-3
+        for name, got, wanted in (("final norm", own_norm, norm), (what, own, expected)):
+            got, wanted = got.float(), wanted.float()
+            if got.shape != wanted.shape or (got - wanted).norm() > tolerance * wanted.norm() + 1e-6:
                 raise TypeError(
                     f"model: {type(self.model).__name__} does more between its last layer and its logits than a norm, "
-                    f"an lm_head, a scale and a soft cap (its {what} differ). CAFT does not know this architecture "
+                    f"an lm_head, a scale and a soft cap (its {name} differ). CAFT does not know this architecture "
                     "yet; please report it."
                 )
         self.verified = True
@@ -255,6 +257,23 @@ class _PassedOver(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden_states, None) if self.returns_tuple else hidden_states
+
+
+def _require_weights_at_hand(model: PreTrainedModel) -> None:
+    """A ``device_map`` over several GPUs is fine; weights that come from elsewhere for each call are not."""
+    processes = getattr(model, "tp_size", None) or 1
+    if processes > 1:
+        raise ValueError(
+            f"tp_plan: got a model split over {processes} processes (tensor parallelism), expected a whole one: heads, norm and "
+            "unembedding are used outside the plan. Load it without tp_plan, and shard it with FSDP2."
+        )
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    offloaded = places & {"disk", "cpu"}
+    if "disk" in places or (offloaded and len(places) > 1):
+        raise ValueError(
+            f"device_map: got weights offloaded to {', '.join(sorted(offloaded))}, expected all on devices that compute. Load "
+            "the model quantised, on more GPUs, or shard it with FSDP2."
+        )
 
 
 def layer_output(output: Any) -> Tensor:

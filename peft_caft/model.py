@@ -20,8 +20,9 @@ from .adapter_heads import add_lora, make_heads
 from .backbone import Backbone
 from .config import CAFTConfig
 from .heads import AuxiliaryHeads
+from .log_probs import LogProbsPass, asks_for_log_probs, log_probs_pass
 from .loss import auxiliary_loss
-from .next_token_loss import next_token_pass
+from .next_token_loss import NextToken, next_token_pass
 from .progress import Progress
 
 HEADS_PREFIX = "auxiliary_heads."
@@ -195,18 +196,22 @@ class CAFTModel(LoraModel):
 
         Then it computes no logits, and those of the output are None, unless the call asks for them, as for instance with
         ``logits_to_keep=0``, transformers' value for the logits of all tokens. In evaluation nothing differs from the base
-        model.
+        model. Asked for log-probabilities (``fused_lm_head``, TRL's SFTTrainer), it hides the auxiliary gradient in them, see
+        `peft_caft.log_probs`.
 
         Args:
             args, kwargs: of the base model. ``labels`` is int64 ``(batch, tokens)``, unshifted, -100 where
                 unsupervised. A batch without any supervised token has loss 0.
 
         Raises:
-            ValueError: if the adapter was loaded for inference, the schedule does not know where the run is, or more
-                than one adapter is active.
+            ValueError: if the adapter was loaded for inference, the schedule does not know where the run is, more than one
+                adapter is active, or rows are split over processes.
         """
+        if not self._wants_auxiliary_loss():
+            return self.model(*args, **kwargs)
+        _refuse_parts_of_rows(kwargs)
         labels = kwargs.get("labels")
-        if labels is None or not self._wants_auxiliary_loss():
+        if labels is None:
             return self.model(*args, **kwargs)
         config = self._active_config()
         heads = self._heads_for_training(config)
@@ -216,9 +221,13 @@ class CAFTModel(LoraModel):
             self._progress.auxiliary_loss_computed(None, 0)
             return self.model(*args, **kwargs)
         assert self._backbone is not None
-        own = next_token_pass(self.model, self._backbone, args, kwargs, self._fast_paths_enabled)
+        own: NextToken | LogProbsPass
+        if asks_for_log_probs(kwargs):
+            own = log_probs_pass(self.model, self._backbone, args, kwargs)
+        else:
+            own = next_token_pass(self.model, self._backbone, args, kwargs, self._fast_paths_enabled)
         if not self._backbone.verified and self._output_is_the_base_models():
-            self._backbone.verify(own.captured, own.logits)
+            own.verify(self._backbone)
         auxiliary = auxiliary_loss(
             heads,
             self._backbone,
@@ -233,7 +242,7 @@ class CAFTModel(LoraModel):
             fast_paths=self._fast_paths_enabled,
         )
         self._progress.auxiliary_loss_computed(auxiliary, own.supervised)
-        return own.outputs_with(own.loss + auxiliary.total.to(own.loss.device))
+        return own.with_auxiliary(auxiliary.total)
 
     def _wants_auxiliary_loss(self) -> bool:
         return (
@@ -294,6 +303,16 @@ class CAFTModel(LoraModel):
         peft_model.add_adapter(os.path.basename(path_initial_model_for_weight_conversion), initial)
         return super()._convert_state_dict_for_initial_model(
             peft_model, peft_config, path_initial_model_for_weight_conversion, *args
+        )
+
+
+def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
+    """Refuse shifted labels: context and sequence parallelism pass them, since a process then holds a part of every row."""
+    if kwargs.get("shift_labels") is not None:
+        raise ValueError(
+            "shift_labels: given, expected labels alone. Under context or sequence parallelism (cp_size or sp_size > 1) the "
+            "tokens that a head predicts lie in other processes, which CAFT does not support. Set both sizes to 1, or wrap "
+            "the step in auxiliary_loss_enabled(False)."
         )
 
 

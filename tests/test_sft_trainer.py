@@ -1,0 +1,323 @@
+"""CAFT under TRL's SFTTrainer: the same training as under Trainer, whatever the rows look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from peft_caft import CAFTCallback, CAFTConfig
+from peft_caft.config import HEAD_TYPES
+from peft_caft.data import collator, encode, read_jsonl
+
+from .tiny_checkpoint import WORDS, tiny_llama, tiny_tokenizer, write_chats
+
+pytestmark = pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None")
+SETTINGS = {
+    "learning_rate": 0.1,
+    "optim": "sgd",
+    "max_grad_norm": 1e9,
+    "per_device_train_batch_size": 2,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 3,
+}
+LIKE_TRAINER = {"bf16": False, "gradient_checkpointing": False}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}</s>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def config(**fields) -> CAFTConfig:
+    return CAFTConfig(**{"r": 4, "target_modules": "all-linear", "aux_loss_weight": 0.5, **fields})
+
+
+def caft_model(model=None, **fields):
+    torch.manual_seed(1)
+    return get_peft_model(model or tiny_llama(), config(**fields))
+
+
+def trainable(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def largest_difference(first: dict, second: dict) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def rows_of_ids(tmp_path: Path, rows: int = 40) -> list[dict]:
+    return encode(read_jsonl(write_chats(tmp_path / "data.jsonl", rows)), tiny_tokenizer(), 64).rows
+
+
+def trained_by_trainer(model, tmp_path: Path, **changes) -> Trainer:
+    args = TrainingArguments(str(tmp_path / "trainer"), **SETTINGS | changes)
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=rows_of_ids(tmp_path),
+        data_collator=collator(tiny_tokenizer()),
+        callbacks=[CAFTCallback()],
+    )
+    trainer.train()
+    return trainer
+
+
+def sft_trainer(model, tmp_path: Path, rows, callbacks=(CAFTCallback,), tokenizer=None, **changes) -> SFTTrainer:
+    peft_config = changes.pop("peft_config", None)
+    args = SFTConfig(str(tmp_path / "sft"), **SETTINGS | LIKE_TRAINER | changes)
+    return SFTTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer or tiny_tokenizer(),
+        peft_config=peft_config,
+        callbacks=[make() for make in callbacks],
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("train_heads", ["frozen", "lora", "full"])
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_sft_trainer_equals_trainer(head_type, train_heads, accumulation, tmp_path):
+    fields = {"head_type": head_type, "train_heads": train_heads, "aux_loss_decay": 0.7}
+    changes = {"gradient_accumulation_steps": accumulation}
+    expected, got = caft_model(**fields), caft_model(**fields)
+    by_trainer = trained_by_trainer(expected, tmp_path, **changes)
+    trainer = sft_trainer(got, tmp_path, rows_of_ids(tmp_path), **changes)
+    trainer.train()
+    assert largest_difference(trainable(got), trainable(expected)) < 1e-6
+    assert largest_difference(trainable(got), trainable(caft_model(**fields))) > 1e-4
+    for ours, theirs in zip(trainer.state.log_history[:-1], by_trainer.state.log_history[:-1], strict=True):
+        heads = {name: value for name, value in theirs.items() if name.startswith("caft/")}
+        assert heads
+        assert {name: ours[name] for name in heads} == pytest.approx(heads, rel=1e-5)
+        # What TRL logs is the mean of log-probabilities, which are the model's own; the auxiliary loss stands beside it.
+        auxiliary = 0.5 * theirs["caft/gamma"] * theirs["caft/aux_loss"]
+        assert ours["loss"] + auxiliary == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_without_the_auxiliary_loss_it_trains_otherwise(tmp_path):
+    """What the test above would not see if both trainers left it out."""
+    plain, got = caft_model(aux_loss_weight=0.0), caft_model()
+    for model in (plain, got):
+        sft_trainer(model, tmp_path, rows_of_ids(tmp_path)).train()
+    assert largest_difference(trainable(plain), trainable(got)) > 1e-4
+
+
+def test_configuration_is_enough(tmp_path):
+    """``peft_config=CAFTConfig(...)`` has the trainer make the model."""
+    made = sft_trainer(tiny_llama(), tmp_path, rows_of_ids(tmp_path), peft_config=config())
+    made.train()
+    assert made.model.base_model.auxiliary_heads["default"].heads
+    losses = [entry["caft/loss_head_2"] for entry in made.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+
+
+def test_evaluation_loss_is_that_of_lora(tmp_path):
+    args = SFTConfig(str(tmp_path), **SETTINGS | LIKE_TRAINER)
+    losses = []
+    for make in (caft_model, lambda: get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear"))):
+        rows = Dataset.from_list(rows_of_ids(tmp_path))
+        trainer = SFTTrainer(make(), args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer())
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+# Rows of several documents.
+
+
+class Batches(TrainerCallback):
+    """Keeps the gradients of the first step."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.gradients:
+            self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def documents(count: int = 4) -> list[dict]:
+    """Of different lengths, some shorter than the heads look ahead."""
+    tokenizer = tiny_tokenizer()
+    texts = ["".join(WORDS[: index + 1]) for index in range(count - 1)] + ["a"]
+    return [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+
+
+def first_gradients(tmp_path: Path, rows: list[dict], attention: str, head_type: str, **changes) -> dict:
+    seen = Batches()
+    model = caft_model(tiny_llama(attn_implementation=attention), head_type=head_type, aux_loss_schedule="constant")
+    trainer = sft_trainer(model, tmp_path, rows, callbacks=(CAFTCallback, lambda: seen), max_steps=1, **changes)
+    trainer.train()
+    return seen.gradients
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "together",
+    [
+        {"padding_free": True, "max_length": None, "per_device_train_batch_size": 4},
+        {"packing": True, "packing_strategy": "bfd", "max_length": 120, "per_device_train_batch_size": 1},
+        {"packing": True, "packing_strategy": "bfd_split", "max_length": 120, "per_device_train_batch_size": 1},
+    ],
+    ids=["padding-free", "bfd", "bfd_split"],
+)
+@pytest.mark.filterwarnings("ignore:.*[Pp]adding-free:UserWarning")
+def test_documents_in_one_row_train_as_in_rows_of_their_own(together, attention, head_type, tmp_path):
+    apart = first_gradients(tmp_path, documents(), attention, head_type, per_device_train_batch_size=4)
+    got = first_gradients(tmp_path, documents(), attention, head_type, **together)
+    assert apart.keys() == got.keys()
+    for name, gradient in apart.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def test_wrapped_rows_train_as_one_text(tmp_path):
+    """Wrapped packing cuts a stream of tokens: its next-token loss does not know the documents, so neither do the heads."""
+    stream = [token for row in documents() for token in row["input_ids"]]
+    one = first_gradients(tmp_path, [{"input_ids": stream}], "sdpa", "residual", per_device_train_batch_size=1)
+    wrapped = {"packing": True, "packing_strategy": "wrapped", "max_length": len(stream), "shuffle_dataset": False}
+    got = first_gradients(tmp_path, documents(), "sdpa", "residual", per_device_train_batch_size=1, **wrapped)
+    assert largest_difference(got, one) < 1e-6
+
+
+# What is trained on.
+
+
+def chats() -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"name {index} {word}"},
+                {"role": "assistant", "content": f"{word} {word} {index}"},
+            ]
+        }
+        for index, word in enumerate(WORDS)
+    ]
+
+
+def supervised_by(trainer: SFTTrainer) -> int:
+    counted = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: counted.append(int((kwargs["labels"][:, 1:] != -100).sum())), with_kwargs=True
+    )
+    trainer.train()
+    return counted[0]
+
+
+def test_assistant_only_loss(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    counts = []
+    for assistant_only in (False, True):
+        trainer = sft_trainer(
+            caft_model(), tmp_path, chats(), tokenizer=tokenizer, assistant_only_loss=assistant_only, max_steps=1
+        )
+        counts.append(supervised_by(trainer))
+        assert trainer.state.log_history[0]["caft/loss_head_3"] > 0
+    assert 0 < counts[1] < counts[0]
+
+
+def test_completion_only_loss(tmp_path):
+    rows = [{"prompt": f"name {word} ", "completion": f"{word} {word}"} for word in WORDS]
+    counts = []
+    for completion_only in (False, True):
+        trainer = sft_trainer(caft_model(), tmp_path, rows, completion_only_loss=completion_only, max_steps=1)
+        counts.append(supervised_by(trainer))
+        assert trainer.state.log_history[0]["caft/loss_head_3"] > 0
+    assert 0 < counts[1] < counts[0]
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_defaults_of_trl(head_type, tmp_path):
+    """bf16 autocast and gradient checkpointing are on; the result is that of fp32 but for rounding."""
+    changes = {"bf16": True, "gradient_checkpointing": True}
+    exact, got = caft_model(head_type=head_type), caft_model(head_type=head_type)
+    sft_trainer(exact, tmp_path, rows_of_ids(tmp_path)).train()
+    sft_trainer(got, tmp_path, rows_of_ids(tmp_path), **changes).train()
+    start = trainable(caft_model(head_type=head_type))
+    moved = largest_difference(trainable(exact), start)
+    assert largest_difference(trainable(got), trainable(exact)) < 0.1 * moved
+
+
+# What is not CAFT's objective is refused.
+
+
+def test_dft_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="loss_type: got 'dft', expected 'nll'"):
+        sft_trainer(caft_model(), tmp_path, rows_of_ids(tmp_path), loss_type="dft").train()
+
+
+def test_dft_is_refused_without_the_callback(tmp_path):
+    model = caft_model(aux_loss_schedule="constant")
+    with pytest.raises(ValueError, match="loss weighs tokens differently"):
+        sft_trainer(model, tmp_path, rows_of_ids(tmp_path), callbacks=(), loss_type="dft").train()
+
+
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor:FutureWarning")
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="label_smoothing_factor"):
+        sft_trainer(caft_model(), tmp_path, rows_of_ids(tmp_path), label_smoothing_factor=0.1).train()
+
+
+@pytest.mark.filterwarnings("ignore:.*compute_loss_func:FutureWarning")
+def test_own_loss_function_is_refused(tmp_path):
+    trainer = sft_trainer(caft_model(), tmp_path, rows_of_ids(tmp_path))
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.float().mean()
+    with pytest.raises(RuntimeError, match="compute_loss_func"):
+        trainer.train()
+
+
+def test_old_trl_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_caft.callback.version", lambda package: "1.8.0")
+    with pytest.raises(ValueError, match=r"trl: got version 1\.8\.0, expected 1\.15 or newer"):
+        sft_trainer(caft_model(), tmp_path, rows_of_ids(tmp_path)).train()
+
+
+def test_rows_split_over_processes_are_refused():
+    model = caft_model(aux_loss_schedule="constant").train()
+    tokens = torch.arange(1, 13).view(2, 6)
+    with pytest.raises(ValueError, match="shift_labels: given"):
+        model(input_ids=tokens, labels=tokens, shift_labels=tokens)
+    with pytest.raises(ValueError, match="shift_labels: given"):
+        model(input_ids=tokens, shift_labels=tokens)
+
+
+def mixture():
+    config = MixtralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    return MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_router_loss_of_a_mixture_is_kept(head_type, tmp_path):
+    fields = {"head_type": head_type, "target_modules": ["q_proj", "o_proj"]}
+    expected, got = caft_model(mixture(), **fields), caft_model(mixture(), **fields)
+    trained_by_trainer(expected, tmp_path)
+    sft_trainer(got, tmp_path, rows_of_ids(tmp_path)).train()
+    assert largest_difference(trainable(got), trainable(expected)) < 1e-6
