@@ -62,6 +62,7 @@ class LogProbsPass:
         return type(self.outputs)(**dict(self.outputs) | {"log_probs": log_probs, "loss": loss})
 
 
+@torch.compiler.disable(recursive=False)
 def log_probs_pass(model: nn.Module, backbone: Backbone, args: tuple, kwargs: dict[str, Any]) -> LogProbsPass:
     """Run the model on a batch with labels for a caller that wants log-probabilities."""
     with backbone.capture() as records:

@@ -33,6 +33,7 @@ class AuxiliaryLoss:
     counts: list[int]
 
 
+@torch.compiler.disable
 def auxiliary_loss(
     heads: AuxiliaryHeads,
     backbone: Backbone,

@@ -191,6 +191,8 @@ class CAFTModel(LoraModel):
         finally:
             self._fast_paths_enabled = before
 
+    # The base model that it calls is compiled; the losses have sizes that depend on the data, and a backward pass inside.
+    @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward; in training with ``labels`` its loss includes the auxiliary loss.
 

@@ -59,6 +59,7 @@ class NextToken:
         return type(self.outputs)(**dict(self.outputs) | changed)
 
 
+@torch.compiler.disable(recursive=False)
 def next_token_pass(
     model: nn.Module, backbone: Backbone, args: tuple, kwargs: dict[str, Any], leave_out_logits: bool = True
 ) -> NextToken:
@@ -128,6 +129,7 @@ def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
     return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": kept}
 
 
+@torch.compiler.disable
 def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
     """The number of next-token targets, the divisor, and CE_1, with graph: the same targets as in transformers' loss."""
     device = captured.last_hidden_state.device
