@@ -86,6 +86,8 @@ def train_command(
     arguments = trainer_arguments(output, STAGE_2, training_yaml, context.args)
     settings = settings_of(FineTuningSettings, locals())
     summary = fine_tune(settings, arguments, overwrite)
+    if arguments.process_index > 0:
+        return
     if summary["eval_loss_after"] is not None:
         typer.echo(
             f"Held-out next-token loss: {summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f} nats/token"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from .config import CAFTConfig, require_choice
 from .data import collator, encode, file_sha256, read_jsonl
 from .heads import AuxiliaryHeads
 from .provenance import peak_memory_mib, provenance
-from .run_folder import RunFolder
+from .run_folder import RunFolder, random_states
 from .trainer_arguments import training_settings
 
 
@@ -116,15 +117,15 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     if is_first:
         print(f"Training data: {data.describe()}")
     held_out = encode(eval_rows, tokenizer, settings.max_length).rows if eval_rows else None
-    # Not by trainer.evaluate() before it trains: accelerate would take the model for wrapped, and processes train by themselves.
-    args.eval_on_start = held_out is not None
     set_seed(args.seed)
     model = get_peft_model(model, peft_config)
     # Everything that was asked for is there and fits.
     with folder.held() if is_first else nullcontext():
         with args.main_process_first(local=False):
-            needed = (TRAINED_HEADS_NAME,) if has_trained_heads else ()
+            needed = (*random_states(args.world_size), *([TRAINED_HEADS_NAME] if has_trained_heads else []))
             resume_from = folder.begin(recorded, overwrite and is_first, needed)
+        # Not by trainer.evaluate(): accelerate would take the model for wrapped then, and each process would train by itself.
+        args.eval_on_start = held_out is not None and resume_from is None
         trainable, _ = model.get_nb_trainable_parameters()
         trainer = Trainer(
             model,
@@ -134,6 +135,9 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             data_collator=collator(tokenizer),
             callbacks=[CAFTCallback()] if settings.method == "caft" else None,
         )
+        heads = model.base_model.auxiliary_heads["default"] if has_trained_heads else None
+        if trainer.is_fsdp_enabled:
+            heads = copy.deepcopy(heads)  # which cannot be copied once its parameters are in several processes
         trainer.add_callback(clock := _Clock())
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         seconds = time.perf_counter() - clock.started
@@ -156,8 +160,9 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             with filling(settings.output) as temporary:
                 model.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
-            if has_trained_heads:
-                heads = model.base_model.auxiliary_heads["default"]
+            if heads is not None:
+                if weights is not None:
+                    _fill(heads, weights)
                 heads.config.training = _record_of_trained_heads(settings, args, data_sha256, len(data.rows), heads)
                 heads.save_pretrained(Path(settings.output) / "trained_heads")
             folder.finish(summary)
@@ -181,6 +186,12 @@ def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+
+def _fill(heads: AuxiliaryHeads, weights: dict[str, Any]) -> None:
+    """Copy the heads of ``weights``, those of a whole PEFT model, into ``heads``."""
+    for name, parameter in heads.named_parameters():
+        parameter.data.copy_(weights[f"base_model.auxiliary_heads.default.{name}"])
 
 
 def _record_of_trained_heads(

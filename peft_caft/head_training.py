@@ -27,7 +27,7 @@ from .head_pretraining import TARGETS, HeadPretraining, HeadTrainer
 from .heads import AuxiliaryHeads
 from .hidden_cache import cached_rows, with_hidden_states
 from .provenance import peak_memory_mib, provenance
-from .run_folder import RunFolder
+from .run_folder import RunFolder, random_states
 from .sharded_heads import sharding_requested
 from .stage1_data import DataFile, read_files
 from .trainer_arguments import training_settings
@@ -126,7 +126,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     # Everything that was asked for is there and fits.
     with folder.held() if is_first else nullcontext():
         with args.main_process_first(local=False):
-            resume_from = folder.begin(recorded, overwrite=overwrite and is_first)
+            resume_from = folder.begin(recorded, overwrite and is_first, random_states(args.world_size))
         return _train(settings, args, folder, resume_from, model, heads, tokenizer, train, evals)
 
 

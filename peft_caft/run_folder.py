@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,13 +107,23 @@ class RunFolder:
 
 
 def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | None:
-    """The newest ``checkpoint-N`` that was saved to its end: Trainer writes ``trainer_state.json`` last."""
+    """The newest ``checkpoint-N`` that was saved to its end: each process writes last its random state, or Trainer's state."""
     numbered = [(int(p.name.removeprefix("checkpoint-")), p) for p in folder.glob("checkpoint-*") if p.is_dir()]
     for _, checkpoint in sorted(numbered, reverse=True):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             continue
-        if all((checkpoint / name).is_file() for name in needed):
+        if all(_is_whole(checkpoint / name) for name in needed):
             return checkpoint
     return None
+
+
+def random_states(processes: int) -> tuple[str, ...]:
+    """Files in which Trainer keeps the random state of each process; without them no checkpoint is whole."""
+    return tuple(f"rng_state_{index}.pth" for index in range(processes)) if processes > 1 else ("rng_state.pth",)
+
+
+def _is_whole(path: Path) -> bool:
+    """Torch writes a zip file, whose directory is at its end."""
+    return zipfile.is_zipfile(path) if path.suffix == ".pth" else path.is_file()

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from peft_caft import AuxiliaryHeads
 from peft_caft.cli import main
 from peft_caft.data import file_sha256
-from peft_caft.run_folder import RunFolder, last_whole_checkpoint
+from peft_caft.run_folder import RunFolder, last_whole_checkpoint, random_states
 from peft_caft.trainer_arguments import trainer_arguments
 
 from .tiny_checkpoint import save_checkpoint, write_chats
@@ -231,6 +231,22 @@ def test_half_saved_checkpoint_is_passed_over(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
     assert last_whole_checkpoint(tmp_path, ("needed",)) is None
+
+
+def test_checkpoint_whose_random_states_are_not_all_whole_is_passed_over(tmp_path):
+    """Processes write them side by side, and the first one may have written everything else before."""
+    for step in (4, 5):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        for name in random_states(2):
+            torch.save({"cpu": torch.get_rng_state()}, folder / name)
+    assert last_whole_checkpoint(tmp_path, random_states(2)) == tmp_path / "checkpoint-5"
+    last = tmp_path / "checkpoint-5" / "rng_state_1.pth"
+    last.write_bytes(last.read_bytes()[:-100])
+    assert last_whole_checkpoint(tmp_path, random_states(2)) == tmp_path / "checkpoint-4"
+    last.unlink()
+    assert last_whole_checkpoint(tmp_path, random_states(2)) == tmp_path / "checkpoint-4"
 
 
 def test_training_arguments_come_from_options_before_yaml_before_defaults(tmp_path):

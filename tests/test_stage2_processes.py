@@ -91,14 +91,13 @@ def test_two_processes_train_as_one_does(head_type, options, files, tmp_path):
     "options", [("frozen",), ("full", "--gradient_checkpointing", "true")], ids=["frozen", "full"]
 )
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-@pytest.mark.parametrize("config", ["fsdp2.yaml", "fsdp1.yaml"])
-def test_sharded_model_trains_as_a_whole_one_and_is_taken_up_when_killed(config, head_type, options, files, tmp_path):
+def test_sharded_model_trains_as_a_whole_one_and_is_taken_up_when_killed(head_type, options, files, tmp_path):
     options = ("--train-heads", *options, "--per_device_train_batch_size")
     in_one_process(command(files, tmp_path / "one", head_type, *options, "8"))
     two = command(files, tmp_path / "two", head_type, *options, "4")
     checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-3"
-    kill_when((checkpoint / "trainer_state.json").exists, start(config, two, "tests.fsdp_on_cpu"))
-    finish(start(config, two, "tests.fsdp_on_cpu"))
+    kill_when((checkpoint / "trainer_state.json").exists, start("fsdp2.yaml", two, "tests.fsdp_on_cpu"))
+    finish(start("fsdp2.yaml", two, "tests.fsdp_on_cpu"))
     require_same_training(tmp_path / "one", tmp_path / "two")
     if options[1] == "full":
         ours, expected = (load_file(tmp_path / run / "trained_heads" / "model.safetensors") for run in ("two", "one"))
