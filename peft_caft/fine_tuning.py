@@ -116,7 +116,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     data = encode(rows, tokenizer, settings.max_length, quiet=not is_first)
     if is_first:
         print(f"Training data: {data.describe()}")
-    held_out = encode(eval_rows, tokenizer, settings.max_length).rows if eval_rows else None
+    held_out = encode(eval_rows, tokenizer, settings.max_length, quiet=not is_first).rows if eval_rows else None
     set_seed(args.seed)
     model = get_peft_model(model, peft_config)
     # Everything that was asked for is there and fits.
