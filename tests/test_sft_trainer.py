@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from peft_caft import CAFTCallback, CAFTConfig
+from peft_caft import AuxiliaryHeads, CAFTCallback, CAFTConfig
 from peft_caft.config import HEAD_TYPES
 from peft_caft.data import collator, encode, read_jsonl
 
-from .tiny_checkpoint import WORDS, tiny_llama, tiny_tokenizer, write_chats
+from .tiny_checkpoint import WORDS, save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
 
 pytestmark = pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None")
 SETTINGS = {
@@ -321,3 +323,25 @@ def test_router_loss_of_a_mixture_is_kept(head_type, tmp_path):
     trained_by_trainer(expected, tmp_path)
     sft_trainer(got, tmp_path, rows_of_ids(tmp_path)).train()
     assert largest_difference(trainable(got), trainable(expected)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("yaml", ["sft.yaml", "sft_packed.yaml"])
+def test_example_writes_a_plain_adapter(yaml, tmp_path):
+    root = Path(__file__).parent.parent
+    base = save_checkpoint(tmp_path / "model")
+    AuxiliaryHeads.from_base_model(tiny_llama()).save_pretrained(tmp_path / "heads")
+    files = ["--model", base, "--heads", str(tmp_path / "heads"), "--data", write_chats(tmp_path / "data.jsonl", 200)]
+    options = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "true", "--bf16", "false"]
+    options += ["--max_length", "100", "--report_to", "none", "--logging_steps", "1"]
+    finished = subprocess.run(
+        [sys.executable, "examples/train_with_sft_trainer.py", "--config", f"examples/{yaml}", *files, *options],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "caft/loss_head_5" in finished.stdout
+    adapted = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
+    assert type(adapted.peft_config["default"]) is LoraConfig
