@@ -17,11 +17,11 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Args:
         layer: a decoder layer, with or without adapters.
-        dtype: of linear maps that are quantised in ``layer`` (bitsandbytes, HQQ, torchao) and plain in the copy.
+        dtype: of linear maps that are quantised in ``layer`` (bitsandbytes, torchao) and plain in the copy.
 
     Raises:
         ValueError: if an adapter is merged into the layer, whose own weights are then not at hand.
-        TypeError: if weights are quantised in a way that cannot be undone here (GPTQ, AWQ and others).
+        TypeError: if weights are quantised in a way that cannot be undone here (GPTQ, AWQ, HQQ and others).
     """
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in layer.modules()):
         raise ValueError(
@@ -42,7 +42,7 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     if quantised:
         raise TypeError(
             f"last layer: got weights of dtype {', '.join(sorted(quantised))}, expected floating point, or a quantisation by "
-            "bitsandbytes, HQQ or torchao, to copy into decoder_layer heads. Use head_type='residual', or load the model "
+            "bitsandbytes or torchao, to copy into decoder_layer heads. Use head_type='residual', or load the model "
             "unquantised."
         )
     return clone.requires_grad_(True)
@@ -64,11 +64,7 @@ def _simplify(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _can_be_dequantised(module: nn.Module) -> bool:
     kind = type(getattr(module, "weight", None))
-    return (
-        kind.__name__ in ("Params4bit", "Int8Params")
-        or kind.__module__.startswith("torchao.")
-        or hasattr(module, "W_q")
-    )
+    return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
 
 
 def _plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from peft import prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_caft import AuxiliaryHeads
 from peft_caft.config import HEAD_TYPES
@@ -31,7 +31,6 @@ PRECISIONS = {
     ),
     "bitsandbytes, 4 bit, nested": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True),
     "bitsandbytes, 8 bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "hqq, 4 bit": lambda: HqqConfig(nbits=4, group_size=64),
     "torchao, 8 bit": torchao_int8,
 }
 
