@@ -14,7 +14,7 @@ from .atomic import replacing
 from .model import CAFTModel
 from .sharding import copy_into, whole
 
-OLDEST_TRL = (1, 15)
+OLDEST_TRL = (1, 16)
 TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
 
 
@@ -101,7 +101,7 @@ def _refuse_other_objectives(args: TrainingArguments) -> None:
         )
     if tuple(int(part) for part in version("trl").split(".")[:2]) < OLDEST_TRL:
         raise ValueError(
-            f"trl: got version {version('trl')}, expected {'.'.join(map(str, OLDEST_TRL))} or newer: older ones need the logits "
+            f"trl: got version {version('trl')}, expected {'.'.join(map(str, OLDEST_TRL))} or newer: older ones need Triton, or the logits "
             "of all tokens, which CAFT does not compute. Run: pip install --upgrade trl"
         )
 

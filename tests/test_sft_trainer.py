@@ -285,7 +285,7 @@ def test_own_loss_function_is_refused(tmp_path):
 
 def test_old_trl_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_caft.callback.version", lambda package: "1.8.0")
-    with pytest.raises(ValueError, match=r"trl: got version 1\.8\.0, expected 1\.15 or newer"):
+    with pytest.raises(ValueError, match=r"trl: got version 1\.8\.0, expected 1\.16 or newer"):
         sft_trainer(caft_model(), tmp_path, rows_of_ids(tmp_path)).train()
 
 
