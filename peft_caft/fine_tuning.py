@@ -20,6 +20,7 @@ from .data import collator, encode, file_sha256, read_jsonl
 from .heads import AuxiliaryHeads
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder, random_states
+from .sharding import copy_into
 from .trainer_arguments import training_settings
 
 
@@ -191,7 +192,7 @@ def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
 def _fill(heads: AuxiliaryHeads, weights: dict[str, Any]) -> None:
     """Copy the heads of ``weights``, those of a whole PEFT model, into ``heads``."""
     for name, parameter in heads.named_parameters():
-        parameter.data.copy_(weights[f"base_model.auxiliary_heads.default.{name}"])
+        copy_into(parameter, weights[f"base_model.auxiliary_heads.default.{name}"])
 
 
 def _record_of_trained_heads(

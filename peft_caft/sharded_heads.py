@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -49,9 +48,8 @@ def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
 
 def gather(heads: AuxiliaryHeads, target: AuxiliaryHeads) -> None:
     """Copy the parameters of sharded ``heads`` into ``target``, heads of the same shape."""
-    with torch.no_grad():
-        for name, parameter in heads.named_parameters():
-            target.get_parameter(name).copy_(whole(parameter))
+    for name, parameter in heads.named_parameters():
+        copy_into(target.get_parameter(name), whole(parameter))
 
 
 def scatter(source: AuxiliaryHeads, heads: AuxiliaryHeads) -> None:

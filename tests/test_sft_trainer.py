@@ -17,7 +17,10 @@ from peft_caft import AuxiliaryHeads, CAFTCallback, CAFTConfig
 from peft_caft.config import HEAD_TYPES
 from peft_caft.data import collator, encode, read_jsonl
 
+from .architectures import MIXTURE
+from .test_trainer import largest_difference, trainable
 from .tiny_checkpoint import WORDS, save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
+from .tiny_models import LLAMA_LIKE
 
 pytestmark = pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None")
 SETTINGS = {
@@ -49,15 +52,6 @@ def config(**fields) -> CAFTConfig:
 def caft_model(model=None, **fields):
     torch.manual_seed(1)
     return get_peft_model(model or tiny_llama(), config(**fields))
-
-
-def trainable(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def largest_difference(first: dict, second: dict) -> float:
-    assert first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 def rows_of_ids(tmp_path: Path, rows: int = 40) -> list[dict]:
@@ -299,19 +293,8 @@ def test_rows_split_over_processes_are_refused():
 
 
 def mixture():
-    config = MixtralConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        output_router_logits=True,
-        router_aux_loss_coef=0.5,
-        initializer_range=0.1,
-    )
+    shape = LLAMA_LIKE | {"vocab_size": 300, "num_hidden_layers": 2, "initializer_range": 0.1}
+    config = MixtralConfig(**shape, **MIXTURE, output_router_logits=True, router_aux_loss_coef=0.5)
     torch.manual_seed(0)
     return MixtralForCausalLM(config)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 
 from peft_caft.config import HEAD_TYPES
 
-from .test_stage1_processes import finish, in_one_process, kill_when, start
+from .test_stage1_processes import finish, in_one_process, kill_when, start, summary
 from .tiny_checkpoint import save_checkpoint, write_chats
 
 OPTIONS = [
@@ -29,6 +28,11 @@ OPTIONS = [
     ),
     *("--aux-loss-weight", "0.5", "--use_cpu", "true", "--max_grad_norm", "1e9"),
 ]
+
+
+FROZEN_AND_TRAINED = pytest.mark.parametrize(
+    "options", [("frozen",), ("full", "--gradient_checkpointing", "true")], ids=["frozen", "full"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +61,6 @@ def command(files: dict[str, str], output: Path, head_type: str, *options: str) 
     return ["train", *places, "--heads", files[head_type], *OPTIONS, *options]
 
 
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
 def require_same_training(one: Path, two: Path, tolerance: float = 1e-5) -> None:
     ours, theirs = summary(two), summary(one)
     assert ours["processes"] == 2
@@ -74,9 +74,7 @@ def require_same_training(one: Path, two: Path, tolerance: float = 1e-5) -> None
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "options", [("frozen",), ("full", "--gradient_checkpointing", "true")], ids=["frozen", "full"]
-)
+@FROZEN_AND_TRAINED
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_two_processes_train_as_one_does(head_type, options, files, tmp_path):
     options = ("--train-heads", *options, "--per_device_train_batch_size")
@@ -87,9 +85,7 @@ def test_two_processes_train_as_one_does(head_type, options, files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [("frozen",), ("full", "--gradient_checkpointing", "true")], ids=["frozen", "full"]
-)
+@FROZEN_AND_TRAINED
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_sharded_model_trains_as_a_whole_one_and_is_taken_up_when_killed(head_type, options, files, tmp_path):
     options = ("--train-heads", *options, "--per_device_train_batch_size")
