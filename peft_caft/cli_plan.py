@@ -35,7 +35,8 @@ def plan_command(
         bool, typer.Option("--autocast", help="Under bfloat16 autocast, as with --bf16 true in training.")
     ] = False,
     gpus: Annotated[
-        int, typer.Option(help="Over how many GPUs FSDP and ZeRO-3 divide the parameters; 1 leaves both out.")
+        int,
+        typer.Option(help="Number of GPUs: above 1 for DDP, ZeRO-2, FSDP and ZeRO-3, with what each sends in a step."),
     ] = 1,
     gpu_memory: Annotated[
         float | None,
@@ -52,10 +53,10 @@ def plan_command(
         Path | None, typer.Option(help="JSON file to write everything to, sizes in bytes.", show_default=False)
     ] = None,
 ) -> None:
-    """What training would take: parameters, operations and memory per GPU, for LoRA and CAFT, from a model's config alone.
+    """What training would take: parameters, operations, memory and communication per GPU, for LoRA and CAFT, from a model's config.
 
-    A training step is simulated on tensors without data, with and without gradient checkpointing, and parameters are counted
-    for one GPU, FSDP and ZeRO-3, with and without QLoRA. Takes half a minute for 32 layers, and little memory.
+    A training step is simulated on tensors without data, with and without gradient checkpointing, and parameters are counted for
+    one GPU, or for DDP, ZeRO-2, FSDP and ZeRO-3, with and without QLoRA. Takes half a minute for 32 layers, and little memory.
     """
     from .atomic import write_text
     from .plan import PlanSettings, plan

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from .backbone import Backbone
 from .base_config import read_config
+from .communication import Communication, communication
 from .config import HEAD_TYPES, CAFTConfig, require_choice, require_token_fraction
 from .flops import ModelShapes, StepFlops, caft_step, lora_step, number_of_experts
 from .hub_errors import first_line
@@ -113,13 +114,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train, and its memory on each GPU."""
+    """One way to train, its memory on each GPU, and what each GPU sends in a step."""
 
     method: str
     placement: str
     qlora: bool
     gradient_checkpointing: bool
     memory: DeviceMemory
+    communication: Communication
 
     def fits(self, gpu_memory: float) -> bool:
         """Whether a GPU of so many GiB holds it, with a reserve for CUDA and what the allocator cannot use."""
@@ -146,10 +148,11 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """Everything; sizes in bytes, the memory of a GPU in GiB."""
+        """Everything; sizes and what is sent in bytes, the memory of a GPU in GiB."""
         record = asdict(self)
         for entry, option in zip(record["options"], self.options, strict=True):
             entry["memory"]["total"] = option.memory.total
+            entry["communication"]["total"] = option.communication.total
             if self.settings.gpu_memory is not None:
                 entry["fits"] = option.fits(self.settings.gpu_memory)
         return json.dumps(record, indent=2) + "\n"
@@ -170,16 +173,21 @@ def plan(settings: PlanSettings) -> Plan:
     found = Plan(settings, _facts(backbone), _parameters(models), costs)
     batch = Batch(settings.batch_size, settings.tokens, settings.supervised)
     can_checkpoint = getattr(backbone.model, "supports_gradient_checkpointing", False)
-    steps: dict[tuple[str, bool], StepMemory] = {}
+    placements = PLACEMENTS[1:] if settings.gpus > 1 else PLACEMENTS[:1]
+    steps: dict[tuple[str, bool, bool], StepMemory] = {}
     sizes: dict[tuple[str, bool], ModelBytes] = {}
+    sent: dict[tuple[str, bool, str], Communication] = {}
     for method, model in models.items():
         for qlora in (False, True):
             sizes[method, qlora] = ModelBytes.of(model, qlora)
-        for checkpointing in (False, True) if can_checkpoint else (False,):
-            with _explained(backbone):
-                steps[method, checkpointing] = simulate_step(
-                    model, batch, checkpointing, settings.autocast, settings.device
-                )
+            for placement in placements:
+                sent[method, qlora, placement] = communication(model, placement, settings.gpus, qlora)
+        for sharded in sorted({_shards_heads(placement, method) for placement in placements}):
+            for checkpointing in (False, True) if can_checkpoint else (False,):
+                with _explained(backbone):
+                    steps[method, checkpointing, sharded] = simulate_step(
+                        model, batch, checkpointing, settings.autocast, settings.device, sharded
+                    )
     found.options = [
         Option(
             method,
@@ -187,13 +195,20 @@ def plan(settings: PlanSettings) -> Plan:
             qlora,
             checkpointing,
             device_memory(sizes[method, qlora], step, placement, settings.gpus),
+            sent[method, qlora, placement],
         )
-        for placement in (PLACEMENTS if settings.gpus > 1 else PLACEMENTS[:1])
+        for placement in placements
         for qlora in (False, True)
-        for (method, checkpointing), step in steps.items()
+        for (method, checkpointing, sharded), step in steps.items()
+        if sharded == _shards_heads(placement, method)
     ]
     found.notes = _notes(backbone, config, settings, can_checkpoint)
     return found
+
+
+def _shards_heads(placement: str, method: str) -> bool:
+    """Whether `sharding.is_sharded` holds of the heads in a forward pass; under FSDP it does of those that are units of their own."""
+    return method != "lora" and (placement == "ZeRO-3" or (placement == "FSDP" and method == "decoder_layer"))
 
 
 def _model(config: PretrainedConfig, settings: PlanSettings, method: str) -> PeftModel:

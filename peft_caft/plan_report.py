@@ -9,6 +9,7 @@ from .tables import markdown_table
 
 METHOD_NAMES = {"lora": "LoRA", "residual": "CAFT, residual", "decoder_layer": "CAFT, decoder_layer"}
 MIB = 2**20
+GB, MB = 10**9, 10**6  # what is sent, since links are rated in GB/s
 
 
 def report(plan: Plan) -> str:
@@ -20,8 +21,10 @@ def report(plan: Plan) -> str:
         f"{settings.tokens:,} tokens, {settings.supervised:.0%} of them supervised; LoRA of rank {settings.r} on "
         f"{settings.target_modules}"
     )
-    parts = [title, _parameters(plan), _costs(plan), *_memory(plan), _fitting(plan), _notes(plan)]
-    return "\n\n".join(parts)
+    parts = [title, _parameters(plan), _costs(plan), *_memory(plan), _fitting(plan)]
+    if plan.settings.gpus > 1:
+        parts.append(_communication(plan))
+    return "\n\n".join([*parts, _notes(plan)])
 
 
 def _parameters(plan: Plan) -> str:
@@ -66,10 +69,26 @@ def _memory(plan: Plan) -> list[str]:
                 rows[-1].append("yes" if option.fits(plan.settings.gpu_memory) else "NO")
         if plan.settings.gpu_memory is not None:
             header.append("fits")
-        where = "One device" if placement == "one device" else f"{placement} over {plan.settings.gpus} devices"
+        where = "One device" if placement == "one device" else f"{placement} on {plan.settings.gpus} devices"
         weights = "QLoRA (NF4)" if qlora else plan.settings.dtype
         tables.append(f"{where}, {weights}: {name} on each device\n\n{markdown_table(header, rows)}")
     return tables
+
+
+def _communication(plan: Plan) -> str:
+    """What each device sends, which gradient checkpointing does not change, and what CAFT adds to LoRA's."""
+    options = [option for option in plan.options if not option.gradient_checkpointing]
+    unit, name, digits = (GB, "GB", 3) if max(o.communication.total for o in options) >= GB else (MB, "MB", 3)
+    lora = {(o.placement, o.qlora): o.communication.total for o in options if o.method == "lora"}
+    rows = []
+    for option in options:
+        sent = option.communication
+        sizes = [f"{size / unit:,.{digits}f}" for size in (*asdict(sent).values(), sent.total)]
+        weights = "QLoRA" if option.qlora else plan.settings.dtype
+        over = f"{sent.total / lora[option.placement, option.qlora] - 1:+.1%}"
+        rows.append([option.placement, weights, METHOD_NAMES[option.method], *sizes, over])
+    header = ["", "weights", "", "forward", "backward", "gradients", "update", "total", "over LoRA"]
+    return f"Communication: {name} that each of {plan.settings.gpus} devices sends in a step\n\n{markdown_table(header, rows)}"
 
 
 def _fitting(plan: Plan) -> str:
@@ -115,13 +134,26 @@ def _notes(plan: Plan) -> str:
     ]
     if settings.gpus > 1:
         notes.append(
-            "FSDP (full shard): whole at a time are two decoder layers and all that lies outside of them. ZeRO-3: whole are at "
-            "most 10^9 parameters (stage3_max_live_parameters). Both are arithmetic, not measured; the README's limits say what was run. One device also stands for each "
-            "of several under DDP."
+            "FSDP (FSDP2, full shard): whole at a time are two decoder layers, or one and the lm_head, and what lies outside of both. "
+            "ZeRO-3: whole are at most 10^9 parameters (stage3_max_live_parameters). ZeRO-2 divides gradients and optimizer states. "
+            "DeepSpeed's buckets (reduce_bucket_size) are not counted. All of it is arithmetic, that of FSDP compared with the "
+            "collectives of simulated steps; the README's limits say what was run."
+        )
+        notes.append(
+            "Communication: rings, a forward and a backward pass and an update; neither the batch nor gradient checkpointing changes "
+            "it. forward and backward: parameters are gathered; gradients: they are summed; update: updated parameters are gathered. "
+            "Adapters and gradients in fp32. ZeRO-3 sends at most this, since it keeps what it needs again soon."
+        )
+        notes.append(
+            "Heads that FSDP (decoder_layer) or ZeRO-3 divides compute all tokens, and keep their activations until the backward pass."
         )
     notes.append(
         "QLoRA: linear layers in NF4 with double quantisation, 0.516 bytes a weight; embeddings, lm_head, norms and heads in "
-        f"{settings.dtype}; working weights: the largest matrix, dequantised. Arithmetic, not "
-        "measured; peft-caft does not support CAFT on a quantised model yet, and makes no decoder_layer heads of one."
+        f"{settings.dtype}; working weights: the largest matrix, dequantised. Arithmetic, not measured."
+        + (
+            " FSDP and ZeRO-3 divide packed weights only if bnb_4bit_quant_storage is a floating-point dtype, and never their constants."
+            if settings.gpus > 1
+            else ""
+        )
     )
     return "Notes\n\n" + "\n".join(f"- {note}" for note in notes)

@@ -91,6 +91,7 @@ def simulate_step(
     gradient_checkpointing: bool = False,
     autocast: bool = False,
     device: str = "cuda",
+    sharded_heads: bool = False,
 ) -> StepMemory:
     """Simulate forward and backward pass of a training step, when gradients are there already (accumulation).
 
@@ -100,6 +101,8 @@ def simulate_step(
         gradient_checkpointing: keep the layers' inputs alone and run each layer once more in the backward pass.
         autocast: in bfloat16, as ``TrainingArguments(bf16=True)`` does.
         device: ``"cuda"`` or ``"cpu"``, on which the size of a chunk of logits depends.
+        sharded_heads: as where an engine divides the heads' parameters (`sharding.is_sharded`): heads then compute all tokens, and
+            keep what their backward pass needs until the base model's.
     """
     base = model.get_base_model()
     with warnings.catch_warnings():
@@ -111,6 +114,9 @@ def simulate_step(
     phase = _Phase(Backbone.of(base), isinstance(model.base_model, CAFTModel))
     simulation = Simulation(phase.kind_of)
     simulation.take_over(model)
+    if sharded_heads and isinstance(model.base_model, CAFTModel):
+        for parameter in model.base_model.auxiliary_heads.parameters():
+            parameter.ds_id = None  # DeepSpeed's mark
     precision = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     with phase.followed(), _chunks_as_on(device), simulation:
         with precision:
