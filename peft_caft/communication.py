@@ -12,6 +12,7 @@ the batch. Assumptions:
   nothing needs it) are gathered again in the backward pass, with and without gradient checkpointing, which computes a layer again
   while it is whole. Embedding and lm_head that share a weight are one unit, gathered once. Each parameter is cut along its first
   dimension, and filled up to a multiple of N: a LoRA of rank r < N is sent as one of rank N. Gradients are summed in parts.
+  Not counted: in GPT-2, and where else accelerate finds the final norm, that is in the lm_head's unit, which CAFT gathers again.
 - ZeRO-3: every parameter is gathered forward, and all but the embedding backward; the lm_head once more for the losses of CAFT,
   which need it outside of its module. That is the most: DeepSpeed keeps what it needs again within 10^9 parameters
   (``stage3_max_reuse_distance``), which is also why checkpointing adds nothing, and small parameters are not divided.

@@ -78,15 +78,18 @@ def _memory(plan: Plan) -> list[str]:
 def _communication(plan: Plan) -> str:
     """What each device sends, which gradient checkpointing does not change, and what CAFT adds to LoRA's."""
     options = [option for option in plan.options if not option.gradient_checkpointing]
-    unit, name, digits = (GB, "GB", 3) if max(o.communication.total for o in options) >= GB else (MB, "MB", 3)
-    lora = {(o.placement, o.qlora): o.communication.total for o in options if o.method == "lora"}
+    unit, name = (GB, "GB") if max(o.communication.total for o in options) >= GB else (MB, "MB")
+    totals = {(o.placement, o.qlora, o.method): o.communication.total for o in options}
     rows = []
     for option in options:
-        sent = option.communication
-        sizes = [f"{size / unit:,.{digits}f}" for size in (*asdict(sent).values(), sent.total)]
-        weights = "QLoRA" if option.qlora else plan.settings.dtype
-        over = f"{sent.total / lora[option.placement, option.qlora] - 1:+.1%}"
-        rows.append([option.placement, weights, METHOD_NAMES[option.method], *sizes, over])
+        sent, (place, method) = option.communication, (option.placement, option.method)
+        either = totals[place, False, method] == totals[place, True, method]
+        if either and option.qlora:
+            continue
+        sizes = [f"{size / unit:,.3f}" for size in (*asdict(sent).values(), sent.total)]
+        weights = "either" if either else "QLoRA" if option.qlora else plan.settings.dtype
+        over = f"{sent.total / totals[place, option.qlora, 'lora'] - 1:+.1%}"
+        rows.append([place, weights, METHOD_NAMES[method], *sizes, over])
     header = ["", "weights", "", "forward", "backward", "gradients", "update", "total", "over LoRA"]
     return f"Communication: {name} that each of {plan.settings.gpus} devices sends in a step\n\n{markdown_table(header, rows)}"
 

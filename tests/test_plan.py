@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import plan_check
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from peft_caft import CAFTModel
 from peft_caft.cli import app
+from peft_caft.communication import Communication
 from peft_caft.live_memory import LiveMemory, Simulation
 from peft_caft.memory import NF4_BYTES, ModelBytes, device_memory
 from peft_caft.plan import METHODS, Option, PlanSettings, plan
@@ -172,11 +174,14 @@ def test_parameters_of_a_llama_by_hand():
     assert lora.heads == lora.dequantised == 0
     assert lora.outside == 2 * (2 * unembedding + 256)
     assert lora.largest_layer == 2 * (layer + 2 * 256) + 4 * adapter / 4
+    assert lora.embedding == lora.lm_head == 2 * unembedding
+    assert lora.head_layer == lora.constants == 0
     residual, decoder = model_bytes(SMALL, "residual"), model_bytes(SMALL, "decoder_layer")
     assert residual.heads == 2 * 4 * 256**2
     assert residual.outside == lora.outside + residual.heads
     assert decoder.heads == 2 * 4 * (layer + 2 * 256)
     assert decoder.outside == lora.outside
+    assert decoder.head_layer == 2 * (layer + 2 * 256)
     # QLoRA: the linear layers alone, in 0.516 bytes a weight.
     assert pytest.approx(0.516, abs=1e-3) == NF4_BYTES
     quantised = model_bytes(SMALL, "decoder_layer", quantised=True)
@@ -208,8 +213,39 @@ def test_sharding_divides_parameters_and_optimizer_but_no_activations(placement)
     assert whole.total == model.base + 4 * model.adapter + model.heads + 60
     # Something is whole for a moment: two layers and what is outside of layers, or all while that is little.
     everything = model.base + model.adapter + model.heads
-    gathered = {"FSDP": model.outside + 2 * model.largest_layer, "ZeRO-3": everything}
+    unembedding = 2 * 8192 * 256
+    assert model.outside == 2 * unembedding + 2 * 256
+    gathered = {"FSDP": 2 * 256 + unembedding + 2 * model.head_layer, "ZeRO-3": everything}
     assert divided.working_weights == gathered[placement]
+
+
+def test_ddp_divides_nothing_and_zero_2_gradients_and_optimizer():
+    model, step = model_bytes(SMALL, "residual"), StepMemory(activations=10, head_activations=20, loss=30)
+    alone, ddp, zero_2 = (device_memory(model, step, place, gpus=8) for place in ("one device", "DDP", "ZeRO-2"))
+    assert replace(ddp, gradients=alone.gradients) == alone
+    assert ddp.gradients == 2 * alone.gradients  # buckets
+    assert replace(zero_2, gradients=alone.gradients, optimizer=alone.optimizer) == alone
+    assert (8 * zero_2.gradients, 8 * zero_2.optimizer) == (alone.gradients, alone.optimizer)
+
+
+def test_constants_of_4_bit_weights_are_whole_on_every_device():
+    model = model_bytes(SMALL, quantised=True)
+    assert model.constants == pytest.approx(4 * 256 * (256 * 2 + 128 * 2 + 3 * 688) * (NF4_BYTES - 0.5))
+    weights = device_memory(model, StepMemory(), "FSDP", gpus=8).weights
+    assert weights == pytest.approx((model.base - model.constants) / 8 + model.constants)
+
+
+def test_heads_that_are_divided_keep_their_activations():
+    planned = {
+        divided: simulate_step(
+            model_on_meta(SMALL, SETTINGS.peft_config("decoder_layer"), torch.bfloat16),
+            BATCH,
+            True,
+            sharded_heads=divided,
+        )
+        for divided in (False, True)
+    }
+    assert planned[True].head_activations > 2 * planned[False].head_activations
 
 
 def test_zero_3_keeps_a_thousand_million_parameters_whole_at_most():
@@ -241,17 +277,19 @@ def test_the_command_prints_parameters_operations_memory_and_what_fits(folder, t
     arguments = ["--model", folder, "--tokens", "32", "--gpus", "4", "--gpu-memory", "0.6", "--json", str(path)]
     output = run(*arguments)
     assert "LlamaForCausalLM: 3 layers, hidden size 32, vocabulary 97" in output
-    for title in ("One device, bfloat16", "FSDP over 4 devices, QLoRA (NF4)", "ZeRO-3 over 4 devices, bfloat16"):
+    for title in ("DDP on 4 devices, bfloat16", "FSDP on 4 devices, QLoRA (NF4)", "ZeRO-3 on 4 devices, bfloat16"):
         assert f"{title}: MiB on each device" in output
+    assert "Communication: MB that each of 4 devices sends in a step" in output
     for text in ("| base model ", "| 4 decoder_layer heads ", "GFLOP/token", "working weights", "Notes"):
         assert text in output
-    assert "LoRA (one device, 0.00 GiB) fits 0.6 GiB." in output
+    assert "LoRA (DDP, 0.00 GiB) fits 0.6 GiB." in output
     record = json.loads(path.read_text())
     assert record["settings"]["gpus"] == 4
     assert record["parameters"]["base"] == AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_LIKE)).num_parameters()
-    assert len(record["options"]) == 3 * 2 * 2 * 3  # methods, checkpointing, QLoRA, placements
+    assert len(record["options"]) == 3 * 2 * 2 * 4  # methods, checkpointing, QLoRA, placements
     for option in record["options"]:
-        assert option["memory"]["total"] == sum(v for part, v in option["memory"].items() if part != "total")
+        for quantity in ("memory", "communication"):
+            assert option[quantity]["total"] == sum(v for part, v in option[quantity].items() if part != "total") > 0
         assert option["fits"]
     lora, residual, *_ = record["costs"]
     assert lora["over_lora"] == 0
@@ -261,7 +299,8 @@ def test_the_command_prints_parameters_operations_memory_and_what_fits(folder, t
 def test_one_device_needs_no_sharding_and_a_config_file_is_enough(folder):
     output = run("--model", str(Path(folder, "config.json")), "--tokens", "32", "--dtype", "float32")
     assert "One device, float32" in output
-    assert "FSDP over" not in output
+    assert "FSDP on" not in output
+    assert "Communication" not in output
     assert "--gpu-memory marks what fits." in output
 
 
@@ -274,7 +313,7 @@ def test_what_does_not_fit_is_said_with_a_way_out(folder):
 
 def test_fitting_leaves_room_for_cuda_and_the_allocator():
     step = StepMemory(activations=20 * 2**30)
-    option = Option("lora", "one device", False, False, device_memory(model_bytes(SMALL), step))
+    option = Option("lora", "one device", False, False, device_memory(model_bytes(SMALL), step), Communication())
     assert option.fits(24)
     assert not option.fits(21)
 
