@@ -26,11 +26,12 @@ accelerate_wraps_so = pytest.mark.skipif(
     Version(version("accelerate")) < Version("1.15"),
     reason="accelerate 1.15 gives embedding and lm_head units of their own",
 )
+LAYERS, HEADS = 3, 2
 SIZES = {
     "vocab_size": 4096,
     "hidden_size": 256,
     "intermediate_size": 688,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
@@ -45,7 +46,9 @@ RANK = 8
 
 
 def model(method: str, name: str = "llama", r: int = RANK) -> PeftModel:
-    return model_on_meta(MODELS[name], PlanSettings(model="", r=r).peft_config(method), torch.bfloat16)
+    return model_on_meta(
+        MODELS[name], PlanSettings(model="", r=r, num_auxiliary_heads=HEADS).peft_config(method), torch.bfloat16
+    )
 
 
 @cache
@@ -149,26 +152,26 @@ UNEMBEDDING, NORM = 2 * 4096 * 256, 2 * 256
 
 def test_parts_of_a_llama_by_hand():
     lora, residual, decoder = (Gathered.of(model(method)) for method in METHODS)
-    assert lora == Gathered(3 * (LAYER + ADAPTER), 0, UNEMBEDDING, UNEMBEDDING, NORM, 3 * ADAPTER)
-    assert residual.rest == NORM + 4 * 2 * 256**2
-    assert (residual.head_layers, decoder.head_layers) == (0, 4 * LAYER)
+    assert lora == Gathered(LAYERS * (LAYER + ADAPTER), 0, UNEMBEDDING, UNEMBEDDING, NORM, LAYERS * ADAPTER)
+    assert residual.rest == NORM + HEADS * 2 * 256**2
+    assert (residual.head_layers, decoder.head_layers) == (0, HEADS * LAYER)
     assert decoder.rest == lora.rest
     tied = Gathered.of(model("lora", "tied llama"))
     assert (tied.embedding, tied.lm_head) == (0, UNEMBEDDING)
     packed = Gathered.of(model("decoder_layer"), quantised=True)
     in_4_bits = LAYER / 2 - 2 * 256
-    assert packed.layers == 3 * (in_4_bits * NF4_PACKED + 2 * 2 * 256 + ADAPTER)
+    assert packed.layers == LAYERS * (in_4_bits * NF4_PACKED + 2 * 2 * 256 + ADAPTER)
     assert packed.head_layers == decoder.head_layers  # heads are not quantised
     filled = Gathered.of(model("lora", r=2), shards=8)
     inputs = 4 * 256 + 2 * 256 + 688  # of q, k, v, o, of gate and up, of down; the outputs are multiples of 8
-    assert filled.trained - Gathered.of(model("lora", r=2)).trained == 3 * 4 * (8 - 2) * inputs
+    assert filled.trained - Gathered.of(model("lora", r=2)).trained == LAYERS * 4 * (8 - 2) * inputs
 
 
 def test_every_placement_by_hand():
     lora, residual, decoder = (
         {place: communication(model(method), place, 4) for place in PLACEMENTS} for method in METHODS
     )
-    layers, trained = 3 * (LAYER + ADAPTER), 3 * ADAPTER
+    layers, trained = LAYERS * (LAYER + ADAPTER), LAYERS * ADAPTER
     everything = layers + 2 * UNEMBEDDING + NORM
     require_equal(lora["one device"], Communication())
     require_equal(lora["DDP"], Communication(gradients=1.5 * trained))
@@ -178,7 +181,7 @@ def test_every_placement_by_hand():
     for place in ("one device", "DDP", "ZeRO-2"):
         assert lora[place] == residual[place] == decoder[place]
     # The root is gathered once by FSDP; ZeRO-3 gathers the lm_head once more for CAFT.
-    heads = {"residual": 4 * 2 * 256**2, "decoder_layer": 4 * LAYER}
+    heads = {"residual": HEADS * 2 * 256**2, "decoder_layer": HEADS * LAYER}
     assert residual["FSDP"].total - lora["FSDP"].total == 0.75 * heads["residual"]
     assert decoder["FSDP"].total - lora["FSDP"].total == 0.75 * 2 * heads["decoder_layer"]
     for method, caft in (("residual", residual), ("decoder_layer", decoder)):
