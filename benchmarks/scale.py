@@ -170,8 +170,8 @@ def page(plans: dict[str, Plan], checked: list[tuple[list[str], float]]) -> str:
         f"{settings.supervised:.0%} of them supervised; {settings.dtype}, n = {settings.num_auxiliary_heads + 1}, frozen heads, LoRA "
         f"r = {settings.r} on all linear maps, adapter in fp32, AdamW. Operations and tensors of a step are simulated without data "
         "(`peft-caft plan`); sizes of parameters and of what travels are counted (`peft_caft/memory.py`, "
-        "`peft_caft/communication.py`, where the assumptions are). On a CPU, where steps of smaller models can be run, planned "
-        "activations are those measured ([figures](plan_check/table.md)).",
+        "`peft_caft/communication.py`, where the assumptions are). Steps of smaller models were run on a CPU, and their memory compared "
+        "with what is planned ([figures](plan_check/table.md)).",
         f"{made['machine']}; {listed(made['versions'])}; commit {(made['git_commit'] or 'none')[:9]}; "
         f"{datetime.datetime.now(datetime.timezone.utc).date()}.",
         f"    {made['command']}",
@@ -185,9 +185,9 @@ def page(plans: dict[str, Plan], checked: list[tuple[list[str], float]]) -> str:
     for name, found in plans.items():
         counts = found.parameters
         parts.append(
-            f"### {name}\n\nBase model {counts['base'] / 1e9:.2f}, adapter {counts['adapter'] / 1e9:.3f}, residual heads "
-            f"{counts['residual_heads'] / 1e9:.2f}, decoder_layer heads {counts['decoder_layer_heads'] / 1e9:.2f} thousand million "
-            f"parameters.\n\n{memory_table(found)}"
+            f"### {name}\n\nParameters, 10^9: base model {counts['base'] / 1e9:.2f}, adapter {counts['adapter'] / 1e9:.3f}, residual "
+            f"heads {counts['residual_heads'] / 1e9:.2f}, decoder_layer heads {counts['decoder_layer_heads'] / 1e9:.2f}."
+            f"\n\n{memory_table(found)}"
         )
     parts += [
         "## Communication: GB that each GPU sends in a step",

@@ -12,8 +12,8 @@ Assumptions, all about parameters:
   is a unit, also as a head, and of these two are whole at a time in the backward pass, since the next one is fetched early. The
   lm_head is while the losses and heads are differentiated, or all the time if it is also the embedding; what else lies in no
   layer, with residual heads, all the time; an embedding of its own is not (accelerate 1.15).
-- ZeRO-3: divided in the same way; DeepSpeed keeps parameters whole until 10^9 are (``stage3_max_live_parameters``). Its buckets
-  are not counted (``reduce_bucket_size``).
+- ZeRO-3: divided in the same way; DeepSpeed keeps parameters whole until 10^9 are (``stage3_max_live_parameters``). The losses of
+  CAFT have a copy of the lm_head besides. DeepSpeed's buckets are not counted (``reduce_bucket_size``).
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class ModelBytes:
                 layers = max(layers - self.lm_head, self.largest_layer)
             return self.outside - self.embedding + max(layers, 2 * self.head_layer)
         if placement == "ZeRO-3":
-            return min(self.base + self.adapter + self.heads, ZERO3_LIVE_PARAMETERS * self.per_weight)
+            live = min(self.base + self.adapter + self.heads, ZERO3_LIVE_PARAMETERS * self.per_weight)
+            return live + (self.lm_head if self.heads else 0.0)
         return 0.0
 
 
