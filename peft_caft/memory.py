@@ -13,7 +13,8 @@ Assumptions, all about parameters:
   lm_head is while the losses and heads are differentiated, or all the time if it is also the embedding; what else lies in no
   layer, with residual heads, all the time; an embedding of its own is not (accelerate 1.15).
 - ZeRO-3: divided in the same way; DeepSpeed keeps parameters whole until 10^9 are (``stage3_max_live_parameters``). The losses of
-  CAFT have a copy of the lm_head besides. DeepSpeed's buckets are not counted (``reduce_bucket_size``).
+  CAFT have a copy of the lm_head besides. Small parameters, which it does not divide, are counted as if it did
+  (``stage3_param_persistence_threshold``); its buckets are not counted (``reduce_bucket_size``).
 """
 
 from __future__ import annotations
