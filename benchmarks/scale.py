@@ -2,8 +2,9 @@
 
     python benchmarks/scale.py
 
-writes ``SCALE.md`` and ``scale.png`` beside this file, in ten minutes. The figures are those of `peft-caft plan`. For FSDP2 a step is also run with torch's and accelerate's code under a fake process group (`simulated_fsdp`), and what its
-collectives send and its devices keep is compared with the arithmetic; the script fails where they differ by more than `CLAIM`.
+writes ``SCALE.md`` and ``scale.png`` beside this file, in ten minutes. The figures are those of `peft-caft plan`. For FSDP2 a step is
+also run with torch's and accelerate's code under a fake process group (`simulated_fsdp`), and what its collectives send and its
+devices keep is compared with the arithmetic; the script fails where they differ by more than `CLAIM`.
 """
 
 from __future__ import annotations
