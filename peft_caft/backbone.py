@@ -139,14 +139,13 @@ class Backbone:
         return self.lm_head.weight.shape[0]
 
     def unembedding(self) -> Unembedding:
-        """The lm_head as a constant, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits.
+        """The lm_head, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits; a constant unless it is trained.
 
         Under autocast in its dtype: made once for all heads, since a cast is a copy of the weight.
         """
-        bias = getattr(self.lm_head, "bias", None)
         return Unembedding(
-            weight=self.lm_head.weight.detach(),
-            bias=None if bias is None else bias.detach(),
+            weight=self.lm_head.weight,
+            bias=getattr(self.lm_head, "bias", None),
             scale=self.logit_scale,
             softcap=self.logit_softcap,
         ).in_compute_dtype(self.lm_head.weight.device.type)

@@ -15,9 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from .atomic import filling
 from .callback import TRAINED_HEADS_NAME, CAFTCallback
-from .config import CAFTConfig, require_choice
+from .config import CAFTConfig
 from .data import collator, encode, file_sha256, read_jsonl
 from .heads import AuxiliaryHeads
+from .objective_config import require_choice
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder, random_states
 from .sharding import copy_into

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.config import HEAD_TYPES
+from peft_caft.objective_config import HEAD_TYPES
 
 from . import architectures
 from .architectures import ARCHITECTURES, TARGETS, attentions_of

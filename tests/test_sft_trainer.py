@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from peft_caft import AuxiliaryHeads, CAFTCallback, CAFTConfig
-from peft_caft.config import HEAD_TYPES
+from peft_caft import AuxiliaryHeads, CAFTCallback, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
 from peft_caft.data import collator, encode, read_jsonl
+from peft_caft.objective_config import HEAD_TYPES
 
 from .architectures import MIXTURE
 from .test_trainer import largest_difference, trainable
@@ -103,6 +103,28 @@ def test_sft_trainer_equals_trainer(head_type, train_heads, accumulation, tmp_pa
         # What TRL logs is the mean of log-probabilities, which are the model's own; the auxiliary loss stands beside it.
         auxiliary = 0.5 * theirs["caft/gamma"] * theirs["caft/aux_loss"]
         assert ours["loss"] + auxiliary == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def full_model(**fields):
+    config = FullFineTuningConfig(aux_loss_weight=0.5, **fields)
+    with pytest.warns(UserWarning, match="FullFineTuningConfig.heads is None"):
+        return prepare_full_fine_tuning(tiny_llama(tie_word_embeddings=True), config)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["fp32", "TRL's defaults"]
+)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_full_fine_tuning_equals_that_of_trainer(head_type, changes, tmp_path):
+    models = [full_model(head_type=head_type) for _ in range(2)]
+    trained_by_trainer(models[0], tmp_path, **changes)
+    trainer = sft_trainer(models[1], tmp_path, rows_of_ids(tmp_path), **changes)
+    trainer.train()
+    expected, got = (trainable(model) for model in models)
+    # TRL computes the model's own log-probabilities in its own way, which in bf16 is another rounding.
+    assert largest_difference(got, expected) < (1e-3 if changes else 1e-6)
+    assert largest_difference(got, trainable(full_model(head_type=head_type))) > 1e-2
+    assert {"caft/gamma", "caft/loss_head_2"} <= trainer.state.log_history[0].keys()
 
 
 def test_without_the_auxiliary_loss_it_trains_otherwise(tmp_path):
