@@ -93,7 +93,7 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
     def _active_config(self) -> FullFineTuningConfig:
         return self.config
 
-    def _heads_for_training(self) -> AuxiliaryHeads:
+    def heads_for_training(self) -> AuxiliaryHeads:
         return self.auxiliary_heads
 
     def _output_is_the_base_models(self) -> bool:

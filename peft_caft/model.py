@@ -161,7 +161,7 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
             and not any(m.disable_adapters for m in self.model.modules() if isinstance(m, BaseTunerLayer))
         )
 
-    def _heads_for_training(self) -> AuxiliaryHeads:
+    def heads_for_training(self) -> AuxiliaryHeads:
         name = self.active_adapters[0]
         if name not in self.auxiliary_heads:
             raise ValueError(

@@ -38,7 +38,7 @@ class AuxiliaryObjective:
         training: bool
 
         def _active_config(self) -> ObjectiveConfig: ...
-        def _heads_for_training(self) -> AuxiliaryHeads: ...
+        def heads_for_training(self) -> AuxiliaryHeads: ...
         def _output_is_the_base_models(self) -> bool: ...
 
     def _begin_objective(self) -> None:
@@ -104,7 +104,7 @@ class AuxiliaryObjective:
         if kwargs.get("labels") is None:
             return None
         config = self._active_config()
-        heads = self._heads_for_training()
+        heads = self.heads_for_training()
         self._progress.begin_forward(config)
         self._update_gamma(config)
         if config.aux_loss_weight == 0:
