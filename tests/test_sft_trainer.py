@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_caft import AuxiliaryHeads, CAFTCallback, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
@@ -154,64 +154,6 @@ def test_evaluation_loss_is_that_of_lora(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-# Rows of several documents.
-
-
-class Batches(TrainerCallback):
-    """Keeps the gradients of the first step."""
-
-    def __init__(self) -> None:
-        self.gradients: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not self.gradients:
-            self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def documents(count: int = 4) -> list[dict]:
-    """Of different lengths, some shorter than the heads look ahead."""
-    tokenizer = tiny_tokenizer()
-    texts = ["".join(WORDS[: index + 1]) for index in range(count - 1)] + ["a"]
-    return [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
-
-
-def first_gradients(tmp_path: Path, rows: list[dict], attention: str, head_type: str, **changes) -> dict:
-    seen = Batches()
-    model = caft_model(tiny_llama(attn_implementation=attention), head_type=head_type, aux_loss_schedule="constant")
-    trainer = sft_trainer(model, tmp_path, rows, callbacks=(CAFTCallback, lambda: seen), max_steps=1, **changes)
-    trainer.train()
-    return seen.gradients
-
-
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize(
-    "together",
-    [
-        {"padding_free": True, "max_length": None, "per_device_train_batch_size": 4},
-        {"packing": True, "packing_strategy": "bfd", "max_length": 120, "per_device_train_batch_size": 1},
-        {"packing": True, "packing_strategy": "bfd_split", "max_length": 120, "per_device_train_batch_size": 1},
-    ],
-    ids=["padding-free", "bfd", "bfd_split"],
-)
-@pytest.mark.filterwarnings("ignore:.*[Pp]adding-free:UserWarning")
-def test_documents_in_one_row_train_as_in_rows_of_their_own(together, attention, head_type, tmp_path):
-    apart = first_gradients(tmp_path, documents(), attention, head_type, per_device_train_batch_size=4)
-    got = first_gradients(tmp_path, documents(), attention, head_type, **together)
-    assert apart.keys() == got.keys()
-    for name, gradient in apart.items():
-        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
-
-
-def test_wrapped_rows_train_as_one_text(tmp_path):
-    """Wrapped packing cuts a stream of tokens: its next-token loss does not know the documents, so neither do the heads."""
-    stream = [token for row in documents() for token in row["input_ids"]]
-    one = first_gradients(tmp_path, [{"input_ids": stream}], "sdpa", "residual", per_device_train_batch_size=1)
-    wrapped = {"packing": True, "packing_strategy": "wrapped", "max_length": len(stream), "shuffle_dataset": False}
-    got = first_gradients(tmp_path, documents(), "sdpa", "residual", per_device_train_batch_size=1, **wrapped)
-    assert largest_difference(got, one) < 1e-6
-
-
 # What is trained on.
 
 
@@ -257,18 +199,6 @@ def test_completion_only_loss(tmp_path):
         counts.append(supervised_by(trainer))
         assert trainer.state.log_history[0]["caft/loss_head_3"] > 0
     assert 0 < counts[1] < counts[0]
-
-
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_defaults_of_trl(head_type, tmp_path):
-    """bf16 autocast and gradient checkpointing are on; the result is that of fp32 but for rounding."""
-    changes = {"bf16": True, "gradient_checkpointing": True}
-    exact, got = caft_model(head_type=head_type), caft_model(head_type=head_type)
-    sft_trainer(exact, tmp_path, rows_of_ids(tmp_path)).train()
-    sft_trainer(got, tmp_path, rows_of_ids(tmp_path), **changes).train()
-    start = trainable(caft_model(head_type=head_type))
-    moved = largest_difference(trainable(exact), start)
-    assert largest_difference(trainable(got), trainable(exact)) < 0.1 * moved
 
 
 # What is not CAFT's objective is refused.
