@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 from peft_caft import AuxiliaryHeads, CAFTCallback, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
 from peft_caft.data import collator, encode, read_jsonl
@@ -22,6 +21,7 @@ from .test_trainer import largest_difference, trainable
 from .tiny_checkpoint import WORDS, save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
 from .tiny_models import LLAMA_LIKE
 
+trl = pytest.importorskip("trl", reason="needs Python 3.11")
 pytestmark = pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None")
 SETTINGS = {
     "learning_rate": 0.1,
@@ -71,10 +71,10 @@ def trained_by_trainer(model, tmp_path: Path, **changes) -> Trainer:
     return trainer
 
 
-def sft_trainer(model, tmp_path: Path, rows, callbacks=(CAFTCallback,), tokenizer=None, **changes) -> SFTTrainer:
+def sft_trainer(model, tmp_path: Path, rows, callbacks=(CAFTCallback,), tokenizer=None, **changes) -> trl.SFTTrainer:
     peft_config = changes.pop("peft_config", None)
-    args = SFTConfig(str(tmp_path / "sft"), **SETTINGS | LIKE_TRAINER | changes)
-    return SFTTrainer(
+    args = trl.SFTConfig(str(tmp_path / "sft"), **SETTINGS | LIKE_TRAINER | changes)
+    return trl.SFTTrainer(
         model,
         args,
         train_dataset=Dataset.from_list(rows),
@@ -145,11 +145,13 @@ def test_configuration_is_enough(tmp_path):
 
 
 def test_evaluation_loss_is_that_of_lora(tmp_path):
-    args = SFTConfig(str(tmp_path), **SETTINGS | LIKE_TRAINER)
+    args = trl.SFTConfig(str(tmp_path), **SETTINGS | LIKE_TRAINER)
     losses = []
     for make in (caft_model, lambda: get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear"))):
         rows = Dataset.from_list(rows_of_ids(tmp_path))
-        trainer = SFTTrainer(make(), args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer())
+        trainer = trl.SFTTrainer(
+            make(), args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer()
+        )
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
@@ -169,7 +171,7 @@ def chats() -> list[dict]:
     ]
 
 
-def supervised_by(trainer: SFTTrainer) -> int:
+def supervised_by(trainer: trl.SFTTrainer) -> int:
     counted = []
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: counted.append(int((kwargs["labels"][:, 1:] != -100).sum())), with_kwargs=True

@@ -18,7 +18,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
 
 from peft_caft import CAFTCallback, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
 from peft_caft.callback import objective_of
@@ -28,6 +27,7 @@ from peft_caft.objective_config import HEAD_TYPES
 from .reference import reference_loss
 from .tiny_checkpoint import WORDS, tiny_llama, tiny_tokenizer
 
+trl = pytest.importorskip("trl", reason="needs Python 3.11")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*heads is None:UserWarning", "ignore:.*[Pp]adding-free:UserWarning", "ignore:.*packing:UserWarning"
 )
@@ -59,10 +59,10 @@ PRECISIONS = {
 }
 TRAINERS = {
     "`Trainer`": (Trainer, "LoRA"),
-    "`SFTTrainer`": (SFTTrainer, "LoRA"),
-    "`SFTTrainer(peft_config=...)`": (SFTTrainer, "peft_config"),
+    "`SFTTrainer`": (trl.SFTTrainer, "LoRA"),
+    "`SFTTrainer(peft_config=...)`": (trl.SFTTrainer, "peft_config"),
     "`Trainer`, full fine-tuning": (Trainer, "full"),
-    "`SFTTrainer`, full fine-tuning": (SFTTrainer, "full"),
+    "`SFTTrainer`, full fine-tuning": (trl.SFTTrainer, "full"),
 }
 FP32 = 1e-5  # largest relative error of the whole gradient; in bf16 it is the rounding's
 TOLERANCE = {precision: FP32 if precision == "fp32" else 0.03 for precision in PRECISIONS}
@@ -147,9 +147,9 @@ def made(trainer: str, rows: str, base, precision: str, head_type: str, folder: 
         data = [{"input_ids": ids, "labels": ids} for ids in documents()]
         collate = collator(tiny_tokenizer()) if rows == "padded" else DataCollatorWithFlattening()
         return Trainer(model, args, train_dataset=data, data_collator=collate, callbacks=callbacks)
-    args = SFTConfig(str(folder), **options | ROWS[rows])
+    args = trl.SFTConfig(str(folder), **options | ROWS[rows])
     data = Dataset.from_list([{"input_ids": ids} for ids in documents()])
-    return SFTTrainer(
+    return trl.SFTTrainer(
         model,
         args,
         train_dataset=data,
