@@ -82,6 +82,7 @@ class Backbone:
     logit_scale: float
     logit_softcap: float | None
     verified: bool = False
+    shift_verified: bool = False
     logits_needed: bool = False  # seen at the first pass without logits
     layers_return_tuples: bool = False  # seen at the first captured pass
 

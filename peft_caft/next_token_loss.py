@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
@@ -89,6 +89,8 @@ def next_token_pass(
     supervised = int(supervised_count(kwargs["labels"]))
     if supervised == 0:  # the mean over no tokens; a zero that hangs on the graph leaves every gradient 0
         loss = logits[:1, :1].float().sum() * 0.0
+    elif not backbone.shift_verified:
+        _refuse_shifted_labels(backbone, loss, logits, kwargs["labels"])
     return NextToken(outputs, records[-1], loss, supervised, _divisor(kwargs, supervised, loss.device), False)
 
 
@@ -136,6 +138,24 @@ def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -
     states = captured.last_hidden_state.flatten(0, 1)[rows]
     loss, _ = linear_cross_entropy(states, targets, backbone.unembedding(), weight.expand(len(rows)))
     return len(rows), divisor, loss * power_of_two
+
+
+@torch.no_grad()
+def _refuse_shifted_labels(backbone: Backbone, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Refuse, once, a model that takes its labels as shifted already, as XLNet does.
+
+    Raises:
+        TypeError: if its loss is the mean cross entropy between logits and labels of the same positions.
+    """
+    backbone.shift_verified = True
+    rows = zip(logits, labels.to(logits.device), strict=True)
+    total = sum(nn.functional.cross_entropy(row.float(), own, reduction="sum") for row, own in rows)
+    unshifted = total / (labels != IGNORE_INDEX).sum().to(logits.device)
+    if (loss - unshifted).abs() < 1e-4 * unshifted:
+        raise TypeError(
+            f"model: {type(backbone.model).__name__} compares logits with labels of the same position, expected a model that shifts "
+            "labels by one, as causal language models of transformers do. CAFT does not support it."
+        )
 
 
 def _divisor(kwargs: dict[str, Any], supervised: int, device: torch.device) -> Tensor:
