@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FLOOR := .venv-floor
+CEILING := .venv-ceiling
 QUANTISED := .venv-quantised
 AUTHORS := .venv-authors
 CONSTRAINTS := requirements/constraints.txt
@@ -19,7 +20,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-floor test-quantised lint format typecheck demo bench authors-fixtures clean check-python
+.PHONY: help setup test test-all test-floor test-ceiling test-quantised lint format typecheck demo bench authors-fixtures clean check-python
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +58,9 @@ typecheck: $(READY)  ## mypy
 test-floor: $(FLOOR)/.ready  ## the quick tests with the oldest supported versions, in .venv-floor
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 -m "not gpu and not slow" $(PYTEST_ARGS)
 
+test-ceiling: $(CEILING)/.ready  ## the same with the newest versions, in .venv-ceiling; with CUDA packages, so gigabytes
+	OMP_NUM_THREADS=1 $(CEILING)/bin/python -m pytest -n 2 -m "not gpu and not slow" $(PYTEST_ARGS)
+
 test-quantised: $(QUANTISED)/.ready  ## the tests on quantised base models, with bitsandbytes and others, in .venv-quantised
 	OMP_NUM_THREADS=1 $(QUANTISED)/bin/python -m pytest -n 2 $(PYTEST_ARGS) tests/test_quantised.py
 
@@ -64,7 +68,7 @@ authors-fixtures: $(AUTHORS)/.ready  ## make the heads in tests/authors_heads an
 	OMP_NUM_THREADS=1 $(AUTHORS)/bin/python tests/authors_heads/make.py
 
 clean:  ## remove the environments, the caches and everything built
-	rm -rf $(VENV) $(FLOOR) $(QUANTISED) $(AUTHORS) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) $(CEILING) $(QUANTISED) $(AUTHORS) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 check-python:
@@ -92,6 +96,9 @@ $(READY): pyproject.toml $(CONSTRAINTS) | check-python
 
 $(FLOOR)/.ready: pyproject.toml requirements/floor.txt | check-python
 	$(call install,$(FLOOR),requirements/floor.txt)
+
+$(CEILING)/.ready: pyproject.toml requirements/ceiling.txt | check-python
+	$(call install,$(CEILING),requirements/ceiling.txt)
 
 # Apart from .venv: PEFT imports bitsandbytes wherever it is installed, which takes time and writes to the terminal.
 $(QUANTISED)/.ready: pyproject.toml $(CONSTRAINTS) requirements/quantised.txt | check-python

@@ -82,6 +82,7 @@ class Backbone:
     logit_scale: float
     logit_softcap: float | None
     verified: bool = False
+    shift_verified: bool = False
     logits_needed: bool = False  # seen at the first pass without logits
     layers_return_tuples: bool = False  # seen at the first captured pass
 
@@ -139,14 +140,13 @@ class Backbone:
         return self.lm_head.weight.shape[0]
 
     def unembedding(self) -> Unembedding:
-        """The lm_head as a constant, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits.
+        """The lm_head, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits; a constant unless it is trained.
 
         Under autocast in its dtype: made once for all heads, since a cast is a copy of the weight.
         """
-        bias = getattr(self.lm_head, "bias", None)
         return Unembedding(
-            weight=self.lm_head.weight.detach(),
-            bias=None if bias is None else bias.detach(),
+            weight=self.lm_head.weight,
+            bias=getattr(self.lm_head, "bias", None),
             scale=self.logit_scale,
             softcap=self.logit_softcap,
         ).in_compute_dtype(self.lm_head.weight.device.type)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .atomic import replacing
-from .model import CAFTModel
+from .objective import AuxiliaryObjective
 from .sharding import copy_into, whole
 
 OLDEST_TRL = (1, 16)
@@ -36,21 +36,21 @@ class CAFTCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse_other_objectives(args)
-        trained = _trained_head_parameters(caft_model(kwargs["model"]))
+        trained = _trained_head_parameters(objective_of(kwargs["model"]))
         if state.global_step > 0 and trained:
             _restore(trained, _checkpoint(args, state) / TRAINED_HEADS_NAME)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = caft_model(kwargs["model"])
+        model = objective_of(kwargs["model"])
         model.set_training_progress(state.global_step, state.max_steps)
         self._computed_before = model._progress.computed
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = caft_model(kwargs["model"])
+        model = objective_of(kwargs["model"])
         if model._auxiliary_loss_enabled and model._progress.computed == self._computed_before:
             raise RuntimeError(
                 f"step {state.global_step} ended without an auxiliary loss, expected one in every training forward: "
@@ -63,7 +63,7 @@ class CAFTCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        caft_model(kwargs["model"]).forget_training_progress()  # the next run has a length of its own
+        objective_of(kwargs["model"]).forget_training_progress()  # the next run has a length of its own
 
     def on_log(
         self,
@@ -75,7 +75,7 @@ class CAFTCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        model = caft_model(kwargs["model"])
+        model = objective_of(kwargs["model"])
         losses = model._progress.recent.read(model._active_config().aux_loss_decay)
         metrics = {"gamma": float(model.gamma)} | losses
         metrics = {f"caft/{name}": value for name, value in metrics.items()}
@@ -83,7 +83,7 @@ class CAFTCallback(TrainerCallback):
         state.log_history[-1].update(metrics)  # Trainer.log has copied the logs there already
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trained = _trained_head_parameters(caft_model(kwargs["model"]))
+        trained = _trained_head_parameters(objective_of(kwargs["model"]))
         tensors = {name: whole(parameter.detach()).cpu().contiguous() for name, parameter in trained.items()}
         if trained and state.is_world_process_zero:
             with replacing(_checkpoint(args, state) / TRAINED_HEADS_NAME) as temporary:
@@ -106,22 +106,22 @@ def _refuse_other_objectives(args: TrainingArguments) -> None:
         )
 
 
-def caft_model(model: nn.Module) -> CAFTModel:
-    """The CAFT tuner inside a (wrapped) PEFT model.
+def objective_of(model: nn.Module) -> AuxiliaryObjective:
+    """The CAFT tuner inside a (wrapped) PEFT model, or what `prepare_full_fine_tuning` has attached to a model.
 
     Raises:
         TypeError: if there is none.
     """
     for module in model.modules():
-        if isinstance(module, CAFTModel):
+        if isinstance(module, AuxiliaryObjective):
             return module
     raise TypeError(
         f"model: got {type(model).__name__} without a CAFT adapter, expected one made by get_peft_model(model, "
-        "CAFTConfig(...)). Remove CAFTCallback to train another kind of model."
+        "CAFTConfig(...)), or by prepare_full_fine_tuning. Remove CAFTCallback to train another kind of model."
     )
 
 
-def _trained_head_parameters(model: CAFTModel) -> dict[str, Tensor]:
+def _trained_head_parameters(model: AuxiliaryObjective) -> dict[str, Tensor]:
     return {name: p for name, p in model.auxiliary_heads.named_parameters() if p.requires_grad}
 
 

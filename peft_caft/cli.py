@@ -43,7 +43,10 @@ def train_command(
     model: Model,
     data: Data,
     output: Output,
-    method: Annotated[Literal["caft", "lora"], typer.Option(help="With or without the auxiliary loss.")] = "caft",
+    method: Annotated[
+        Literal["caft", "lora", "caft_full", "full"],
+        typer.Option(help="LoRA with the auxiliary loss or without it; or all parameters, with it or without it."),
+    ] = "caft",
     heads: Annotated[
         str | None,
         typer.Option(help="Pretrained heads: folder or Hub id; unset makes fresh ones.", show_default=False),
@@ -56,6 +59,10 @@ def train_command(
     max_rows: MaxRows = None,
     max_length: MaxLength = 512,
     dtype: DType = "auto",
+    freeze_unembedding: Annotated[
+        bool,
+        typer.Option("--freeze-unembedding", help="With caft_full and full: leave the lm_head as it is."),
+    ] = False,
     r: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
     lora_alpha: Annotated[int, typer.Option(help="LoRA scale; updates weigh lora_alpha / r.")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="LoRA dropout probability.")] = 0.0,
@@ -76,9 +83,10 @@ def train_command(
     training_yaml: TrainingYaml = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Stage 2: fine-tune with CAFT, or with plain LoRA from the same seed and order of data.
+    """Stage 2: fine-tune with CAFT, or without it from the same seed and order of data.
 
-    Writes a plain LoRA adapter, which loads anywhere without this package.
+    Writes a plain LoRA adapter, or with caft_full and full a plain model, which loads anywhere without this package. Where all
+    parameters are trained, --dtype auto is float32 (add --bf16 true for autocast), and a smaller learning rate is usual.
     """
     from .fine_tuning import FineTuningSettings, fine_tune
     from .trainer_arguments import trainer_arguments
@@ -92,7 +100,7 @@ def train_command(
         typer.echo(
             f"Held-out next-token loss: {summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f} nats/token"
         )
-    typer.echo(f"Adapter written to {output}")
+    typer.echo(f"{'Model' if settings.trains_all else 'Adapter'} written to {output}")
 
 
 @app.command("merge")

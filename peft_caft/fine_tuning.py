@@ -1,27 +1,40 @@
-"""Stage 2 of CAFT, and plain LoRA beside it: fine-tune on a JSONL file, so that one setting makes the difference."""
+"""Stage 2 of CAFT, and the same without it: fine-tune on a JSONL file, so that one setting makes the difference."""
 
 from __future__ import annotations
 
 import copy
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from .atomic import filling
-from .callback import TRAINED_HEADS_NAME, CAFTCallback
-from .config import CAFTConfig, require_choice
+from .callback import TRAINED_HEADS_NAME, CAFTCallback, objective_of
+from .config import CAFTConfig
 from .data import collator, encode, file_sha256, read_jsonl
+from .full_fine_tuning import FullFineTuningConfig, prepare_full_fine_tuning
 from .heads import AuxiliaryHeads
+from .objective_config import ObjectiveConfig, require_choice
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder, random_states
-from .sharding import copy_into
+from .sharded_heads import gather
 from .trainer_arguments import training_settings
+
+METHODS = ("caft", "lora", "caft_full", "full")
 
 
 @dataclass
@@ -37,6 +50,7 @@ class FineTuningSettings:
     max_rows: int | None = None
     max_length: int = 512
     dtype: str = "auto"
+    freeze_unembedding: bool = False
     r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
@@ -50,9 +64,40 @@ class FineTuningSettings:
     train_heads: str = "frozen"
     aux_token_fraction: float = 1.0
 
-    def peft_config(self) -> LoraConfig:
+    def __post_init__(self) -> None:
+        require_choice("method", self.method, METHODS)
+        if self.freeze_unembedding and not self.trains_all:
+            raise ValueError(
+                f"freeze_unembedding: got true with method={self.method!r}, where the base model is frozen anyway; expected it with "
+                "'caft_full' or 'full' alone."
+            )
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        return self.method in ("caft", "caft_full")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all parameters of the base model are trained, and not LoRA adapters."""
+        return self.method in ("caft_full", "full")
+
+    @property
+    def loading_dtype(self) -> str:
+        """Updates of a whole model get lost in half precision."""
+        return "float32" if self.dtype == "auto" and self.trains_all else self.dtype
+
+    def prepare(self, model: PreTrainedModel) -> nn.Module:
+        """``model`` with what the method adds to it, ready for a Trainer."""
+        if not self.trains_all:
+            return get_peft_model(model, self._peft_config())
+        if self.method == "caft_full":
+            config = FullFineTuningConfig(**self._objective(), freeze_unembedding=self.freeze_unembedding)
+            return prepare_full_fine_tuning(model, config)
+        model.get_output_embeddings().requires_grad_(not self.freeze_unembedding)
+        return model
+
+    def _peft_config(self) -> LoraConfig:
         """The `CAFTConfig`, or the ``LoraConfig`` that differs from it in the auxiliary loss alone."""
-        require_choice("method", self.method, ("lora", "caft"))
         targets = self.target_modules if self.target_modules == "all-linear" else self.target_modules.split(",")
         lora: dict[str, Any] = {
             "r": self.r,
@@ -61,23 +106,15 @@ class FineTuningSettings:
             "target_modules": targets,
             "task_type": "CAUSAL_LM",
         }
-        if self.method == "lora":
-            return LoraConfig(**lora)
-        return CAFTConfig(
-            **lora,
-            heads=self.heads,
-            heads_revision=self.heads_revision,
-            num_auxiliary_heads=self.num_auxiliary_heads,
-            aux_loss_weight=self.aux_loss_weight,
-            aux_loss_decay=self.aux_loss_decay,
-            aux_loss_schedule=self.aux_loss_schedule,  # type: ignore[arg-type]
-            train_heads=self.train_heads,  # type: ignore[arg-type]
-            aux_token_fraction=self.aux_token_fraction,
-        )
+        return CAFTConfig(**lora, **self._objective()) if self.method == "caft" else LoraConfig(**lora)
+
+    def _objective(self) -> dict[str, Any]:
+        names = {field.name for field in fields(ObjectiveConfig)} & {field.name for field in fields(self)}
+        return {name: getattr(self, name) for name in names}
 
 
 def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
-    """Fine-tune and write a LoRA adapter to ``settings.output``; an interrupted run goes on at its last checkpoint.
+    """Fine-tune and write a LoRA adapter, or the whole model, to ``settings.output``; an interrupted run goes on.
 
     The same seed gives LoRA and CAFT the same initial adapter and the same order of data.
 
@@ -93,8 +130,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     Raises:
         FileExistsError, FileNotFoundError, ValueError, TypeError: as the message says.
     """
-    peft_config = settings.peft_config()
-    if settings.method == "caft" and args.label_smoothing_factor:
+    if settings.has_auxiliary_loss and args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0. With it Trainer keeps the labels "
             "from the model, which then cannot compute the auxiliary loss."
@@ -103,7 +139,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     eval_rows = read_jsonl(settings.eval_data, settings.eval_rows) if settings.eval_data else []
     folder = RunFolder(Path(settings.output))
     args.output_dir = str(folder.checkpoints)
-    has_trained_heads = settings.method == "caft" and settings.train_heads != "frozen"
+    has_trained_heads = settings.has_auxiliary_loss and settings.train_heads != "frozen"
     data_sha256 = file_sha256(settings.data)
     is_first = args.process_index == 0
     # Rows that were taken by other processes are other steps.
@@ -113,13 +149,13 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     if not is_first:
         disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.loading_dtype)
     data = encode(rows, tokenizer, settings.max_length, quiet=not is_first)
     if is_first:
         print(f"Training data: {data.describe()}")
     held_out = encode(eval_rows, tokenizer, settings.max_length, quiet=not is_first).rows if eval_rows else None
     set_seed(args.seed)
-    model = get_peft_model(model, peft_config)
+    model = settings.prepare(model)
     # Everything that was asked for is there and fits.
     with folder.held() if is_first else nullcontext():
         with args.main_process_first(local=False):
@@ -127,24 +163,25 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             resume_from = folder.begin(recorded, overwrite and is_first, needed)
         # Not by trainer.evaluate(): accelerate would take the model for wrapped then, and each process would train by itself.
         args.eval_on_start = held_out is not None and resume_from is None
-        trainable, _ = model.get_nb_trainable_parameters()
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = Trainer(
             model,
             args,
             train_dataset=data.rows,
             eval_dataset=held_out,
             data_collator=collator(tokenizer),
-            callbacks=[CAFTCallback()] if settings.method == "caft" else None,
+            callbacks=[CAFTCallback()] if settings.has_auxiliary_loss else None,
         )
-        heads = model.base_model.auxiliary_heads["default"] if has_trained_heads else None
-        if trainer.is_fsdp_enabled:
-            heads = copy.deepcopy(heads)  # which cannot be copied once its parameters are in several processes
+        trained_heads = objective_of(model).heads_for_training() if has_trained_heads else None
+        heads = copy.deepcopy(trained_heads)  # which cannot be copied once its parameters are in several processes
         trainer.add_callback(clock := _Clock())
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         seconds = time.perf_counter() - clock.started
         after = trainer.evaluate()["eval_loss"] if held_out else None
         before = next((e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e), None)
         weights = _whole_state(trainer)
+        if trained_heads is not None and heads is not None:
+            gather(trained_heads, heads)
         summary = {
             "method": settings.method,
             "eval_loss_before": before,
@@ -162,8 +199,6 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
                 model.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
             if heads is not None:
-                if weights is not None:
-                    _fill(heads, weights)
                 heads.config.training = _record_of_trained_heads(settings, args, data_sha256, len(data.rows), heads)
                 heads.save_pretrained(Path(settings.output) / "trained_heads")
             folder.finish(summary)
@@ -187,12 +222,6 @@ def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-
-
-def _fill(heads: AuxiliaryHeads, weights: dict[str, Any]) -> None:
-    """Copy the heads of ``weights``, those of a whole PEFT model, into ``heads``."""
-    for name, parameter in heads.named_parameters():
-        copy_into(parameter, weights[f"base_model.auxiliary_heads.default.{name}"])
 
 
 def _record_of_trained_heads(

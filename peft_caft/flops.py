@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .backbone import Backbone
-from .config import HEAD_TYPES, require_choice, require_token_fraction
+from .objective_config import HEAD_TYPES, require_choice, require_token_fraction
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 2, 2, 2  # operations per weight and token
 

@@ -22,11 +22,11 @@ from transformers.trainer import SCHEDULER_NAME
 
 from .artifact import load_weights
 from .backbone import Backbone, Captured
-from .config import require_choice, require_token_fraction
 from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
 from .heads import AuxiliaryHeads
 from .loss import auxiliary_loss, soft_auxiliary_loss
+from .objective_config import require_choice, require_token_fraction
 from .recent_losses import RecentLosses
 from .sharded_heads import gather, reshard, scatter
 from .targets import IGNORE_INDEX, supervised_count

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import HEAD_INPUTS, HEAD_TYPES, require_choice
+from .objective_config import HEAD_INPUTS, HEAD_TYPES, require_choice
 
 FORMAT_VERSION = 1
 FINGERPRINT_ROWS = 16

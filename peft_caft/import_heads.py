@@ -28,9 +28,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from .artifact import sha256
 from .backbone import Backbone
-from .config import HEAD_INPUTS, require_choice
 from .heads import AuxiliaryHeads
 from .hub_errors import explained
+from .objective_config import HEAD_INPUTS, require_choice
 from .provenance import provenance
 
 HEADS_NAME = "heads.pth"

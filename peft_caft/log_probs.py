@@ -10,11 +10,12 @@ whatever factor they are multiplied with on the way to the loss, the auxiliary l
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backbone import Backbone, Captured
 from .linear_cross_entropy import linear_cross_entropy
@@ -62,11 +63,10 @@ class LogProbsPass:
         return type(self.outputs)(**dict(self.outputs) | {"log_probs": log_probs, "loss": loss})
 
 
-@torch.compiler.disable(recursive=False)
-def log_probs_pass(model: nn.Module, backbone: Backbone, args: tuple, kwargs: dict[str, Any]) -> LogProbsPass:
-    """Run the model on a batch with labels for a caller that wants log-probabilities."""
+def log_probs_pass(backbone: Backbone, kwargs: dict[str, Any]) -> Generator[dict[str, Any], Any, LogProbsPass]:
+    """A call of the base model with labels for a caller that wants log-probabilities, as `next_token_pass` is for a loss."""
     with backbone.capture() as records:
-        outputs = model(*args, **kwargs)
+        outputs = yield kwargs
     one = torch.ones((), device=outputs.log_probs.device)
     return LogProbsPass(outputs, records[-1], kwargs["labels"], int(outputs.label_mask.sum()), one)
 

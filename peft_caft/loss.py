@@ -51,7 +51,8 @@ def auxiliary_loss(
     """Cross entropies of all heads on one batch.
 
     Only rows with a target reach a residual head and the unembedding; of a decoder-layer head all rows take part as keys and
-    values. Frozen heads are differentiated at once, one after the other, and leave nothing but the gradient of their input.
+    values. Frozen heads are differentiated at once, one after the other, and leave nothing but the gradient of their input, and
+    of final norm and unembedding where these are trained.
 
     Args:
         heads: the auxiliary heads.
@@ -71,7 +72,8 @@ def auxiliary_loss(
     weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=labels.device))
     cross_entropy = linear_cross_entropy if fast_paths else plain_cross_entropy
     hidden: Tensor = getattr(captured, heads.config.head_input)
-    at_once = fast_paths and _gradient_is_of_the_input_alone(heads, backbone, captured, hidden)
+    at_once = fast_paths and _can_be_differentiated_at_once(heads, captured, hidden)
+    shared = [*unembedding.trained, *_trained_norm(heads, backbone)]
     if at_once:
         leaf = hidden.detach().requires_grad_()
         captured = replace(captured, **{heads.config.head_input: leaf})
@@ -84,7 +86,8 @@ def auxiliary_loss(
             head_rows, head_targets = head_rows[kept], head_targets[kept]
         rows.append(head_rows)
         targets.append(head_targets)
-    sums, grad = [], None
+    sums: list[Tensor] = []
+    grads: list[Tensor] = []
     total = hidden.new_zeros((), dtype=unembedding.logits_dtype)
     for group in _computed_together(heads, rows, unembedding.weight):
         states = torch.cat([heads.states(i, captured, rows[i], backbone, fast_paths) for i in group])
@@ -93,11 +96,13 @@ def auxiliary_loss(
         loss, losses = cross_entropy(states, torch.cat([targets[i] for i in group]), unembedding, weights)
         sums += [part.sum() / fraction for part in losses.split(sizes)]
         if at_once:
-            (head_grad,) = torch.autograd.grad(loss, leaf)
-            grad = head_grad if grad is None else grad.add_(head_grad)
+            group_grads = torch.autograd.grad(loss, [leaf, *shared])
+            grads = (
+                [grad.add_(more) for grad, more in zip(grads, group_grads, strict=True)] if grads else [*group_grads]
+            )
             loss = loss.detach()
         total = total + loss
-    total = _Differentiated.apply(hidden, total, grad) if at_once else total
+    total = _Differentiated.apply(total, grads, hidden, *shared) if at_once else total
     return AuxiliaryLoss(total * power_of_two, sums, counts)
 
 
@@ -113,32 +118,36 @@ def _computed_together(heads: AuxiliaryHeads, rows: list[Tensor], weight: Tensor
     return groups
 
 
-def _gradient_is_of_the_input_alone(
-    heads: AuxiliaryHeads, backbone: Backbone, captured: Captured, hidden: Tensor
-) -> bool:
-    """Whether nothing but the hidden states gets a gradient through the heads, and a part of a backward pass is possible."""
+def _can_be_differentiated_at_once(heads: AuxiliaryHeads, captured: Captured, hidden: Tensor) -> bool:
+    """Whether a part of a backward pass is possible here, and the heads and what their layers are called with are constants."""
     if is_sharded(heads):
         return False
-    modules = [heads] if backbone.final_norm is None else [heads, backbone.final_norm]
     arguments = (*captured.layer_args, *captured.layer_kwargs.values())
     flat = [part for value in arguments for part in (value if isinstance(value, tuple) else (value,))]
-    others = [*(p for module in modules for p in module.parameters()), *(t for t in flat if isinstance(t, Tensor))]
+    others = [*heads.parameters(), *(t for t in flat if isinstance(t, Tensor))]
     return torch.is_grad_enabled() and hidden.requires_grad and not any(tensor.requires_grad for tensor in others)
 
 
+def _trained_norm(heads: AuxiliaryHeads, backbone: Backbone) -> list[Tensor]:
+    """Parameters of the final norm that get a gradient from the heads."""
+    if not heads.config.final_norm or backbone.final_norm is None:
+        return []
+    return [parameter for parameter in backbone.final_norm.parameters() if parameter.requires_grad]
+
+
 class _Differentiated(torch.autograd.Function):
-    """A loss whose gradient is known: ``total`` forward, ``grad`` times the incoming gradient backward."""
+    """A loss whose gradients are known: ``total`` forward, ``grads`` of ``inputs`` times the incoming gradient backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, total: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
+    def forward(ctx: Any, total: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
         return total.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> Any:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_total, None, None  # a 0-dim factor does not change the dtype
+        # A 0-dim factor does not change the dtype.
+        return None, None, *(grad * grad_total for grad in ctx.saved_tensors)
 
 
 def soft_auxiliary_loss(
@@ -173,6 +182,8 @@ def soft_auxiliary_loss(
     needed, matched = torch.cat(teacher_rows).unique(return_inverse=True)
     teacher_states = captured.last_hidden_state.flatten(0, 1)[needed]
     picked = list(matched.split([len(rows) for rows in teacher_rows]))
-    sums = [s / fraction for s in soft_cross_entropy(states, picked, teacher_states, backbone.unembedding())]
+    sums = [
+        s / fraction for s in soft_cross_entropy(states, picked, teacher_states, backbone.unembedding().detached())
+    ]
     total = sum(head_sum * decay ** (index + 1) for index, head_sum in enumerate(sums))
     return AuxiliaryLoss(total * weight, [head_sum.detach() for head_sum in sums], counts)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,19 +14,14 @@ from peft.utils import PeftType
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
-from .adapter_heads import add_lora, make_heads
 from .backbone import Backbone
 from .config import CAFTConfig
+from .configured_heads import add_lora, make_heads
 from .heads import AuxiliaryHeads
-from .log_probs import LogProbsPass, asks_for_log_probs, log_probs_pass
-from .loss import auxiliary_loss
-from .next_token_loss import NextToken, next_token_pass
-from .progress import Progress
-
-HEADS_PREFIX = "auxiliary_heads."
+from .objective import HEADS_PREFIX, AuxiliaryObjective, heads_are_never_missing, run
 
 
-class CAFTModel(LoraModel):
+class CAFTModel(AuxiliaryObjective, LoraModel):
     """Concept-aware fine-tuning of a causal language model with LoRA (https://arxiv.org/abs/2506.07833).
 
     Made by ``get_peft_model(model, CAFTConfig(...))``. In training mode, with labels and gradients, its forward adds
@@ -52,12 +45,9 @@ class CAFTModel(LoraModel):
     uses_shared_state = True
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        self._progress = Progress()
-        self._backbone: Backbone | None = None
-        self._auxiliary_loss_enabled = True
-        self._fast_paths_enabled = True
+        self._begin_objective()
         super().__init__(model, *args, **kwargs)
-        self.register_load_state_dict_post_hook(_heads_are_never_missing)
+        self.register_load_state_dict_post_hook(heads_are_never_missing)
 
     # Heads: made with the adapter, follow it when it is switched, frozen, cast or deleted.
 
@@ -133,28 +123,7 @@ class CAFTModel(LoraModel):
                 parameter.requires_grad_(mode == "full" or (mode == "lora" and is_lora))
             heads.train(self.training)
 
-    # The schedule.
-
-    def set_training_progress(self, step: int, total_steps: int | None = None) -> None:
-        """Tell the schedule where the run is; `CAFTCallback` does it for Trainer, a bare loop calls it every step.
-
-        Args:
-            step: s, optimizer steps done so far (0 before the first).
-            total_steps: S, optimizer steps of the whole run; None takes ``total_steps`` of the configuration.
-
-        Raises:
-            ValueError: if S is unknown or not positive, or s is negative.
-        """
-        self._progress.set(step, total_steps)
-        self._update_gamma(self._active_config())
-
-    def forget_training_progress(self) -> None:
-        """End a run: the next one must tell its own progress, or the first training forward is an error."""
-        self._progress = Progress()
-
-    def _update_gamma(self, config: CAFTConfig) -> None:
-        # Written through .data: module.to(bfloat16) may have cast the buffer, and gamma needs its digits.
-        self.gamma.data = torch.full_like(self.gamma, self._progress.gamma(config), dtype=torch.float32)
+    # The loss.
 
     def _active_config(self) -> CAFTConfig:
         active = self.active_adapters
@@ -165,33 +134,6 @@ class CAFTModel(LoraModel):
             )
         return self.peft_config[active[0]]
 
-    # The loss.
-
-    @contextmanager
-    def auxiliary_loss_enabled(self, enabled: bool) -> Iterator[None]:
-        """Within the block, compute the auxiliary loss or not, e.g. for trainers with another objective."""
-        before = self._auxiliary_loss_enabled
-        self._auxiliary_loss_enabled = enabled
-        try:
-            yield
-        finally:
-            self._auxiliary_loss_enabled = before
-
-    @contextmanager
-    def fast_paths_enabled(self, enabled: bool) -> Iterator[None]:
-        """Within the block, compute the losses fast and in little memory, or in the plainest way, to compare the two.
-
-        The plainest way: the model computes all its logits and its own loss, heads compute all logits at once and decoder
-        layers for all positions, and all gradients are computed by autograd in the backward pass.
-        """
-        before = self._fast_paths_enabled
-        self._fast_paths_enabled = enabled
-        try:
-            yield
-        finally:
-            self._fast_paths_enabled = before
-
-    # The base model that it calls is compiled; the losses have sizes that depend on the data, and a backward pass inside.
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward; in training with ``labels`` its loss includes the auxiliary loss.
@@ -209,58 +151,22 @@ class CAFTModel(LoraModel):
             ValueError: if the adapter was loaded for inference, the schedule does not know where the run is, more than one
                 adapter is active, or rows are split over processes.
         """
-        if not self._wants_auxiliary_loss():
-            return self.model(*args, **kwargs)
-        _refuse_parts_of_rows(kwargs)
-        labels = kwargs.get("labels")
-        if labels is None:
-            return self.model(*args, **kwargs)
-        config = self._active_config()
-        heads = self._heads_for_training(config)
-        self._progress.begin_forward(config)
-        self._update_gamma(config)
-        if config.aux_loss_weight == 0:
-            self._progress.auxiliary_loss_computed(None, 0)
-            return self.model(*args, **kwargs)
-        assert self._backbone is not None
-        own: NextToken | LogProbsPass
-        if asks_for_log_probs(kwargs):
-            own = log_probs_pass(self.model, self._backbone, args, kwargs)
-        else:
-            own = next_token_pass(self.model, self._backbone, args, kwargs, self._fast_paths_enabled)
-        if not self._backbone.verified and self._output_is_the_base_models():
-            own.verify(self._backbone)
-        auxiliary = auxiliary_loss(
-            heads,
-            self._backbone,
-            own.captured,
-            labels.to(own.captured.last_layer_input.device),
-            kwargs.get("attention_mask"),
-            kwargs.get("position_ids"),
-            decay=config.aux_loss_decay,
-            weight=config.aux_loss_weight * self.gamma / own.divisor,
-            fraction=config.aux_token_fraction,
-            sampling_seed=self._progress.forward_seed(),
-            fast_paths=self._fast_paths_enabled,
-        )
-        self._progress.auxiliary_loss_computed(auxiliary, own.supervised)
-        return own.with_auxiliary(auxiliary.total)
+        training_pass = self._training_pass(kwargs)
+        return self.model(*args, **kwargs) if training_pass is None else run(training_pass, self.model, args)
 
     def _wants_auxiliary_loss(self) -> bool:
         return (
-            self.training
-            and torch.is_grad_enabled()
-            and self._auxiliary_loss_enabled
+            super()._wants_auxiliary_loss()
             and bool(self.active_adapters)
             and not any(m.disable_adapters for m in self.model.modules() if isinstance(m, BaseTunerLayer))
         )
 
-    def _heads_for_training(self, config: CAFTConfig) -> AuxiliaryHeads:
+    def heads_for_training(self) -> AuxiliaryHeads:
         name = self.active_adapters[0]
         if name not in self.auxiliary_heads:
             raise ValueError(
-                f"adapter {name!r}: loaded for inference (inference_mode={config.inference_mode}), so it has no heads, "
-                "expected one made for training. Load it with `peft_caft.load_adapter(model, folder, "
+                f"adapter {name!r}: loaded for inference (inference_mode={self.peft_config[name].inference_mode}), so it has no "
+                "heads, expected one made for training. Load it with `peft_caft.load_adapter(model, folder, "
                 "is_trainable=True)`, or call model.eval() if you only want the next-token loss."
             )
         return self.auxiliary_heads[name]
@@ -306,18 +212,3 @@ class CAFTModel(LoraModel):
         return super()._convert_state_dict_for_initial_model(
             peft_model, peft_config, path_initial_model_for_weight_conversion, *args
         )
-
-
-def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
-    """Refuse shifted labels: context and sequence parallelism pass them, since a process then holds a part of every row."""
-    if kwargs.get("shift_labels") is not None:
-        raise ValueError(
-            "shift_labels: given, expected labels alone. Under context or sequence parallelism (cp_size or sp_size > 1) the "
-            "tokens that a head predicts lie in other processes, which CAFT does not support. Set both sizes to 1, or wrap "
-            "the step in auxiliary_loss_enabled(False)."
-        )
-
-
-def _heads_are_never_missing(module: nn.Module, incompatible: Any) -> None:
-    """Adapter files hold no heads; without this PEFT would warn that the LoRA inside trained heads is missing."""
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if HEADS_PREFIX not in key]

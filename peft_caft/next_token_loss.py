@@ -7,6 +7,7 @@ the supervised ones. Here the model runs up to its final hidden states, and `lin
 from __future__ import annotations
 
 import inspect
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,16 +60,14 @@ class NextToken:
         return type(self.outputs)(**dict(self.outputs) | changed)
 
 
-@torch.compiler.disable(recursive=False)
 def next_token_pass(
-    model: nn.Module, backbone: Backbone, args: tuple, kwargs: dict[str, Any], leave_out_logits: bool = True
-) -> NextToken:
-    """Run the model on a batch with labels.
+    backbone: Backbone, kwargs: dict[str, Any], leave_out_logits: bool = True
+) -> Generator[dict[str, Any], Any, NextToken]:
+    """A call of the base model with labels: yields its keyword arguments, is sent its outputs, and returns what came of it.
 
     Args:
-        model: the base model, with its adapters.
-        backbone: of that model.
-        args, kwargs: of its forward, with ``labels``, int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
+        backbone: of the model.
+        kwargs: of its forward, with ``labels``, int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
         leave_out_logits: False has the model compute its logits and its loss itself.
 
     Raises:
@@ -76,7 +75,7 @@ def next_token_pass(
     """
     if leave_out_logits and logits_can_be_left_out(backbone, kwargs):
         with backbone.capture() as records:
-            outputs = model(*args, **_without_logits(kwargs, tokens=0 if backbone.verified else 1))
+            outputs = yield _without_logits(kwargs, tokens=0 if backbone.verified else 1)
         # A model that does not understand these arguments takes the mean over no tokens, which is no number.
         if backbone.verified or (outputs.loss is not None and bool(torch.isfinite(outputs.loss.detach()))):
             supervised, divisor, loss = _mean_loss(backbone, records[-1], kwargs)
@@ -85,19 +84,21 @@ def next_token_pass(
             return NextToken(outputs, records[-1], loss, supervised, divisor, True)
         backbone.logits_needed = True
     with backbone.capture() as records:
-        outputs = model(*args, **kwargs)
+        outputs = yield kwargs
     loss, logits = _loss_and_logits(outputs)
     supervised = int(supervised_count(kwargs["labels"]))
     if supervised == 0:  # the mean over no tokens; a zero that hangs on the graph leaves every gradient 0
         loss = logits[:1, :1].float().sum() * 0.0
+    elif not backbone.shift_verified:
+        _refuse_shifted_labels(backbone, loss, logits, kwargs["labels"])
     return NextToken(outputs, records[-1], loss, supervised, _divisor(kwargs, supervised, loss.device), False)
 
 
 def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
     """Whether a forward pass with labels need not compute the logits of all tokens.
 
-    Not if the caller asks for them (``logits_to_keep``) or for a tuple, nor if the model has a loss of its own, or an lm_head
-    that is trained or has an adapter.
+    Not if the caller asks for them (``logits_to_keep``) or for a tuple, nor if the model has a loss of its own, or another
+    lm_head than the base model's (a trained copy, or one with an adapter).
     """
     model = backbone.model
     return (
@@ -107,7 +108,6 @@ def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
         and getattr(model.config, "return_dict", True)
         and model.loss_function is ForCausalLMLoss
         and model.get_output_embeddings() is backbone.lm_head
-        and not any(p.requires_grad for p in backbone.lm_head.parameters())
         and _takes_loss_arguments(model)
     )
 
@@ -129,7 +129,6 @@ def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
     return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": kept}
 
 
-@torch.compiler.disable
 def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
     """The number of next-token targets, the divisor, and CE_1, with graph: the same targets as in transformers' loss."""
     device = captured.last_hidden_state.device
@@ -139,6 +138,24 @@ def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -
     states = captured.last_hidden_state.flatten(0, 1)[rows]
     loss, _ = linear_cross_entropy(states, targets, backbone.unembedding(), weight.expand(len(rows)))
     return len(rows), divisor, loss * power_of_two
+
+
+@torch.no_grad()
+def _refuse_shifted_labels(backbone: Backbone, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Refuse, once, a model that takes its labels as shifted already, as XLNet does.
+
+    Raises:
+        TypeError: if its loss is the mean cross entropy between logits and labels of the same positions.
+    """
+    backbone.shift_verified = True
+    rows = zip(logits, labels.to(logits.device), strict=True)
+    total = sum(nn.functional.cross_entropy(row.float(), own, reduction="sum") for row, own in rows)
+    unshifted = total / (labels != IGNORE_INDEX).sum().to(logits.device)
+    if (loss - unshifted).abs() < 1e-4 * unshifted:
+        raise TypeError(
+            f"model: {type(backbone.model).__name__} compares logits with labels of the same position, expected a model that shifts "
+            "labels by one, as causal language models of transformers do. CAFT does not support it."
+        )
 
 
 def _divisor(kwargs: dict[str, Any], supervised: int, device: torch.device) -> Tensor:

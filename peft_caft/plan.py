@@ -16,10 +16,11 @@ from transformers import PretrainedConfig
 from .backbone import Backbone
 from .base_config import read_config
 from .communication import Communication, communication
-from .config import HEAD_TYPES, CAFTConfig, require_choice, require_token_fraction
+from .config import CAFTConfig
 from .flops import ModelShapes, StepFlops, caft_step, lora_step, number_of_experts
 from .hub_errors import first_line
 from .memory import PLACEMENTS, DeviceMemory, ModelBytes, device_memory
+from .objective_config import HEAD_TYPES, require_choice, require_token_fraction
 from .simulated_step import Batch, StepMemory, model_on_meta, simulate_step
 
 METHODS = ("lora", *HEAD_TYPES)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .config import CAFTConfig
 from .loss import AuxiliaryLoss
+from .objective_config import ObjectiveConfig
 from .recent_losses import RecentLosses
 from .schedule import gamma
 
@@ -30,7 +30,7 @@ class Progress:
         self.step, self.total_steps, self.told = step, total_steps, True
         self.forwards_since_told = 0
 
-    def begin_forward(self, config: CAFTConfig) -> None:
+    def begin_forward(self, config: ObjectiveConfig) -> None:
         """Count one training forward; without `set` it is taken for one optimizer step.
 
         Raises:
@@ -47,7 +47,7 @@ class Progress:
             self.step = self.forwards_since_told
         self.forwards_since_told += 1
 
-    def gamma(self, config: CAFTConfig) -> float:
+    def gamma(self, config: ObjectiveConfig) -> float:
         """gamma(s) of the configured schedule."""
         total_steps = config.total_steps if self.total_steps is None else self.total_steps
         if config.aux_loss_schedule == "constant":

@@ -71,7 +71,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
                     log_probs, logits = layer.log_probs(head_states[own].to(dtype), workspace)
                     losses[head] -= torch.dot(target.flatten(), log_probs.flatten())
                     if (grad := grads[head]) is not None:
-                        grad[own] = layer.backward(log_probs.exp_().sub_(target), logits)
+                        grad[own], _ = layer.backward(log_probs.exp_().sub_(target), logits)
         ctx.save_for_backward(*grads)
         return *losses.unbind(), None
 

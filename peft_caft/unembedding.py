@@ -1,9 +1,9 @@
-"""The frozen lm_head: from final hidden states to logits and log-probabilities, and back to dL/dhidden, a chunk at a time."""
+"""The lm_head: from final hidden states to logits and log-probabilities, and back to dL/dhidden, a chunk at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -75,11 +75,11 @@ def free_bytes(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Unembedding:
-    """A frozen lm_head and what the architecture does to its logits.
+    """An lm_head and what the architecture does to its logits.
 
     Attributes:
-        weight: ``(vocabulary, hidden)``, without graph.
-        bias: ``(vocabulary,)`` or None, without graph.
+        weight: ``(vocabulary, hidden)``; with graph where it is trained (full fine-tuning).
+        bias: ``(vocabulary,)`` or None, likewise.
         scale: factor on the logits.
         softcap: c of ``c * tanh(logits / c)``, applied after the factor, or None.
     """
@@ -88,6 +88,16 @@ class Unembedding:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """Weight and bias, as far as they get a gradient."""
+        return [tensor for tensor in (self.weight, self.bias) if tensor is not None and tensor.requires_grad]
+
+    def detached(self) -> Unembedding:
+        """The same layer as a constant."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -100,7 +110,7 @@ class Unembedding:
             return self
         dtype = torch.get_autocast_dtype(device_type)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return Unembedding(self.weight.to(dtype), bias, self.scale, self.softcap)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``(rows, vocabulary)``, fp32 or better, of ``(rows, hidden)`` in the dtype of the weight."""
@@ -141,12 +151,18 @@ class Unembedding:
             return torch.log_softmax(scaled, dim=1, out=scaled), None  # which reads a row before it writes it
         return torch.log_softmax(scaled, dim=1), scaled
 
-    def backward(self, grad_logits: Tensor, logits: Tensor | None) -> Tensor:
-        """dL/dhidden ``(rows, hidden)`` from dL/dlogits and, with a soft cap, the logits; overwrites ``grad_logits``."""
+    def backward(self, grad_logits: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From dL/dlogits, which is overwritten, and, with a soft cap, the logits.
+
+        Returns:
+            dL/dhidden ``(rows, hidden)`` and the gradient of the linear map's result, ``(rows, vocabulary)``, both in the dtype
+            of the weight.
+        """
         if self.softcap is not None:
             assert logits is not None
             grad_logits *= 1 - (logits / self.softcap) ** 2
         if self.scale != 1.0:
             grad_logits *= self.scale
-        # grad_logits @ weight, transposed: of few rows a CPU computes this a tenth faster.
-        return (self.weight.T @ grad_logits.to(self.weight.dtype).T).T
+        grad_linear = grad_logits.to(self.weight.dtype)
+        # grad_linear @ weight, transposed: of few rows a CPU computes this a tenth faster.
+        return (self.weight.T @ grad_linear.T).T, grad_linear

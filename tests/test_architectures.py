@@ -10,15 +10,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.config import HEAD_TYPES
+from peft_caft import AuxiliaryHeads, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
+from peft_caft.callback import objective_of
+from peft_caft.objective_config import HEAD_TYPES
 
 from . import architectures
 from .architectures import ARCHITECTURES, TARGETS, attentions_of
 from .reference import shifted_cross_entropy
 from .tiny_models import VOCABULARY, tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None", "ignore:.*tie_word_embeddings:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*heads is None", "ignore:.*tie_word_embeddings:UserWarning")
 BETA, ALPHA, HEADS = 0.7, 0.8, 3
 CELLS = [(name, attention) for name in ARCHITECTURES for attention in attentions_of(name)]
 
@@ -78,7 +79,7 @@ class Instead(nn.Module):
 
 def head_logits(model, head: nn.Sequential, **inputs) -> torch.Tensor:
     """What the model predicts with a head in the place of its last layer: its own norm, lm_head and factors come after it."""
-    base = model.get_base_model()
+    base = base_of(model)
     layers = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == 3)
     last, outputs = layers[-1], []
     hook = last.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -91,19 +92,43 @@ def head_logits(model, head: nn.Sequential, **inputs) -> torch.Tensor:
         layers[-1] = last
 
 
+def base_of(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def reference_loss(model) -> torch.Tensor:
-    heads, count = model.auxiliary_heads["default"].heads, (labels()[:, 1:] != -100).sum()
-    total = shifted_cross_entropy(model.get_base_model()(input_ids=tokens()).logits, labels(), 1)
+    heads, count = objective_of(model).heads_for_training().heads, (labels()[:, 1:] != -100).sum()
+    total = shifted_cross_entropy(base_of(model)(input_ids=tokens()).logits, labels(), 1)
     for k, head in enumerate(heads, start=2):
         logits = head_logits(model, head, input_ids=tokens())
         total = total + BETA * ALPHA ** (k - 1) * shifted_cross_entropy(logits, labels(), k)
     return total / count
 
 
+def full(architecture: str, head_type: str):
+    objective = {"aux_loss_weight": BETA, "aux_loss_decay": ALPHA, "aux_loss_schedule": "constant"}
+    config = FullFineTuningConfig(head_type=head_type, num_auxiliary_heads=HEADS, **objective)
+    model = prepare_full_fine_tuning(architectures.make(architecture), config).train()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.caft_objective.auxiliary_heads.parameters():
+        if parameter.dim() == 2:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 @pytest.mark.parametrize(("architecture", "attention"), CELLS)
 def test_loss_and_gradients_equal_the_reference(architecture, attention, head_type):
-    model = caft(architecture, attention, head_type=head_type)
+    require_reference(caft(architecture, attention, head_type=head_type))
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_full_fine_tuning_equals_the_reference(architecture, head_type):
+    require_reference(full(architecture, head_type))
+
+
+def require_reference(model) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     losses = [model(input_ids=tokens(), labels=labels()).loss, reference_loss(model)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)

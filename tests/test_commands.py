@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,14 +115,87 @@ def test_train_and_merge_give_a_plain_model(method, files, tmp_path):
         torch.testing.assert_close(plain(input_ids=tokens).logits, unmerged, rtol=1e-4, atol=1e-4)
 
 
-def test_methods_share_seed_and_order_of_data(files, tmp_path):
-    weights = {}
-    for method, options in (("lora", []), ("caft", ["--heads", files["heads"], "--aux-loss-weight", "0"])):
+@pytest.mark.parametrize(
+    ("plain", "caft", "file"),
+    [("lora", "caft", "adapter_model.safetensors"), ("full", "caft_full", "model.safetensors")],
+)
+def test_methods_share_seed_and_order_of_data(plain, caft, file, files, tmp_path):
+    weights = []
+    for method, options in ((plain, []), (caft, ["--heads", files["heads"], "--aux-loss-weight", "0"])):
         arguments = ["--model", files["model"], "--data", files["data"], "--output", str(tmp_path / method)]
         peft_caft("train", "--method", method, *arguments, *options, "--max_steps", "3", *SMALL)
-        weights[method] = load_file(tmp_path / method / "adapter_model.safetensors")
-    assert weights["lora"].keys() == weights["caft"].keys()
-    assert all(torch.equal(weights["lora"][name], weights["caft"][name]) for name in weights["lora"])
+        weights.append(load_file(tmp_path / method / file))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
+
+
+@pytest.mark.parametrize("method", ["caft_full", "full"])
+def test_full_fine_tuning_writes_a_plain_model(method, files, tmp_path):
+    output, base = tmp_path / "tuned", AutoModelForCausalLM.from_pretrained(files["model"])
+    heads = ["--heads", files["heads"], "--train-heads", "full"] if method == "caft_full" else []
+    printed = peft_caft(
+        *(
+            "train",
+            "--method",
+            method,
+            "--model",
+            files["model"],
+            "--data",
+            files["data"],
+            *heads,
+            "--freeze-unembedding",
+        ),
+        *(
+            "--eval-data",
+            files["data"],
+            "--output",
+            str(output),
+            "--max_steps",
+            "12",
+            "--learning_rate",
+            "1e-2",
+            *SMALL,
+        ),
+    )
+    assert f"Model written to {output}" in printed
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert summary["trainable_parameters"] >= base.num_parameters() - base.lm_head.weight.numel()
+    tuned, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(info.values())
+    assert type(tuned) is type(base)
+    assert torch.equal(tuned.lm_head.weight, base.lm_head.weight)
+    assert not torch.equal(tuned.model.norm.weight, base.model.norm.weight)
+    assert (output / "tokenizer.json").is_file()
+    if heads:
+        trained = AuxiliaryHeads.from_pretrained(output / "trained_heads", base_model=tuned)
+        before = AuxiliaryHeads.from_pretrained(files["heads"], base_model=base)
+        assert all(not torch.equal(*pair) for pair in zip(trained.parameters(), before.parameters(), strict=True))
+
+
+def test_whole_model_is_trained_in_fp32_unless_told_otherwise(files, tmp_path):
+    half = shutil.copytree(files["model"], tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(files["model"], dtype=torch.bfloat16).save_pretrained(half)
+    for options, dtype in ((["--dtype", "auto"], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)):
+        output = tmp_path / options[1]
+        common = ["--model", str(half), "--data", files["data"], "--output", str(output), "--max_steps", "1"]
+        peft_caft("train", "--method", "full", *common, *options, *SMALL)
+        assert load_file(output / "model.safetensors")["lm_head.weight"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--freeze-unembedding"], "freeze_unembedding: got true with method='caft'"),
+        (
+            ["--method", "caft_full", "--train-heads", "lora"],
+            "train_heads: got 'lora', expected one of 'frozen', 'full'",
+        ),
+    ],
+)
+def test_settings_of_another_method_are_refused(options, message, files, tmp_path):
+    common = ["--model", files["model"], "--data", files["data"], "--output", str(tmp_path / "new")]
+    assert message in peft_caft("train", *common, *options, *SMALL, expect=1)
 
 
 @pytest.mark.parametrize("command", ["train", "train-heads"])

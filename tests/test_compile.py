@@ -7,8 +7,8 @@ import torch
 from peft import get_peft_model
 from torch._dynamo.utils import counters
 
-from peft_caft import CAFTConfig
-from peft_caft.config import HEAD_TYPES
+from peft_caft import CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
+from peft_caft.objective_config import HEAD_TYPES
 
 from .tiny_models import tiny_model, tokens
 
@@ -76,3 +76,13 @@ def test_training_that_follows_an_evaluation_is_recorded(checkpointing):
             torch.testing.assert_close(compiled(input_ids=tokens(), labels=tokens()).loss, expected)
         model.train()
         assert_trains_as_eager(compiled, model, tokens())
+
+
+@pytest.mark.filterwarnings("ignore:FullFineTuningConfig.heads is None")
+def test_full_fine_tuning_is_compiled_too():
+    config = FullFineTuningConfig(aux_loss_weight=0.7, aux_loss_schedule="constant", head_type="residual")
+    model = prepare_full_fine_tuning(tiny_model("llama", attention="sdpa"), config).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    for seed in range(3):
+        assert_trains_as_eager(compiled, model, tokens(seed=seed))
+    assert 0 < counters["stats"]["unique_graphs"] <= GRAPHS

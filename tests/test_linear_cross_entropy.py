@@ -52,6 +52,51 @@ def test_sum_losses_and_gradient_equal_plain_torch(rows, most, weighted, bias, o
         torch.testing.assert_close(got, gradient(reference, hidden, targets, layer, weights), rtol=1e-5, atol=1e-5)
 
 
+def layer_gradients(function, hidden, targets, layer: Unembedding, *args) -> list[torch.Tensor]:
+    for tensor in layer.trained:
+        tensor.grad = None
+    (2 * function(hidden, targets, layer, *args)[0]).backward()
+    return [tensor.grad.clone() for tensor in layer.trained]
+
+
+@pytest.mark.parametrize("trained", [("weight",), ("bias",), ("weight", "bias")], ids="+".join)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("rows", "most"), [(0, 100), (5, 5), (11, 4)])
+def test_trained_layer_gets_its_gradient(rows, most, weighted, options, trained, monkeypatch):
+    monkeypatch.setitem(CHUNK_SIZES, "cpu", ChunkSize(most * VOCABULARY))
+    layer, hidden, targets = layer_and_rows(rows, bias=True, **options)
+    for name in trained:
+        getattr(layer, name).requires_grad_()
+    weights = torch.rand(rows, generator=torch.Generator().manual_seed(1)) if weighted else None
+    expected = layer_gradients(reference, hidden, targets, layer, weights)
+    expected_of_hidden = gradient(reference, hidden, targets, layer, weights)
+    for function in (linear_cross_entropy, plain_cross_entropy):
+        got = layer_gradients(function, hidden, targets, layer, weights)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            gradient(function, hidden, targets, layer, weights), expected_of_hidden, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_of_a_layer_in_half_precision_is_about_as_exact_as_plain(dtype, autocast, monkeypatch):
+    monkeypatch.setitem(CHUNK_SIZES, "cpu", ChunkSize(40 * VOCABULARY))  # ten chunks, summed in fp32
+    layer, hidden, targets = layer_and_rows(400, dtype=dtype)
+    exact = Unembedding(layer.weight.float().requires_grad_())
+    (expected,) = layer_gradients(reference, hidden.detach().float(), targets, exact)
+    own = exact if autocast else Unembedding(layer.weight.requires_grad_())
+
+    def error(function) -> float:
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            (got,) = layer_gradients(function, hidden, targets, own)
+        assert got.dtype == own.weight.dtype
+        return float((got.float() - expected).norm() / expected.norm())
+
+    assert error(linear_cross_entropy) <= 1.25 * error(reference)
+
+
 def test_gradient_of_a_real_vocabulary_is_within_1e_5():
     torch.manual_seed(0)
     layer = Unembedding(torch.randn(50_000, 64) / 8)

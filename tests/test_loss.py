@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, XLNetConfig, XLNetLMHeadModel
 
 from peft_caft import CAFTConfig
 
@@ -321,6 +321,15 @@ def test_reference_itself_is_wrong_about_a_wrong_model():
     loss = reference_loss(model.get_base_model(), heads, tokens(), **arguments)
     swapped = reference_loss(model.get_base_model(), heads[::-1], tokens(), **arguments)
     assert abs(float(loss - swapped)) > 1e-3
+
+
+def test_model_that_does_not_shift_its_labels_is_refused():
+    config = XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=3, n_head=4, d_inner=48, dropout=0.0)
+    model = get_peft_model(
+        XLNetLMHeadModel(config), CAFTConfig(r=2, target_modules="all-linear", total_steps=3)
+    ).train()
+    with pytest.raises(TypeError, match="XLNetLMHeadModel compares logits with labels of the same position"):
+        model(input_ids=tokens(), labels=tokens())
 
 
 def test_logits_method_equals_the_reference():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_caft.config import HEAD_TYPES
+from peft_caft.objective_config import HEAD_TYPES
 
 from .test_stage1_processes import finish, in_one_process, kill_when, start, summary
 from .tiny_checkpoint import save_checkpoint, write_chats

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from peft_caft import CAFTCallback, CAFTConfig
-from peft_caft.config import HEAD_TYPES
 from peft_caft.linear_cross_entropy import linear_cross_entropy
+from peft_caft.objective_config import HEAD_TYPES
 from peft_caft.unembedding import CHUNK_SIZES, ChunkSize
 
 from .tiny_models import ARCHITECTURES, LLAMA_LIKE, PECULIAR, VOCABULARY, tiny_model, tokens
@@ -195,20 +195,26 @@ def test_the_lm_head_sees_one_token_of_a_row_at_first_and_then_none():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}, {"bias": "all"}],
-    ids=["saved", "lora", "bias"],
+    [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}],
+    ids=["saved", "lora"],
 )
 def test_trained_lm_head_computes_its_logits_and_learns(fields):
-    base = tiny_model("llama")
-    if "bias" in fields:
-        base.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
-    model = caft(base=base, **fields)
+    model = caft(**fields)
     output = model(input_ids=tokens(), labels=tokens())
     assert output.logits is not None
     output.loss.backward()
     trained = [p for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
     assert trained
     assert any(p.grad.abs().sum() > 0 for p in trained)
+
+
+def test_trained_bias_of_the_lm_head_learns_from_all_losses():
+    base = tiny_model("llama")
+    base.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    model = caft(base=base, bias="all")
+    assert model(input_ids=tokens(), labels=tokens()).logits is None
+    assert base.lm_head.bias.requires_grad
+    assert_same_with_fast_paths_off(model, input_ids=tokens(), labels=half_supervised())
 
 
 class OwnLoss(LlamaForCausalLM):

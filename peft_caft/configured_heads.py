@@ -1,4 +1,4 @@
-"""The heads of one adapter, as its `CAFTConfig` asks for them: loaded or fresh, with LoRA inside or not."""
+"""The heads that a configuration asks for: loaded or fresh, with LoRA inside or not."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import CAFTConfig
 from .heads import AuxiliaryHeads
+from .objective_config import ObjectiveConfig
 
 
-def make_heads(config: CAFTConfig, model: nn.Module) -> AuxiliaryHeads:
-    """Load or make the heads of one adapter; the configuration then says what they really are."""
+def make_heads(config: ObjectiveConfig, model: nn.Module) -> AuxiliaryHeads:
+    """Load or make heads for ``model``; the configuration then says what they really are."""
     if config.heads is not None:
         heads = AuxiliaryHeads.from_pretrained(config.heads, base_model=model, revision=config.heads_revision)
         heads.keep_first(config.num_auxiliary_heads, config.heads)
         config.heads_commit = heads.commit
     else:
         warnings.warn(
-            "CAFTConfig.heads is None: fresh, untrained auxiliary heads. They inject noise into fine-tuning; pretrain "
+            f"{type(config).__name__}.heads is None: fresh, untrained auxiliary heads. They inject noise into fine-tuning; pretrain "
             "them once per base model (`peft-caft train-heads`) and give their folder or Hub id as `heads`.",
             stacklevel=2,
         )
