@@ -90,6 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad[chunk], grad_linear = layer.backward(grad_logits, logits)
                 if layer_grad is not None:
                     layer_grad.add(grad_linear, states, None if half or weights is None else weights[chunk, None])
+                del grad_linear  # as large as a chunk, and else there beside the next one
         if grad is not None and weights is not None and not half:
             grad *= weights[:, None]  # much less to do than above, and exact enough
         layer_grads = [] if layer_grad is None else layer_grad.of(unembedding)
