@@ -73,24 +73,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = [grad_enabled and tensor.requires_grad for tensor in (hidden, *trained)]
         grad = torch.empty_like(hidden) if any(needs_grad) else None
         layer_grad = _LayerGradient(layer) if any(needs_grad[1:]) else None
+
+        def compute(chunk: slice, workspace: Tensor) -> None:
+            # What is made here is gone before the next chunk, whose size it has.
+            states, target = hidden[chunk].to(layer.weight.dtype), targets[chunk, None]
+            # One buffer becomes log-probabilities, probabilities and dL/dlogits in turn.
+            log_probs, logits = layer.log_probs(states, workspace)
+            target_log_probs = log_probs.gather(1, target)
+            torch.neg(target_log_probs[:, 0], out=losses[chunk])
+            if grad is None:
+                return
+            grad_logits = log_probs.exp_().scatter_add_(1, target, torch.full_like(target_log_probs, -1.0))
+            if half and weights is not None:
+                grad_logits *= weights[chunk, None]
+            grad[chunk], grad_linear = layer.backward(grad_logits, logits)
+            if layer_grad is not None:
+                layer_grad.add(grad_linear, states, None if half or weights is None else weights[chunk, None])
+
         with torch.autocast(hidden.device.type, enabled=False):
             size = chunk_rows(len(targets), layer.weight)
             workspace = layer.workspace(size)
             for chunk in chunks(len(targets), size):
-                states, target = hidden[chunk].to(layer.weight.dtype), targets[chunk, None]
-                # One buffer becomes log-probabilities, probabilities and dL/dlogits in turn.
-                log_probs, logits = layer.log_probs(states, workspace)
-                target_log_probs = log_probs.gather(1, target)
-                torch.neg(target_log_probs[:, 0], out=losses[chunk])
-                if grad is None:
-                    continue
-                grad_logits = log_probs.exp_().scatter_add_(1, target, torch.full_like(target_log_probs, -1.0))
-                if half and weights is not None:
-                    grad_logits *= weights[chunk, None]
-                grad[chunk], grad_linear = layer.backward(grad_logits, logits)
-                if layer_grad is not None:
-                    layer_grad.add(grad_linear, states, None if half or weights is None else weights[chunk, None])
-                del grad_linear  # as large as a chunk, and else there beside the next one
+                compute(chunk, workspace)
         if grad is not None and weights is not None and not half:
             grad *= weights[:, None]  # much less to do than above, and exact enough
         layer_grads = [] if layer_grad is None else layer_grad.of(unembedding)
