@@ -19,6 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from .sharding import parameter_of, whole, whole_shape
 from .unembedding import Unembedding
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")  # what transformers' layers call their cache
@@ -61,6 +62,7 @@ class Captured:
         last_layer_output: hidden states between the two, same shape.
         layer_args: further positional arguments of the last layer (GPT-2 passes its mask so), cache removed.
         layer_kwargs: its keyword arguments (mask, position embeddings, ...), cache removed.
+        unembedding: kept here by `Backbone.unembedding`, for as long as the pass.
     """
 
     last_layer_input: Tensor
@@ -68,6 +70,7 @@ class Captured:
     last_layer_output: Tensor
     layer_args: tuple[Any, ...] = ()
     layer_kwargs: dict[str, Any] = field(default_factory=dict)
+    unembedding: Unembedding | None = None
 
 
 @dataclass
@@ -132,24 +135,31 @@ class Backbone:
 
     @property
     def hidden_size(self) -> int:
-        return self.lm_head.weight.shape[1]
+        return whole_shape(self.lm_head.weight)[1]
 
     @property
     def vocab_size(self) -> int:
-        return self.lm_head.weight.shape[0]
+        return whole_shape(self.lm_head.weight)[0]
 
-    def unembedding(self) -> Unembedding:
+    def unembedding(self, captured: Captured | None = None) -> Unembedding:
         """The lm_head as a constant, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits.
 
-        Under autocast in its dtype: made once for all heads, since a cast is a copy of the weight.
+        Under autocast in its dtype. Made once for a pass, whose record it is kept in: to cast the weight copies it, and
+        under ZeRO-3 so does gathering it from all processes.
         """
-        bias = getattr(self.lm_head, "bias", None)
-        return Unembedding(
-            weight=self.lm_head.weight.detach(),
-            bias=None if bias is None else bias.detach(),
+        if captured is not None and captured.unembedding is not None:
+            return captured.unembedding
+        weight, bias = parameter_of(self.lm_head, "weight"), parameter_of(self.lm_head, "bias")
+        assert weight is not None
+        unembedding = Unembedding(
+            weight=whole(weight).detach(),
+            bias=None if bias is None else whole(bias).detach(),
             scale=self.logit_scale,
             softcap=self.logit_softcap,
-        ).in_compute_dtype(self.lm_head.weight.device.type)
+        ).in_compute_dtype(weight.device.type)
+        if captured is not None:
+            captured.unembedding = unembedding
+        return unembedding
 
     def normed(self, states: Tensor) -> Tensor:
         """The base model's final norm, where it has one."""

@@ -84,7 +84,7 @@ class CAFTCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trained = _trained_head_parameters(caft_model(kwargs["model"]))
-        tensors = {name: whole(parameter.detach()).cpu().contiguous() for name, parameter in trained.items()}
+        tensors = {name: whole(parameter).detach().cpu().contiguous() for name, parameter in trained.items()}
         if trained and state.is_world_process_zero:
             with replacing(_checkpoint(args, state) / TRAINED_HEADS_NAME) as temporary:
                 save_file(tensors, temporary)

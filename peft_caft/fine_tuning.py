@@ -17,10 +17,11 @@ from .atomic import filling
 from .callback import TRAINED_HEADS_NAME, CAFTCallback
 from .config import CAFTConfig, require_choice
 from .data import collator, encode, file_sha256, read_jsonl
+from .engine import engine_name
 from .heads import AuxiliaryHeads
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder, random_states
-from .sharding import copy_into
+from .sharding import copy_into, shards_parameters, whole
 from .trainer_arguments import training_settings
 
 
@@ -107,7 +108,8 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     data_sha256 = file_sha256(settings.data)
     is_first = args.process_index == 0
     # Rows that were taken by other processes are other steps.
-    recorded = asdict(settings) | training_settings(args) | {"processes": args.world_size, "data_sha256": data_sha256}
+    recorded = asdict(settings) | training_settings(args) | {"processes": args.world_size, "engine": engine_name(args)}
+    recorded |= {"data_sha256": data_sha256}
     if not overwrite:
         folder.require_free(recorded)
     if not is_first:
@@ -137,7 +139,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             callbacks=[CAFTCallback()] if settings.method == "caft" else None,
         )
         heads = model.base_model.auxiliary_heads["default"] if has_trained_heads else None
-        if trainer.is_fsdp_enabled:
+        if shards_parameters(trainer):
             heads = copy.deepcopy(heads)  # which cannot be copied once its parameters are in several processes
         trainer.add_callback(clock := _Clock())
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -180,19 +182,23 @@ class _Clock(TrainerCallback):
 
 
 def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
-    """All parameters, gathered from the processes that hold parts of them; None where every process has the whole model.
+    """Trained parameters, gathered from the processes that hold parts of them; None where every process has the whole model.
 
-    All processes call it together; the first one alone gets the result.
+    All processes call it together.
     """
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if not shards_parameters(trainer):
         return None
-    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_fsdp_enabled:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: whole(parameter).cpu() for name, parameter in trained.items()}
 
 
 def _fill(heads: AuxiliaryHeads, weights: dict[str, Any]) -> None:
-    """Copy the heads of ``weights``, those of a whole PEFT model, into ``heads``."""
+    """Copy what ``weights`` of a PEFT model hold of its heads into ``heads``."""
     for name, parameter in heads.named_parameters():
-        copy_into(parameter, weights[f"base_model.auxiliary_heads.default.{name}"])
+        if (values := weights.get(f"base_model.auxiliary_heads.default.{name}")) is not None:
+            copy_into(parameter, values)
 
 
 def _record_of_trained_heads(
