@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .atomic import replacing
 from .model import CAFTModel
-from .sharding import copy_into, whole
+from .sharding import copy_into, require_whole_parameters, whole
 
 OLDEST_TRL = (1, 16)
 TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
@@ -29,12 +29,13 @@ class CAFTCallback(TrainerCallback):
         RuntimeError: at the end of a training step in which no auxiliary loss was computed, or if the checkpoint to
             resume from lacks the trained heads.
         TypeError: if the model has no CAFT adapter.
-        ValueError: if TRL is too old, or its loss is another one than the next-token loss.
+        ValueError: if TRL is too old, or its loss is another one than the next-token loss, or FSDP1 shards the model.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        require_whole_parameters(kwargs["model"])
         _refuse_other_objectives(args)
         trained = _trained_head_parameters(caft_model(kwargs["model"]))
         if state.global_step > 0 and trained:

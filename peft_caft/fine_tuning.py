@@ -17,7 +17,7 @@ from .atomic import filling
 from .callback import TRAINED_HEADS_NAME, CAFTCallback
 from .config import CAFTConfig, require_choice
 from .data import collator, encode, file_sha256, read_jsonl
-from .engine import engine_name
+from .engine import engine_name, require_dtype
 from .heads import AuxiliaryHeads
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder, random_states
@@ -116,6 +116,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
+    require_dtype(model, settings.dtype, args)
     data = encode(rows, tokenizer, settings.max_length, quiet=not is_first)
     if is_first:
         print(f"Training data: {data.describe()}")

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .config import require_choice, require_token_fraction
 from .data import collator, require_tokenizer_of
-from .engine import engine_name
+from .engine import engine_name, require_dtype
 from .head_metrics import HeadEvaluation
 from .head_pretraining import TARGETS, HeadPretraining, HeadTrainer
 from .heads import AuxiliaryHeads
@@ -107,6 +107,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).eval()
+    require_dtype(model, settings.dtype, args)
     if not sharded:  # sharding itself brings to each device its part
         model.to(args.device)
     require_tokenizer_of(model, tokenizer)

@@ -27,6 +27,19 @@ def is_sharded(module: nn.Module) -> bool:
     )
 
 
+def require_whole_parameters(model: nn.Module) -> None:
+    """Refuse a model that FSDP1 has wrapped.
+
+    Raises:
+        ValueError: if it has.
+    """
+    if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+        raise ValueError(
+            "fsdp_version: got 1, expected 2: FSDP1 flattens the parameters of a layer, or of a head, into one, so that none "
+            "of them can be read or saved by itself. Set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does."
+        )
+
+
 def shards_parameters(trainer: Trainer) -> bool:
     """Whether the trainer's processes hold, or will hold as soon as it trains, parts of the model."""
     return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from peft_caft.config import HEAD_TYPES
 
-from .test_stage1_processes import finish, in_one_process, kill_when, start, summary
+from .test_stage1_processes import EXAMPLES, FSDP_ON_CPU, finish, in_one_process, kill_when, start, summary
 from .tiny_checkpoint import save_checkpoint, write_chats
 
 OPTIONS = [
@@ -103,8 +103,20 @@ def test_sharded_model_trains_as_a_whole_one_and_is_taken_up_when_killed(head_ty
     in_one_process(command(files, tmp_path / "one", head_type, *options, "8"))
     two = command(files, tmp_path / "two", head_type, *options, "4")
     checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-3"
-    kill_when((checkpoint / "trainer_state.json").exists, start("fsdp2.yaml", two, "tests.fsdp_on_cpu"))
-    finish(start("fsdp2.yaml", two, "tests.fsdp_on_cpu"))
+    kill_when((checkpoint / "trainer_state.json").exists, start("fsdp2.yaml", two, *FSDP_ON_CPU))
+    finish(start("fsdp2.yaml", two, *FSDP_ON_CPU))
     require_same_training(tmp_path / "one", tmp_path / "two")
     if options[1] == "full":
         require_same_heads(files[head_type], tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_fsdp1_is_refused(files, tmp_path):
+    fsdp1 = tmp_path / "fsdp1.yaml"
+    lines = (EXAMPLES / "fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1").splitlines()
+    lines = [line for line in lines if "reshard_after_forward" not in line]  # another kind of value there
+    fsdp1.write_text("\n".join([*lines, "  fsdp_sync_module_states: false"]))
+    process = start(str(fsdp1), command(files, tmp_path / "out", "residual"), *FSDP_ON_CPU)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "fsdp_version: got 1, expected 2" in output
