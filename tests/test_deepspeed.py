@@ -93,24 +93,18 @@ def test_stage_1_refuses_a_cache_for_partitioned_models(files, tmp_path):
 
 
 @ZERO
-@pytest.mark.parametrize(
-    ("head_type", "options"),
-    [
-        *((head_type, ("frozen",)) for head_type in HEAD_TYPES),
-        *((head_type, ("full", "--gradient_checkpointing", "true")) for head_type in HEAD_TYPES),
-        *((head_type, ("lora", "--gradient_accumulation_steps", "2")) for head_type in HEAD_TYPES),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value[0],
-)
-def test_stage_2_trains_as_one_process_does_and_is_taken_up_when_killed(head_type, options, zero, files, tmp_path):
-    options = ("--r", str(RANK), "--train-heads", *options, "--per_device_train_batch_size")
+@pytest.mark.parametrize("mode", stage_2.MODES)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_stage_2_trains_as_one_process_does_and_is_taken_up_when_killed(head_type, mode, zero, files, tmp_path):
+    accumulation = ("--gradient_accumulation_steps", "2") if mode == "lora" else ()
+    options = ("--r", str(RANK), "--train-heads", *stage_2.MODES[mode], *accumulation, "--per_device_train_batch_size")
     in_one_process(stage_2.command(files, tmp_path / "one", head_type, *options, "8"))
     two = stage_2.command(files, tmp_path / "two", head_type, *options, "4")
     checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-3"
     kill_when((checkpoint / "trainer_state.json").exists, start(f"{zero}.yaml", two))
     finish(start(f"{zero}.yaml", two))
     stage_2.require_same_training(tmp_path / "one", tmp_path / "two")
-    if "frozen" not in options:
+    if mode != "frozen":
         stage_2.require_same_heads(files[head_type], tmp_path / "one", tmp_path / "two")
 
 

@@ -30,9 +30,7 @@ OPTIONS = [
 ]
 
 
-FROZEN_AND_TRAINED = pytest.mark.parametrize(
-    "options", [("frozen",), ("full", "--gradient_checkpointing", "true")], ids=["frozen", "full"]
-)
+MODES = {"frozen": ("frozen",), "full": ("full", "--gradient_checkpointing", "true"), "lora": ("lora",)}
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +83,10 @@ def require_same_heads(start: str, one: Path, two: Path) -> None:
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
 
 
-@FROZEN_AND_TRAINED
+@pytest.mark.parametrize("mode", ["frozen", "full"])
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_two_processes_train_as_one_does(head_type, options, files, tmp_path):
-    options = ("--train-heads", *options, "--per_device_train_batch_size")
+def test_two_processes_train_as_one_does(head_type, mode, files, tmp_path):
+    options = ("--train-heads", *MODES[mode], "--per_device_train_batch_size")
     in_one_process(command(files, tmp_path / "one", head_type, *options, "8"))
     output = finish(start("ddp.yaml", command(files, tmp_path / "two", head_type, *options, "4")))
     require_same_training(tmp_path / "one", tmp_path / "two")
@@ -96,17 +94,17 @@ def test_two_processes_train_as_one_does(head_type, options, files, tmp_path):
 
 
 @pytest.mark.slow
-@FROZEN_AND_TRAINED
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_sharded_model_trains_as_a_whole_one_and_is_taken_up_when_killed(head_type, options, files, tmp_path):
-    options = ("--train-heads", *options, "--per_device_train_batch_size")
+def test_sharded_model_trains_as_a_whole_one_and_is_taken_up_when_killed(head_type, mode, files, tmp_path):
+    options = ("--train-heads", *MODES[mode], "--per_device_train_batch_size")
     in_one_process(command(files, tmp_path / "one", head_type, *options, "8"))
     two = command(files, tmp_path / "two", head_type, *options, "4")
     checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-3"
     kill_when((checkpoint / "trainer_state.json").exists, start("fsdp2.yaml", two, *FSDP_ON_CPU))
     finish(start("fsdp2.yaml", two, *FSDP_ON_CPU))
     require_same_training(tmp_path / "one", tmp_path / "two")
-    if options[1] == "full":
+    if mode != "frozen":
         require_same_heads(files[head_type], tmp_path / "one", tmp_path / "two")
 
 
