@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .atomic import replacing
 from .model import CAFTModel
-from .sharding import copy_into, require_whole_parameters, whole
+from .sharding import copy_into, refuse_fsdp1, whole
 
 OLDEST_TRL = (1, 16)
 TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
@@ -35,7 +35,7 @@ class CAFTCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        require_whole_parameters(kwargs["model"])
+        refuse_fsdp1(kwargs["model"])
         _refuse_other_objectives(args)
         trained = _trained_head_parameters(caft_model(kwargs["model"]))
         if state.global_step > 0 and trained:

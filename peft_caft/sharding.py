@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+if TYPE_CHECKING:
+    from transformers import Trainer  # which takes long to import
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -27,12 +30,8 @@ def is_sharded(module: nn.Module) -> bool:
     )
 
 
-def require_whole_parameters(model: nn.Module) -> None:
-    """Refuse a model that FSDP1 has wrapped.
-
-    Raises:
-        ValueError: if it has.
-    """
+def refuse_fsdp1(model: nn.Module) -> None:
+    """Raise a ValueError if FSDP1 has wrapped the model."""
     if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
         raise ValueError(
             "fsdp_version: got 1, expected 2: FSDP1 flattens the parameters of a layer, or of a head, into one, so that none "
@@ -66,7 +65,8 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
     For use in forward passes, where under ZeRO-3 ``module.name`` gathers it, and has it gathered in every later forward and
     backward pass of the module that runs.
     """
-    return dict(module.named_parameters(recurse=False)).get(name)
+    parameter = dict(module.named_parameters(recurse=False)).get(name)
+    return getattr(module, name, None) if parameter is None else parameter
 
 
 @contextmanager
