@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FLOOR := .venv-floor
 CEILING := .venv-ceiling
-QUANTISED := .venv-quantised
+OPTIONAL := .venv-optional
 AUTHORS := .venv-authors
 CONSTRAINTS := requirements/constraints.txt
 PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
@@ -20,7 +20,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-floor test-ceiling test-quantised lint format typecheck demo bench authors-fixtures clean check-python
+.PHONY: help setup test test-all test-floor test-ceiling test-optional lint format typecheck demo bench authors-fixtures clean check-python
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,14 +61,17 @@ test-floor: $(FLOOR)/.ready  ## the quick tests with the oldest supported versio
 test-ceiling: $(CEILING)/.ready  ## the same with the newest versions, in .venv-ceiling; with CUDA packages, so gigabytes
 	OMP_NUM_THREADS=1 $(CEILING)/bin/python -m pytest -n 2 -m "not gpu and not slow" $(PYTEST_ARGS)
 
-test-quantised: $(QUANTISED)/.ready  ## the tests on quantised base models, with bitsandbytes and others, in .venv-quantised
-	OMP_NUM_THREADS=1 $(QUANTISED)/bin/python -m pytest -n 2 $(PYTEST_ARGS) tests/test_quantised.py
+test-optional: $(OPTIONAL)/.ready  ## the tests that need optional packages (bitsandbytes, torchao, deepspeed), in .venv-optional
+	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) tests/test_quantised.py
+	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) -k QLoRA tests/test_trainer_matrix.py
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" $(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) \
+		tests/test_deepspeed.py tests/test_sft_processes.py
 
 authors-fixtures: $(AUTHORS)/.ready  ## make the heads in tests/authors_heads anew with their authors' package, in .venv-authors
 	OMP_NUM_THREADS=1 $(AUTHORS)/bin/python tests/authors_heads/make.py
 
 clean:  ## remove the environments, the caches and everything built
-	rm -rf $(VENV) $(FLOOR) $(CEILING) $(QUANTISED) $(AUTHORS) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) $(CEILING) $(OPTIONAL) $(AUTHORS) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 check-python:
@@ -100,11 +103,12 @@ $(FLOOR)/.ready: pyproject.toml requirements/floor.txt | check-python
 $(CEILING)/.ready: pyproject.toml requirements/ceiling.txt | check-python
 	$(call install,$(CEILING),requirements/ceiling.txt)
 
-# Apart from .venv: PEFT imports bitsandbytes wherever it is installed, which takes time and writes to the terminal.
-$(QUANTISED)/.ready: pyproject.toml $(CONSTRAINTS) requirements/quantised.txt | check-python
-	$(call install,$(QUANTISED),$(CONSTRAINTS))
+# Apart from .venv: PEFT imports bitsandbytes and accelerate deepspeed wherever they are installed, which takes time and writes to
+# the terminal.
+$(OPTIONAL)/.ready: pyproject.toml $(CONSTRAINTS) requirements/optional.txt | check-python
+	$(call install,$(OPTIONAL),$(CONSTRAINTS))
 	@rm $@
-	$(QUANTISED)/bin/python $(PIP_INSTALL) -c $(CONSTRAINTS) -r requirements/quantised.txt
+	$(OPTIONAL)/bin/python $(PIP_INSTALL) -c $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) -r requirements/optional.txt
 	@touch $@
 
 # --no-deps: see tests/authors_heads/requirements.txt.

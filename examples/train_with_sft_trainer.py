@@ -5,6 +5,7 @@ Run it with a YAML file, and any field of ``SFTConfig`` or of the two classes be
     python examples/train_with_sft_trainer.py --config examples/sft.yaml --model BASE --heads HEADS --data data.jsonl
     python examples/train_with_sft_trainer.py --config examples/sft_packed.yaml --model BASE --heads HEADS --data data.jsonl
 
+In several processes: ``accelerate launch --config_file examples/accelerate/ddp.yaml`` in place of ``python``, or another file there.
 The data are rows of ``messages``, of ``prompt`` and ``completion``, or of ``text``.
 """
 

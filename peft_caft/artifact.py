@@ -25,6 +25,7 @@ from .backbone import Backbone
 from .heads_card import CARD_NAME, PLOT_NAME, write_card
 from .heads_config import HeadsConfig
 from .hub_errors import explained
+from .sharding import whole
 
 if TYPE_CHECKING:
     from .heads import AuxiliaryHeads
@@ -139,7 +140,7 @@ def load_heads(source: str, base_model: nn.Module, revision: str | None = None, 
     files = find_heads(source, revision=revision, **hub)
     config = files.read_config()
     backbone = Backbone.of(base_model)
-    config.require_base_model(backbone.lm_head.weight, source)
+    config.require_base_model(whole(backbone.lm_head.weight), source)
     heads = AuxiliaryHeads._build(config, backbone)
     _fill(heads, _read_weights(files.weights), files.weights)
     heads.repo_id, heads.commit = files.repo_id, files.commit

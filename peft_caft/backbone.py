@@ -19,6 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from .sharding import parameter_of, whole, whole_shape
 from .unembedding import Unembedding
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")  # what transformers' layers call their cache
@@ -61,6 +62,7 @@ class Captured:
         last_layer_output: hidden states between the two, same shape.
         layer_args: further positional arguments of the last layer (GPT-2 passes its mask so), cache removed.
         layer_kwargs: its keyword arguments (mask, position embeddings, ...), cache removed.
+        unembedding: kept here by `Backbone.unembedding`, for as long as the pass.
     """
 
     last_layer_input: Tensor
@@ -68,6 +70,7 @@ class Captured:
     last_layer_output: Tensor
     layer_args: tuple[Any, ...] = ()
     layer_kwargs: dict[str, Any] = field(default_factory=dict)
+    unembedding: Unembedding | None = None
 
 
 @dataclass
@@ -133,23 +136,31 @@ class Backbone:
 
     @property
     def hidden_size(self) -> int:
-        return self.lm_head.weight.shape[1]
+        return whole_shape(self.lm_head.weight)[1]
 
     @property
     def vocab_size(self) -> int:
-        return self.lm_head.weight.shape[0]
+        return whole_shape(self.lm_head.weight)[0]
 
-    def unembedding(self) -> Unembedding:
+    def unembedding(self, captured: Captured | None = None) -> Unembedding:
         """The lm_head, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits; a constant unless it is trained.
 
-        Under autocast in its dtype: made once for all heads, since a cast is a copy of the weight.
+        Under autocast in its dtype. Made once for a pass, whose record it is kept in: to cast the weight copies it, and
+        under ZeRO-3 so does gathering it from all processes.
         """
-        return Unembedding(
-            weight=self.lm_head.weight,
-            bias=getattr(self.lm_head, "bias", None),
+        if captured is not None and captured.unembedding is not None:
+            return captured.unembedding
+        weight, bias = parameter_of(self.lm_head, "weight"), parameter_of(self.lm_head, "bias")
+        assert weight is not None
+        unembedding = Unembedding(
+            weight=_with_graph_if_trained(weight),
+            bias=None if bias is None else _with_graph_if_trained(bias),
             scale=self.logit_scale,
             softcap=self.logit_softcap,
-        ).in_compute_dtype(self.lm_head.weight.device.type)
+        ).in_compute_dtype(weight.device.type)
+        if captured is not None:
+            captured.unembedding = unembedding
+        return unembedding
 
     def normed(self, states: Tensor) -> Tensor:
         """The base model's final norm, where it has one."""
@@ -274,6 +285,23 @@ def _require_weights_at_hand(model: PreTrainedModel) -> None:
             f"device_map: got weights offloaded to {', '.join(sorted(offloaded))}, expected all on devices that compute. Load "
             "the model quantised, on more GPUs, or shard it with FSDP2."
         )
+
+
+def _with_graph_if_trained(parameter: Tensor) -> Tensor:
+    """All of a parameter of the lm_head; a constant if it is frozen.
+
+    Raises:
+        ValueError: if it is trained, and whole only as a copy, to which no gradient could flow.
+    """
+    all_of_it = whole(parameter)
+    if not (parameter.requires_grad and torch.is_grad_enabled()):
+        return all_of_it.detach()
+    if all_of_it is not parameter:
+        raise ValueError(
+            "freeze_unembedding: got false with an engine that divides the lm_head while the model runs (ZeRO-3), expected true: its "
+            "gradient would be lost. Set FullFineTuningConfig(freeze_unembedding=True), or train with FSDP2 or ZeRO-2."
+        )
+    return parameter
 
 
 def layer_output(output: Any) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .atomic import replacing
 from .objective import AuxiliaryObjective
-from .sharding import copy_into, whole
+from .sharding import copy_into, refuse_fsdp1, whole
 
 OLDEST_TRL = (1, 16)
 TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
@@ -29,12 +29,13 @@ class CAFTCallback(TrainerCallback):
         RuntimeError: at the end of a training step in which no auxiliary loss was computed, or if the checkpoint to
             resume from lacks the trained heads.
         TypeError: if the model has no CAFT adapter.
-        ValueError: if TRL is too old, or its loss is another one than the next-token loss.
+        ValueError: if TRL is too old, or its loss is another one than the next-token loss, or FSDP1 shards the model.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        refuse_fsdp1(kwargs["model"])
         _refuse_other_objectives(args)
         trained = _trained_head_parameters(objective_of(kwargs["model"]))
         if state.global_step > 0 and trained:
@@ -84,7 +85,7 @@ class CAFTCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trained = _trained_head_parameters(objective_of(kwargs["model"]))
-        tensors = {name: whole(parameter.detach()).cpu().contiguous() for name, parameter in trained.items()}
+        tensors = {name: whole(parameter).detach().cpu().contiguous() for name, parameter in trained.items()}
         if trained and state.is_world_process_zero:
             with replacing(_checkpoint(args, state) / TRAINED_HEADS_NAME) as temporary:
                 save_file(tensors, temporary)

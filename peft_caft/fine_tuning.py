@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,12 +26,14 @@ from .atomic import filling
 from .callback import TRAINED_HEADS_NAME, CAFTCallback, objective_of
 from .config import CAFTConfig
 from .data import collator, encode, file_sha256, read_jsonl
+from .engine import engine_name, require_dtype
 from .full_fine_tuning import FullFineTuningConfig, prepare_full_fine_tuning
 from .heads import AuxiliaryHeads
 from .objective_config import ObjectiveConfig, require_choice
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder, random_states
 from .sharded_heads import gather
+from .sharding import shards_parameters, whole
 from .trainer_arguments import training_settings
 
 METHODS = ("caft", "lora", "caft_full", "full")
@@ -143,13 +145,15 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     data_sha256 = file_sha256(settings.data)
     is_first = args.process_index == 0
     # Rows that were taken by other processes are other steps.
-    recorded = asdict(settings) | training_settings(args) | {"processes": args.world_size, "data_sha256": data_sha256}
+    recorded = asdict(settings) | training_settings(args) | {"processes": args.world_size, "engine": engine_name(args)}
+    recorded |= {"data_sha256": data_sha256}
     if not overwrite:
         folder.require_free(recorded)
     if not is_first:
         disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.loading_dtype)
+    require_dtype(model, settings.loading_dtype, args)
     data = encode(rows, tokenizer, settings.max_length, quiet=not is_first)
     if is_first:
         print(f"Training data: {data.describe()}")
@@ -172,15 +176,16 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             data_collator=collator(tokenizer),
             callbacks=[CAFTCallback()] if settings.has_auxiliary_loss else None,
         )
-        trained_heads = objective_of(model).heads_for_training() if has_trained_heads else None
-        heads = copy.deepcopy(trained_heads)  # which cannot be copied once its parameters are in several processes
+        trained_heads = heads = objective_of(model).heads_for_training() if has_trained_heads else None
+        if shards_parameters(trainer):
+            heads = copy.deepcopy(heads)  # which cannot be copied once its parameters are in several processes
         trainer.add_callback(clock := _Clock())
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         seconds = time.perf_counter() - clock.started
         after = trainer.evaluate()["eval_loss"] if held_out else None
         before = next((e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e), None)
         weights = _whole_state(trainer)
-        if trained_heads is not None and heads is not None:
+        if trained_heads is not None and heads is not None and heads is not trained_heads:
             gather(trained_heads, heads)
         summary = {
             "method": settings.method,
@@ -215,13 +220,21 @@ class _Clock(TrainerCallback):
 
 
 def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
-    """All parameters, gathered from the processes that hold parts of them; None where every process has the whole model.
+    """What is to be saved, gathered from the processes that hold parts of it; None where every process has the whole model.
 
-    All processes call it together; the first one alone gets the result.
+    All processes call it together; the first one gets it.
     """
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if not shards_parameters(trainer):
         return None
-    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_fsdp_enabled:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = {}
+    for name, tensor in trainer.model.state_dict(keep_vars=True).items():
+        if tensor.requires_grad or not isinstance(trainer.model, PeftModel):
+            values = whole(tensor)
+            if trainer.is_world_process_zero():
+                state[name] = values.detach().cpu()
+    return state
 
 
 def _record_of_trained_heads(

@@ -129,7 +129,7 @@ def batch_totals(
         float64 ``(heads + 1, 4)``: for each head the sums of cross entropies, top-1 hits, top-5 hits, and the number of
         targets; in the last row the sum of accepted lengths, two zeros, and the number of positions with all targets.
     """
-    unembedding = backbone.unembedding()
+    unembedding = backbone.unembedding(captured)
     exact = torch.float32 if labels.device.type == "mps" else torch.float64  # Apple's devices have no double
     sums = torch.zeros(len(heads.heads) + 1, 4, dtype=exact, device=labels.device)
     accepted = torch.ones(labels.numel(), dtype=torch.bool, device=labels.device)

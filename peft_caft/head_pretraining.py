@@ -18,6 +18,7 @@ from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 
 from .artifact import load_weights
@@ -29,6 +30,7 @@ from .loss import auxiliary_loss, soft_auxiliary_loss
 from .objective_config import require_choice, require_token_fraction
 from .recent_losses import RecentLosses
 from .sharded_heads import gather, reshard, scatter
+from .sharding import copy_into, shards_parameters, whole
 from .targets import IGNORE_INDEX, supervised_count
 
 TARGETS = ("hard", "soft")
@@ -140,8 +142,9 @@ class HeadTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.add_callback(_TellStep())
         self._before: dict[str, HeadEvaluation] | None = None
+        self.sharded = shards_parameters(self)
         # Sharded modules cannot be copied: the place for whole parameters is made before they are.
-        self._whole_heads = copy.deepcopy(model.heads).cpu() if self.is_fsdp_enabled else model.heads
+        self._whole_heads = copy.deepcopy(model.heads).cpu() if self.sharded else model.heads
 
     @property
     def _heads(self) -> AuxiliaryHeads:
@@ -149,18 +152,18 @@ class HeadTrainer(Trainer):
 
     def trained_heads(self) -> AuxiliaryHeads:
         """The heads with whole parameters; a copy on the CPU where they are sharded. All processes call this together."""
-        if self.is_fsdp_enabled:
+        if self.sharded:
             gather(self._heads, self._whole_heads)
         return self._whole_heads
 
     @torch.no_grad()
     def round_heads(self, dtype: torch.dtype) -> None:
         """Leave in the heads what ``dtype`` can hold, so that the next evaluation is about the heads as they are saved."""
-        if not self.is_fsdp_enabled:
+        if not self.sharded:
             self._heads.to(dtype)
         else:  # whose dtype is fixed
             for parameter in self._heads.parameters():
-                parameter.copy_(parameter.to(dtype))
+                copy_into(parameter, whole(parameter).to(dtype))
 
     def evaluate_heads(self, description: str) -> dict[str, HeadEvaluation]:
         """`HeadEvaluation` of every evaluation set; under several processes each takes a share of the rows."""
@@ -183,7 +186,7 @@ class HeadTrainer(Trainer):
             )
             totals = sum_totals(self._totals(batch) for batch in bar)
             evaluations[name] = HeadEvaluation.from_totals(self.accelerator.reduce(totals))
-        if self.is_fsdp_enabled:
+        if self.sharded:
             reshard(self.model_wrapped)
         return evaluations
 
@@ -248,12 +251,15 @@ class HeadTrainer(Trainer):
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        # Engines would save the whole frozen base model with every checkpoint.
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        elif self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # Trainer would save the whole frozen base model with every checkpoint.
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
@@ -264,8 +270,18 @@ class HeadTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.evaluate_before()
         load_weights(self._whole_heads, Path(resume_from_checkpoint))
-        if self.is_fsdp_enabled:
+        if self.sharded:
             scatter(self._whole_heads, self._heads)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Trainer would load the checkpoint before the untrained heads are evaluated, and miss the frozen base model in it.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.evaluate_before()
+        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from .data import collator, require_tokenizer_of
+from .engine import engine_name, require_dtype
 from .head_metrics import HeadEvaluation
 from .head_pretraining import TARGETS, HeadPretraining, HeadTrainer
 from .heads import AuxiliaryHeads
@@ -96,9 +97,8 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     train_files, eval_files = read_files(settings.data, settings.eval_data, settings.max_rows, settings.eval_rows)
     is_first = args.process_index == 0
     recorded = asdict(settings) | training_settings(args)
-    # Rows that were taken with others in between, or by other processes, are other steps; and checkpoints of sharded models
-    # have files of their own.
-    recorded |= {"processes": args.world_size, "sharded": sharded}
+    # Rows that were taken with others in between, or by other processes, are other steps.
+    recorded |= {"processes": args.world_size, "engine": engine_name(args)}
     recorded |= {"data_sha256": [file.sha256 for file in (*train_files, *eval_files)]}
     if not overwrite:
         folder.require_free(recorded)
@@ -107,6 +107,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).eval()
+    require_dtype(model, settings.dtype, args)
     if not sharded:  # sharding itself brings to each device its part
         model.to(args.device)
     require_tokenizer_of(model, tokenizer)
@@ -146,7 +147,7 @@ def _train(
     # The optimizer steps in fp32 even where the base model computes in half precision.
     heads.float()
     trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)
-    if not trainer.is_fsdp_enabled:  # else as soon as they are sharded
+    if not trainer.sharded:  # else as soon as the engine can run them
         trainer.evaluate_before()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

@@ -20,6 +20,7 @@ from .heads_config import HeadsConfig, fingerprint
 from .layer_copy import plain_copy
 from .layer_replay import LayerAtRows, replay
 from .pretrained_heads import PretrainedHeads
+from .sharding import gathered, whole
 
 
 class ResidualBlock(nn.Module):
@@ -119,7 +120,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
             final_norm=head_input == "last_layer_input",
             hidden_size=backbone.hidden_size,
             vocab_size=backbone.vocab_size,
-            unembedding_fingerprint=fingerprint(backbone.lm_head.weight) or [],
+            unembedding_fingerprint=fingerprint(whole(backbone.lm_head.weight)) or [],
             # A local folder is named by its last part: the path means nothing on another machine.
             base_model_name_or_path=Path(base.name_or_path).name
             if os.path.isdir(base.name_or_path)
@@ -141,7 +142,8 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
         def block() -> nn.Module:
             if config.head_type == "residual":
                 return ResidualBlock(config.hidden_size, weight.device, weight.dtype, config.residual_bias)
-            return plain_copy(backbone.last_layer, weight.dtype)
+            with gathered(backbone.last_layer.parameters()):
+                return plain_copy(backbone.last_layer, weight.dtype)
 
         head_class = ResidualHead if config.head_type == "residual" else DecoderLayerHead
         stacks = [[block() for _ in range(config.head_num_layers)] for _ in range(config.num_heads)]
@@ -153,7 +155,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
 
     def require_fits(self, backbone: Backbone, source: str = "given") -> None:
         """Raise a ValueError if these heads were made for another base model (see `HeadsConfig`)."""
-        self.config.require_base_model(backbone.lm_head.weight, source)
+        self.config.require_base_model(whole(backbone.lm_head.weight), source)
 
     def keep_first(self, count: int, source: str = "given") -> None:
         """Drop all but the first ``count`` heads.
@@ -223,7 +225,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
             )
         rows = torch.arange(input_ids.numel(), device=input_ids.device)
         shape = (*input_ids.shape, backbone.vocab_size)
-        unembedding = backbone.unembedding()
+        unembedding = backbone.unembedding(records[-1])
         states = (self.states(index, records[-1], rows, backbone) for index in range(len(self.heads)))
         return [unembedding.logits(s.to(unembedding.weight.dtype)).view(shape) for s in states]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .backbone import Backbone, Captured
 from .linear_cross_entropy import linear_cross_entropy
+from .sharding import is_sharded
 
 
 def asks_for_log_probs(kwargs: dict[str, Any]) -> bool:
@@ -48,11 +49,13 @@ class LogProbsPass:
     @torch.no_grad()
     def verify(self, backbone: Backbone) -> None:
         """`Backbone.verify` by all log-probabilities."""
-        if not self.supervised:
+        if not self.supervised and not is_sharded(backbone.lm_head):  # else all processes must gather it together
             return
         states, mask = self.captured.last_hidden_state, self.outputs.label_mask
         targets = self.labels[:, 1:].to(states.device)[mask.to(states.device)]
-        _, losses = linear_cross_entropy(states[:, :-1][mask.to(states.device)], targets, backbone.unembedding())
+        _, losses = linear_cross_entropy(
+            states[:, :-1][mask.to(states.device)], targets, backbone.unembedding(self.captured)
+        )
         backbone.verify(self.captured, "log-probabilities", -losses, self.outputs.log_probs[mask].to(losses.device))
 
     def with_auxiliary(self, total: Tensor) -> Any:

@@ -68,7 +68,7 @@ def auxiliary_loss(
         fast_paths: False computes the same in the plainest way: all logits of a head, decoder layers for all positions, and
             gradients by autograd in the backward pass.
     """
-    unembedding = backbone.unembedding()
+    unembedding = backbone.unembedding(captured)
     weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=labels.device))
     cross_entropy = linear_cross_entropy if fast_paths else plain_cross_entropy
     hidden: Tensor = getattr(captured, heads.config.head_input)
@@ -182,8 +182,7 @@ def soft_auxiliary_loss(
     needed, matched = torch.cat(teacher_rows).unique(return_inverse=True)
     teacher_states = captured.last_hidden_state.flatten(0, 1)[needed]
     picked = list(matched.split([len(rows) for rows in teacher_rows]))
-    sums = [
-        s / fraction for s in soft_cross_entropy(states, picked, teacher_states, backbone.unembedding().detached())
-    ]
+    unembedding = backbone.unembedding(captured).detached()
+    sums = [s / fraction for s in soft_cross_entropy(states, picked, teacher_states, unembedding)]
     total = sum(head_sum * decay ** (index + 1) for index, head_sum in enumerate(sums))
     return AuxiliaryLoss(total * weight, [head_sum.detach() for head_sum in sums], counts)

@@ -46,7 +46,7 @@ class NextToken:
     @torch.no_grad()
     def verify(self, backbone: Backbone) -> None:
         """`Backbone.verify` by the logits of the first row's last token."""
-        unembedding = backbone.unembedding()
+        unembedding = backbone.unembedding(self.captured)
         states = self.captured.last_hidden_state[:1, -1:].to(unembedding.weight.dtype)
         logits = _loss_and_logits(self.outputs)[1]
         backbone.verify(self.captured, "logits", unembedding.logits(states), logits[:1, -1:])
@@ -136,7 +136,7 @@ def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -
     divisor = _divisor(kwargs, len(rows), device)
     weight, power_of_two = split_factor(1 / divisor)
     states = captured.last_hidden_state.flatten(0, 1)[rows]
-    loss, _ = linear_cross_entropy(states, targets, backbone.unembedding(), weight.expand(len(rows)))
+    loss, _ = linear_cross_entropy(states, targets, backbone.unembedding(captured), weight.expand(len(rows)))
     return len(rows), divisor, loss * power_of_two
 
 

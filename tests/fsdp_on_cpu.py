@@ -1,13 +1,18 @@
-"""`accelerate launch ... -m tests.fsdp_on_cpu train-heads ...`: the command line with FSDP on processes without accelerator.
+"""`accelerate launch ... -m tests.fsdp_on_cpu train-heads ...`: the command line, or a script, with FSDP on processes without GPU.
 
 torch shards over gloo as over any backend, but accelerate 1.15 leaves its FSDP plugin aside where the devices are CPUs
-(`AcceleratorState.__init__`). This says what it says itself on any other device; everything else is the real code.
+(`AcceleratorState.__init__`). This says what it says itself on any other device; everything else is the real code. And
+FSDP1 looks for its parameters on ``cpu:0``, where no tensor says to be.
 """
 
+import runpy
+import sys
 from typing import Any
 
+import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
+from torch.distributed.fsdp import _init_utils
 
 from peft_caft.cli import main
 
@@ -23,6 +28,15 @@ def with_plugin(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **k
         self.fsdp_plugin = fsdp_plugin
 
 
+def without_index(*args: Any) -> torch.device:
+    return torch.device("cpu")
+
+
 if __name__ == "__main__":
     AcceleratorState.__init__ = with_plugin
-    main()
+    _init_utils._get_device_from_device_id = without_index
+    if sys.argv[1].endswith(".py"):
+        del sys.argv[0]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        main()

@@ -1,4 +1,4 @@
-"""CAFT on quantised base models, on the CPU: `make test-quantised` has what they need, and where it is missing they are skipped."""
+"""CAFT on quantised base models, on the CPU: `make test-optional` has what they need, and where it is missing they are skipped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory):
 
 def quantised(checkpoint, precision: str):
     if find_spec(precision.split(",")[0]) is None:
-        pytest.skip("see `make test-quantised`")
+        pytest.skip("see `make test-optional`")
     return AutoModelForCausalLM.from_pretrained(
         checkpoint, quantization_config=PRECISIONS[precision](), dtype=torch.bfloat16, device_map="cpu"
     )

@@ -31,6 +31,7 @@ from .tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "accelerate"
+FSDP_ON_CPU = ("-m", "tests.fsdp_on_cpu")
 # 24 steps of 12 rows in two epochs; the rows are grouped by length, in one order for any number of processes.
 OPTIONS = [
     *("--max-length", "64", "--num_train_epochs", "2", "--learning_rate", "1e-2", "--logging_steps", "1"),
@@ -49,11 +50,11 @@ def command(files: dict[str, str], output: Path, *options: str) -> list[str]:
     return ["train-heads", *places, *OPTIONS, *options]
 
 
-def start(config: str, arguments: list[str], module: str = "peft_caft.cli") -> subprocess.Popen:
-    """Two processes, and the one that starts them."""
+def start(config: str, arguments: list[str], *program: str) -> subprocess.Popen:
+    """Two processes, and the one that starts them; the program is ``-m`` and a module, by default the command line, or a script."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / config)]
     return subprocess.Popen(
-        [sys.executable, *launcher, "--main_process_port", "0", "-m", module, *arguments],
+        [sys.executable, *launcher, "--main_process_port", "0", *(program or ("-m", "peft_caft.cli")), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -184,10 +185,10 @@ def test_sharded_models_train_as_whole_ones_and_are_taken_up_when_killed(options
     heads = tmp_path / "heads"
     arguments = command(files, heads, "--per_device_train_batch_size", "6", *options)
     checkpoint = heads / "checkpoints" / "checkpoint-4"
-    kill_when((checkpoint / "trainer_state.json").exists, start("fsdp2.yaml", arguments, "tests.fsdp_on_cpu"))
+    kill_when((checkpoint / "trainer_state.json").exists, start("fsdp2.yaml", arguments, *FSDP_ON_CPU))
     assert (checkpoint / "optimizer.bin").is_file()  # FSDP's; elsewhere Trainer writes optimizer.pt
     assert not list(checkpoint.glob("pytorch_model_fsdp*"))  # the frozen base model has no place in a checkpoint
-    output = finish(start("fsdp2.yaml", arguments, "tests.fsdp_on_cpu"))
+    output = finish(start("fsdp2.yaml", arguments, *FSDP_ON_CPU))
     assert output.count("Heads written to") == 1
     require_same_training(tmp_path / "one", heads, tolerance=2e-2 if "bfloat16" in options else 1e-4)
 
@@ -201,7 +202,7 @@ def test_sharded_models_train_as_whole_ones_and_are_taken_up_when_killed(options
             None,
             "fsdp_cpu_ram_efficient_loading: got true, expected false",
         ),
-        ({"FSDP_VERSION": "2"}, "states", "cache: got 'states' with FSDP, expected none"),
+        ({"FSDP_VERSION": "2"}, "states", "cache: got 'states' with a sharded model, expected none"),
     ],
 )
 def test_sharding_that_cannot_work_is_refused(environment, cache, message, tmp_path, monkeypatch):

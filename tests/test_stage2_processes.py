@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from peft_caft.objective_config import HEAD_TYPES
 
-from .test_stage1_processes import finish, in_one_process, kill_when, start, summary
+from .test_stage1_processes import EXAMPLES, FSDP_ON_CPU, finish, in_one_process, kill_when, start, summary
 from .tiny_checkpoint import save_checkpoint, write_chats
 
 OPTIONS = [
@@ -30,9 +30,7 @@ OPTIONS = [
 ]
 
 
-FROZEN_AND_TRAINED = pytest.mark.parametrize(
-    "options", [("frozen",), ("full", "--gradient_checkpointing", "true")], ids=["frozen", "full"]
-)
+MODES = {"frozen": ("frozen",), "full": ("full", "--gradient_checkpointing", "true"), "lora": ("lora",)}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def files(tmp_path_factory):
     return files
 
 
-def command(files: dict[str, str], output: Path, head_type: str, *options: str) -> list[str]:
+def command(files: dict[str, str], output: Path, head_type: str | None, *options: str) -> list[str]:
     places = [
         "--model",
         files["model"],
@@ -58,7 +56,8 @@ def command(files: dict[str, str], output: Path, head_type: str, *options: str) 
         "--output",
         str(output),
     ]
-    return ["train", *places, "--heads", files[head_type], *OPTIONS, *options]
+    heads = [] if head_type is None else ["--heads", files[head_type]]
+    return ["train", *places, *heads, *OPTIONS, *options]
 
 
 def require_same_training(one: Path, two: Path, tolerance: float = 1e-5) -> None:
@@ -74,10 +73,20 @@ def require_same_training(one: Path, two: Path, tolerance: float = 1e-5) -> None
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=tolerance)
 
 
-@FROZEN_AND_TRAINED
+def require_same_heads(start: str, one: Path, two: Path) -> None:
+    """Trained heads are alike, and are not those that training started from."""
+    ours, expected = (load_file(run / "trained_heads" / "model.safetensors") for run in (two, one))
+    initial = load_file(Path(start, "model.safetensors"))
+    assert ours.keys() == expected.keys() == initial.keys()
+    assert any((ours[name] - initial[name]).abs().max() > 1e-4 for name in initial)
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "full"])
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_two_processes_train_as_one_does(head_type, options, files, tmp_path):
-    options = ("--train-heads", *options, "--per_device_train_batch_size")
+def test_two_processes_train_as_one_does(head_type, mode, files, tmp_path):
+    options = ("--train-heads", *MODES[mode], "--per_device_train_batch_size")
     in_one_process(command(files, tmp_path / "one", head_type, *options, "8"))
     output = finish(start("ddp.yaml", command(files, tmp_path / "two", head_type, *options, "4")))
     require_same_training(tmp_path / "one", tmp_path / "two")
@@ -85,17 +94,27 @@ def test_two_processes_train_as_one_does(head_type, options, files, tmp_path):
 
 
 @pytest.mark.slow
-@FROZEN_AND_TRAINED
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_sharded_model_trains_as_a_whole_one_and_is_taken_up_when_killed(head_type, options, files, tmp_path):
-    options = ("--train-heads", *options, "--per_device_train_batch_size")
+def test_sharded_model_trains_as_a_whole_one_and_is_taken_up_when_killed(head_type, mode, files, tmp_path):
+    options = ("--train-heads", *MODES[mode], "--per_device_train_batch_size")
     in_one_process(command(files, tmp_path / "one", head_type, *options, "8"))
     two = command(files, tmp_path / "two", head_type, *options, "4")
     checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-3"
-    kill_when((checkpoint / "trainer_state.json").exists, start("fsdp2.yaml", two, "tests.fsdp_on_cpu"))
-    finish(start("fsdp2.yaml", two, "tests.fsdp_on_cpu"))
+    kill_when((checkpoint / "trainer_state.json").exists, start("fsdp2.yaml", two, *FSDP_ON_CPU))
+    finish(start("fsdp2.yaml", two, *FSDP_ON_CPU))
     require_same_training(tmp_path / "one", tmp_path / "two")
-    if options[1] == "full":
-        ours, expected = (load_file(tmp_path / run / "trained_heads" / "model.safetensors") for run in ("two", "one"))
-        for name, weight in ours.items():
-            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
+    if mode != "frozen":
+        require_same_heads(files[head_type], tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_fsdp1_is_refused(files, tmp_path):
+    fsdp1 = tmp_path / "fsdp1.yaml"
+    lines = (EXAMPLES / "fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1").splitlines()
+    lines = [line for line in lines if "reshard_after_forward" not in line]  # another kind of value there
+    fsdp1.write_text("\n".join([*lines, "  fsdp_sync_module_states: false"]))
+    process = start(str(fsdp1), command(files, tmp_path / "out", "residual"), *FSDP_ON_CPU)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "fsdp_version: got 1, expected 2" in output

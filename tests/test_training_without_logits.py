@@ -57,6 +57,15 @@ def assert_same_with_fast_paths_off(model, tolerance=1e-5, **batch):
         assert (gradients[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7 * largest, name
 
 
+def test_unembedding_is_gathered_once_in_a_pass(monkeypatch):
+    """Under ZeRO-3 that is a copy of it from all processes."""
+    model, gathered = caft(), []
+    monkeypatch.setattr("peft_caft.backbone.whole", lambda parameter: gathered.append(parameter) or parameter)
+    for passes in (1, 2):  # the first one also verifies the architecture
+        model(input_ids=tokens(), labels=half_supervised()).loss.backward()
+        assert len(gathered) == passes
+
+
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *PECULIAR])
