@@ -111,7 +111,14 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
     @torch.compiler.disable(recursive=False)
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self._pass = self._training_pass(kwargs)
-        return args, kwargs if self._pass is None else begin(self._pass)
+        if self._pass is None:
+            return args, kwargs
+        for layer in self.auxiliary_heads.modules():
+            if getattr(layer, "gradient_checkpointing", False):
+                layer.gradient_checkpointing = (
+                    False  # the model's switch has reached it; a head's layer is not run as a whole
+                )
+        return args, begin(self._pass)
 
     @torch.compiler.disable(recursive=False)
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:

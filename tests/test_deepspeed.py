@@ -108,6 +108,19 @@ def test_stage_2_trains_as_one_process_does_and_is_taken_up_when_killed(head_typ
         stage_2.require_same_heads(files[head_type], tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize(
+    ("zero", "mode"), [("zero2", mode) for mode in stage_2.WHOLE] + [("zero3", "whole model but the unembedding")]
+)
+def test_whole_model_trains_as_in_one_process_and_is_taken_up_when_killed(zero, mode, files, tmp_path):
+    stage_2.train_whole_model(files, tmp_path, mode, f"{zero}.yaml")
+
+
+def test_trained_unembedding_in_parts_is_refused(files, tmp_path):
+    arguments = stage_2.command(files, tmp_path / "out", "residual", "--train-heads", *stage_2.WHOLE["whole model"])
+    output, _ = start("zero3.yaml", arguments).communicate(timeout=120)
+    assert "freeze_unembedding: got false" in output
+
+
 @ZERO
 def test_stage_2_of_a_model_in_half_precision(zero, tmp_path):
     files = {"model": large_llama(tmp_path / "model"), "data": write_chats(tmp_path / "data.jsonl", 160)}

@@ -93,6 +93,18 @@ def test_fast_paths_change_nothing(architecture, head_input):
     assert_equal(*found)
 
 
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+def test_gradient_checkpointing_changes_nothing_where_heads_are_trained(head_type):
+    model, found = full(train_heads="full", head_type=head_type), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(**batch()).loss.backward()
+        found.append(gradients(model))
+    assert_equal(*found)
+
+
 def test_tied_embeddings_learn_from_all_losses_or_stay_as_they_are():
     for frozen in (False, True):
         model = full(tiny_llama(tie_word_embeddings=True), freeze_unembedding=frozen)
