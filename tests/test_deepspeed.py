@@ -86,6 +86,18 @@ def test_stage_1_trains_as_one_process_does_and_is_taken_up_when_killed(options,
     stage_1.require_same_training(tmp_path / "one", tmp_path / "two", tolerance=2e-2 if half else 1e-4)
 
 
+def test_zero2_fills_a_cache_and_is_taken_up_when_killed(files, tmp_path):
+    arguments = stage_1.command(files, tmp_path / "one", "--per_device_train_batch_size", "12")
+    in_one_process(arguments)
+    options = ("--cache", str(tmp_path / "cache"), "--per_device_train_batch_size", "6")
+    arguments = stage_1.command(files, tmp_path / "two", *options)
+    checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-4"
+    kill_when((checkpoint / "trainer_state.json").exists, start("zero2.yaml", arguments))
+    output = finish(start("zero2.yaml", arguments))
+    assert "Caching hidden states" not in output
+    stage_1.require_same_training(tmp_path / "one", tmp_path / "two", tolerance=1e-4)
+
+
 def test_stage_1_refuses_a_cache_for_partitioned_models(files, tmp_path):
     arguments = stage_1.command(files, tmp_path / "heads", "--cache", str(tmp_path / "cache"))
     output, _ = start("zero3.yaml", arguments).communicate(timeout=120)

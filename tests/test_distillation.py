@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from peft_caft.generation import stop_token_ids
 from peft_caft.prompts import prepare_prompts, read_prompts
 
 from .forked_command import finish, kill_when
+from .test_stage1_processes import fsdp1_config
 from .tiny_checkpoint import WORDS, save_checkpoint, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -513,14 +515,16 @@ def test_a_full_disk_keeps_what_was_finished(files, small_disk):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_file_as_one(files, tmp_path):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2", "zero2", "zero3"])
+def test_two_processes_write_the_same_file_as_one(engine, files, tmp_path):
+    """Whatever engine they are launched for: each holds the whole model."""
+    if engine.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("see `make test-optional`")
     output = tmp_path / "answers.jsonl"
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "examples" / "accelerate" / "ddp.yaml"),
-    ]
+    config = ROOT / "examples" / "accelerate" / f"{engine}.yaml"
+    if engine == "fsdp1":
+        config = fsdp1_config(tmp_path)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     result = subprocess.run(
         [sys.executable, *launcher, "--main_process_port", "0", "-m", "peft_caft.cli", *command(files, output)[1:]],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},

@@ -39,6 +39,15 @@ OPTIONS = [
 ]
 
 
+def fsdp1_config(folder: Path) -> Path:
+    """The example for FSDP2, made one for FSDP1."""
+    lines = (EXAMPLES / "fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1").splitlines()
+    lines = [line for line in lines if "reshard_after_forward" not in line]  # another kind of value there
+    path = folder / "fsdp1.yaml"
+    path.write_text("\n".join([*lines, "  fsdp_sync_module_states: false"]))
+    return path
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from peft_caft import AuxiliaryHeads
 from peft_caft.objective_config import HEAD_TYPES
 
-from .test_stage1_processes import EXAMPLES, FSDP_ON_CPU, finish, in_one_process, kill_when, start, summary
+from .test_stage1_processes import FSDP_ON_CPU, finish, fsdp1_config, in_one_process, kill_when, start, summary
 from .tiny_checkpoint import save_checkpoint, write_chats
 
 OPTIONS = [
@@ -164,11 +164,7 @@ def test_two_processes_train_a_whole_model_as_one_does(tied, mode, config, progr
 
 @pytest.mark.slow
 def test_fsdp1_is_refused(files, tmp_path):
-    fsdp1 = tmp_path / "fsdp1.yaml"
-    lines = (EXAMPLES / "fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1").splitlines()
-    lines = [line for line in lines if "reshard_after_forward" not in line]  # another kind of value there
-    fsdp1.write_text("\n".join([*lines, "  fsdp_sync_module_states: false"]))
-    process = start(str(fsdp1), command(files, tmp_path / "out", "residual"), *FSDP_ON_CPU)
+    process = start(str(fsdp1_config(tmp_path)), command(files, tmp_path / "out", "residual"), *FSDP_ON_CPU)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "fsdp_version: got 1, expected 2" in output
