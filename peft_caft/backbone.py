@@ -22,7 +22,12 @@ from transformers import Cache, PreTrainedModel
 from .sharding import parameter_of, whole, whole_shape
 from .unembedding import Unembedding
 
-CACHES = ("past_key_values", "past_key_value", "layer_past")  # what transformers' layers call their cache
+CACHES = (
+    "cache",
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+)  # what transformers' layers call it; `cache` from 5.24
 CACHE_ARGUMENTS = (*CACHES, "use_cache")
 LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")  # handed down to the layers, which do not read them
 
@@ -173,7 +178,8 @@ class Backbone:
         seen: dict[str, Any] = {}
 
         def before_last_layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kwargs = {n: value for n, value in kwargs.items() if n not in (*CACHE_ARGUMENTS, *LOSS_ARGUMENTS)}
+            dropped = (*CACHE_ARGUMENTS, *LOSS_ARGUMENTS)
+            kwargs = {n: v for n, v in kwargs.items() if n not in dropped and not isinstance(v, Cache)}
             hidden = args[0] if args else kwargs.pop("hidden_states")
             seen["hidden"] = hidden
             seen["args"] = tuple(None if isinstance(value, Cache) else value for value in args[1:])

@@ -226,15 +226,19 @@ def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
     """
     if not shards_parameters(trainer):
         return None
+    adapters_alone = isinstance(trainer.model, PeftModel)
     if trainer.is_fsdp_enabled:
-        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    state = {}
-    for name, tensor in trainer.model.state_dict(keep_vars=True).items():
-        if tensor.requires_grad or not isinstance(trainer.model, PeftModel):
-            values = whole(tensor)
-            if trainer.is_world_process_zero():
-                state[name] = values.detach().cpu()
-    return state
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    else:
+        state = {}
+        for name, tensor in trainer.model.state_dict(keep_vars=True).items():
+            if tensor.requires_grad or not adapters_alone:
+                values = whole(tensor)
+                if trainer.is_world_process_zero():
+                    state[name] = values.detach().cpu()
+    # A tied weight has been gathered under each of its names, and so is no longer known for one.
+    tied = {} if adapters_alone else trainer.model.all_tied_weights_keys
+    return {name: values for name, values in state.items() if name not in tied}
 
 
 def _record_of_trained_heads(
