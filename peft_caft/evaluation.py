@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from .answer_loss import PromptAndAnswer, answer_losses, encode_answers
+from .answer_loss import PromptAndAnswer, encode_answers
 from .atomic import replacing, write_text
 from .data import file_sha256, read_jsonl, require_tokenizer_of
 from .distillation_parts import Parts
-from .evaluation_report import markdown_report, summarise
-from .generation import Sampling, TransformersBackend, special_token_ids, stop_token_ids
+from .evaluation_report import markdown_report, metrics_of, summarise
+from .generation import Sampling, TransformersBackend, stop_token_ids
 from .output_guard import full_disk_explained
 from .provenance import git_commit, peak_memory_mib, provenance, weights_digest
-from .task import Row, Task, answer_of, load_task
-
-LENGTHS = (1, 4, 8, 16, 32, 64, 128)  # tokens of a reference: upper ends of the groups
+from .row_results import Evaluator
+from .task import Row, Task, load_task
 
 
 @dataclass
@@ -79,6 +76,7 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
     git_commit()  # remembered for the provenance
     disable_progress_bar()
     task = load_task(settings.task)
+    metrics_of(task)  # refuses a name that is taken, before any work
     rows = read_jsonl(settings.data, settings.max_rows)
     base = base_model_of(settings.model, settings.adapter)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -107,7 +105,7 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
             return done
         pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         backend = TransformersBackend(model, sampling, settings.batch_size, pad_token_id)
-        _answer(task, rows, encoded, backend, tokenizer, parts, settings.seed)
+        _answer(Evaluator(task, tokenizer, backend), rows, encoded, parts, settings.seed)
         results = _join(parts)
         finished = list(parts.finished())
         record = summarise(task, rows, results) | {
@@ -179,94 +177,30 @@ def _require_room(encoded: list[PromptAndAnswer], model: nn.Module, max_new_toke
             )
 
 
-def _answer(
-    task: Task,
-    rows: list[Row],
-    encoded: list[PromptAndAnswer],
-    backend: TransformersBackend,
-    tokenizer: PreTrainedTokenizerBase,
-    parts: Parts,
-    seed: int,
-) -> None:
-    """Answer and score in batches of about equal length, the longest first, so that too little memory shows at once."""
+def _answer(evaluator: Evaluator, rows: list[Row], encoded: list[PromptAndAnswer], parts: Parts, seed: int) -> None:
+    """Answer in batches of about equal length, the longest first, so that too little memory shows at once."""
     order = sorted(range(len(rows)), key=lambda index: (-len(encoded[index].ids), index))
-    batches = [order[start : start + backend.batch_size] for start in range(0, len(order), backend.batch_size)]
+    size = evaluator.backend.batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     finished = {batch["batch"] for batch in parts.finished()}
     done = sum(len(batches[number]) for number in finished)
-    tokens, started = 0, time.perf_counter()
     # Every other one, then the rest: batches of all lengths early, so that the estimated time is honest.
     turns = [*range(0, len(batches), 2), *range(1, len(batches), 2)]
+    tokens, started = 0, time.perf_counter()
     with (
         tqdm(total=len(rows), initial=done, desc="Evaluating", unit=" rows", smoothing=0) as bar,
         parts.appending(0) as append,
-        _explained_scores(task) as score,
     ):
-        for number in (n for n in turns if n not in finished):
-            begun = time.perf_counter()
-            batch = [encoded[index] for index in batches[number]]
-            losses = answer_losses(backend.model, batch, backend.pad_token_id)
-            answers = backend.answers([row.prompt for row in batch], seed * 1_000_003 + number * 4099)
-            texts = [_text(ids, tokenizer) for ids in answers]
-            own = [rows[index] for index in batches[number]]
-            scores = score(own, texts)
-            results = [
-                {
-                    "row": index,
-                    "reference": answer_of(row),
-                    "answer": text,
-                    "ended": ids[-1] in backend.sampling.stop_token_ids,
-                    "generated_tokens": len(ids),
-                    "scores": {name: values[position] for name, values in scores.items()},
-                    "groups": task.groups(row, tokenizer)
-                    | {"tokens of the reference": _length_group(len(row_losses))},
-                    "answer_losses": [round(loss, 6) for loss in row_losses],
-                }
-                for position, (index, row, text, ids, row_losses) in enumerate(
-                    zip(batches[number], own, texts, answers, losses, strict=True)
-                )
-            ]
+        for number in (turn for turn in turns if turn not in finished):
+            begun, batch = time.perf_counter(), batches[number]
+            own = evaluator.results(
+                [rows[index] for index in batch], [encoded[index] for index in batch], seed * 1_000_003 + number * 4099
+            )
+            results = [{"row": index} | result for index, result in zip(batch, own, strict=True)]
             append({"batch": number, "seconds": round(time.perf_counter() - begun, 3), "results": results})
-            tokens += sum(map(len, answers))
+            tokens += sum(result["generated_tokens"] for result in own)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
             bar.update(len(batch))
-
-
-@contextmanager
-def _explained_scores(task: Task) -> Iterator[Callable[[list[Row], list[str]], dict[str, list[float | None]]]]:
-    """Yield `Task.score`, checked: a task is a user's own, and its mistakes are to be told from ours."""
-    names = {metric.name for metric in task.metrics}
-
-    def score(rows: list[Row], answers: list[str]) -> dict[str, list[float | None]]:
-        scores = task.score(rows, answers)
-        if set(scores) != names or any(len(values) != len(rows) for values in scores.values()):
-            got = {name: len(values) for name, values in scores.items()}
-            raise ValueError(
-                f"task: score of {task.name!r} gave {got}, expected {len(rows)} values for each of {sorted(names)}. Mend the task's file."
-            )
-        return {name: [None if v is None else float(v) for v in values] for name, values in scores.items()}
-
-    try:
-        yield score
-    except KeyError as error:
-        raise ValueError(
-            f"task: a row lacks {error}, which {task.name!r} needs. Build the data with the task's own file."
-        ) from error
-
-
-def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The answer without special tokens; what stands after one of them is another turn."""
-    ends = special_token_ids(tokenizer)
-    end = next((position for position, token in enumerate(ids) if token in ends), len(ids))
-    return tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _length_group(tokens: int) -> str:
-    lower = 0
-    for upper in LENGTHS:
-        if tokens <= upper:
-            return f"{lower + 1} to {upper}" if upper > lower + 1 else f"{upper}"
-        lower = upper
-    return f"over {lower}"
 
 
 def _join(parts: Parts) -> list[dict[str, Any]]:

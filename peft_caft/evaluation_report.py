@@ -20,24 +20,33 @@ SAMPLES = 5
 
 
 def metrics_of(task: Task) -> tuple[Metric, ...]:
-    """The metrics of a task and those that all tasks have."""
+    """The metrics of a task and those that all tasks have.
+
+    Raises:
+        ValueError: if the task gives one of its own the name of one of these.
+    """
+    for metric in task.metrics:
+        if metric.name in {common.name for common in COMMON}:
+            raise ValueError(
+                f"metrics: {metric.name!r} of {task.name!r} is measured for every task, expected another name."
+            )
     return (*task.metrics, *COMMON)
 
 
-def row_values(metric: Metric, result: dict[str, Any]) -> float | None:
-    """The value of one metric for one line of ``rows.jsonl``."""
-    losses = result["answer_losses"]
-    if metric.name == "cross_entropy":
-        return sum(losses) / len(losses)
-    if metric.name == "answer_cross_entropy":
-        return sum(losses)
-    return float(result["ended"]) if metric.name == "ended" else result["scores"][metric.name]
+def common_scores(losses: list[float], ended: bool) -> dict[str, float]:
+    """The values of `COMMON` for one row.
+
+    Args:
+        losses: cross entropy of each token of the reference, nats.
+        ended: whether the model ended its answer.
+    """
+    return {"cross_entropy": sum(losses) / len(losses), "answer_cross_entropy": sum(losses), "ended": float(ended)}
 
 
 def estimate(metric: Metric, results: list[dict[str, Any]]) -> Estimate | None:
-    """Mean and 95 % interval of a metric over rows."""
+    """Mean and 95 % interval of a metric over lines of ``rows.jsonl``."""
     weights = [len(result["answer_losses"]) for result in results] if metric.per_token else None
-    return mean_estimate([row_values(metric, result) for result in results], weights)
+    return mean_estimate([result["scores"][metric.name] for result in results], weights)
 
 
 def summarise(task: Task, rows: list[Row], results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -60,55 +69,51 @@ def summarise(task: Task, rows: list[Row], results: list[dict[str, Any]]) -> dic
 
 
 def _estimates(task: Task, results: list[dict[str, Any]]) -> dict[str, Any]:
-    found = ((metric.name, estimate(metric, results)) for metric in metrics_of(task))
-    return {name: asdict(value) for name, value in found if value is not None}
+    found = ((metric, estimate(metric, results)) for metric in metrics_of(task))
+    return {metric.name: asdict(value) | _described(metric) for metric, value in found if value is not None}
+
+
+def _described(metric: Metric) -> dict[str, Any]:
+    return {"unit": metric.unit, "higher_is_better": metric.higher_is_better, "per_token": metric.per_token}
 
 
 def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results: list[dict[str, Any]]) -> str:
     """The report for people."""
     settings = record["settings"]
     model = settings["model"] + (f" with the adapter {settings['adapter']}" if settings["adapter"] else "")
-    metrics = {metric.name: metric for metric in metrics_of(task)}
+    how = "greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']}"
+    meanings = {metric.name: metric.meaning for metric in metrics_of(task)}
     overall = [
-        [
-            name,
-            _shown(value, metrics[name]),
-            f"{value['rows']:,}",
-            metrics[name].meaning,
-            "higher" if metrics[name].higher_is_better else "lower",
-        ]
+        [name, _shown(value), f"{value['rows']:,}", _unit(value), meanings[name], _better(value)]
         for name, value in record["metrics"].items()
     ]
     lines = [
         f"# {model} on {task.name}",
         "",
-        f"{record['rows']:,} rows of {settings['data']}, "
-        + ("greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']}")
-        + f", at most {settings['max_new_tokens']} new tokens. In brackets 95 % confidence intervals over rows.",
+        f"{record['rows']:,} rows of {settings['data']}, {how}, at most {settings['max_new_tokens']} new tokens. In brackets 95 % "
+        "confidence intervals over rows.",
         "",
-        markdown_table(["metric", "mean", "rows", "meaning", "better"], overall),
+        markdown_table(["metric", "mean", "rows", "unit", "of what", "better"], overall),
     ]
     for group, by_value in record["groups"].items():
         large = {value: own for value, own in by_value.items() if own["rows"] >= SMALL_GROUP}
-        shown = [name for name in record["metrics"] if any(name in own["metrics"] for own in large.values())]
-        table = [
-            [value, f"{own['rows']:,}", *(_shown(own["metrics"].get(name), metrics[name]) for name in shown)]
-            for value, own in sorted(large.items(), key=lambda item: _natural(item[0]))
-        ]
-        lines += ["", f"## By {group}", "", markdown_table([group, "rows", *shown], table)]
+        if large:
+            lines += ["", f"## By {group}", "", _group_table(group, large, list(record["metrics"]))]
     lines += ["", "## The first rows", ""]
     for row, result in list(zip(rows, results, strict=True))[:SAMPLES]:
-        lines += [
-            f"- prompt: {_quoted(prompt_of(row))}",
-            f"  - reference: {_quoted(result['reference'])}",
-            f"  - answer: {_quoted(result['answer'])}",
-        ]
-    lines += [
-        "",
-        f"{record['seconds']:.0f} s on {record['machine']}; {listed(record['versions'])}; commit {record['git_commit']}.",
-        "",
+        lines.append(f"- prompt: {_quoted(prompt_of(row))}")
+        lines += [f"  - {what}: {_quoted(result[what])}" for what in ("reference", "answer")]
+    made = f"{record['seconds']:.0f} s on {record['machine']}; {listed(record['versions'])}; commit {record['git_commit']}."
+    return "\n".join([*lines, "", made, ""])
+
+
+def _group_table(group: str, by_value: dict[str, Any], names: list[str]) -> str:
+    shown = [name for name in names if any(name in own["metrics"] for own in by_value.values())]
+    table = [
+        [value, f"{own['rows']:,}", *(_shown(own["metrics"].get(name)) for name in shown)]
+        for value, own in sorted(by_value.items(), key=lambda item: _natural(item[0]))
     ]
-    return "\n".join(lines)
+    return markdown_table([group, "rows", *shown], table)
 
 
 def _natural(value: str) -> tuple[int, int, str]:
@@ -117,24 +122,23 @@ def _natural(value: str) -> tuple[int, int, str]:
     return (value.startswith("over"), number, value)
 
 
-def _shown(value: dict[str, Any] | None, metric: Metric) -> str:
+def _shown(value: dict[str, Any] | None) -> str:
     if value is None:
         return "-"
-    if metric.unit == "share":
-        mean, interval = (
-            f"{value['mean']:.1%}",
-            f"{value['low']:.1%} to {value['high']:.1%}" if value["low"] is not None else "",
-        )
-    else:
-        mean, interval = (
-            f"{value['mean']:.3f}",
-            f"{value['low']:.3f} to {value['high']:.3f}" if value["low"] is not None else "",
-        )
-        mean += "" if metric.unit in ("", "mean") else f" {metric.unit}"
-    return f"{mean} ({interval})" if interval else mean
+    form = "{:.1%}" if value["unit"] == "share" else "{:.3f}"
+    mean, low, high = (None if value[end] is None else form.format(value[end]) for end in ("mean", "low", "high"))
+    return f"{mean}" if low is None else f"{mean} ({low} to {high})"
+
+
+def _unit(value: dict[str, Any]) -> str:
+    return "%" if value["unit"] == "share" else value["unit"]
+
+
+def _better(value: dict[str, Any]) -> str:
+    return "higher" if value["higher_is_better"] else "lower"
 
 
 def _quoted(text: str, longest: int = 200) -> str:
-    """Text in one line of Markdown, its quotation marks those of no text."""
+    """Text as code in one line of Markdown."""
     line = text if len(text) <= longest else text[:longest] + " ..."
     return "`` " + line.replace("\n", "⏎").replace("``", "`\u200b`") + " ``"

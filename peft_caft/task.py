@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import file_sha256
 
+CUT_SHARES = ((0, "0 %"), (0.5, "up to 50 %"), (0.75, "up to 75 %"), (1 - 1e-9, "up to 99 %"), (1, "100 %"))
 Row = dict[str, Any]
 Scores = dict[str, list[float | None]]
 INSTALL = "Run `pip install 'peft-caft[tasks]'`, and see the README.md beside the task for what it needs besides."
@@ -122,19 +123,20 @@ def prompt_of(row: Row) -> str:
 
 
 def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase, shortest: int = 3) -> str:
-    """In which share of a text's words the tokenizer cuts, for `Task.groups`: concepts in fragments are what CAFT is about.
+    """Which share of a text's words the tokenizer cuts, for `Task.groups`: concepts in fragments are what CAFT is about.
 
     Args:
         shortest: letters of a word; shorter ones do not count.
+
+    Returns:
+        ``"0 %"``, ``"up to 50 %"`` ... ``"100 %"``, or ``"no words"``.
     """
     words = re.findall(rf"[^\W\d_]{{{shortest},}}", text)
     if not words:
         return "no words"
     pieces = tokenizer(words, add_special_tokens=False)["input_ids"]
     share = sum(len(ids) > 1 for ids in pieces) / len(words)
-    if share in (0, 1):
-        return "none in several tokens" if share == 0 else "all in several tokens"
-    return next(name for limit, name in ((0.5, "up to half"), (0.75, "up to 3/4"), (1, "over 3/4")) if share <= limit)
+    return next(name for limit, name in CUT_SHARES if share <= limit)
 
 
 def load_task(path: str | Path) -> Task:

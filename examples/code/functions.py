@@ -18,7 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "smollm2_heads"))
 from stdlib_functions import Function, in_test, split_name, stdlib_functions
 
 SYSTEM_PROMPT = "Write the Python function. Answer with its code alone, without the docstring."
-FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+FENCE = re.compile(r"^```.*\n?", re.MULTILINE)
+DEFINITION = re.compile(r"^\s*(?:async )?def ", re.MULTILINE)
 DEV_MODULES = "dev-18"  # of thirty numbers tried, one whose modules are many and of even size
 
 
@@ -87,15 +88,22 @@ def prompt_and_answer(source: str) -> tuple[str, str] | None:
 
 
 def code_of(answer: str) -> str:
-    """The code of an answer: its first fenced block, or all of it."""
-    fenced = FENCE.search(answer)
-    return fenced.group(1) if fenced else answer
+    """The code of an answer: what stands before the first fence if that has a function, else the first block, else all of it."""
+    before, *blocks = FENCE.split(answer)
+    return before if not blocks or DEFINITION.search(before) else blocks[0]
 
 
 def normal_form(code: str) -> str | None:
-    """Code without comments and in one layout, None if it does not parse."""
+    """Code without comments and docstrings and in one layout, None if it does not parse."""
     try:
-        return ast.unparse(ast.parse(code))
+        tree = ast.parse(code)
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                and ast.get_docstring(node) is not None
+            ):
+                node.body = node.body[1:] or [ast.Pass()]
+        return ast.unparse(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null character
         return None
 

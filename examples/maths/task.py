@@ -13,6 +13,7 @@ from peft_caft.task import Metric, Row, Scores, Splits, Task, answer_of, chat
 from peft_caft.task_building import build_main
 
 GENERATORS = ("gsm_symbolic", "leg_counting", "simple_equations", "chain_sum", "basic_arithmetic", "products", "gcd")
+PROBLEMS = 50_000  # of each generator and split, at most
 FIRST_SEED = {
     "test": 950_000,
     "dev": 900_000,
@@ -40,8 +41,8 @@ class Maths(Task):
         seen: set[str] = set()
         for split in sorted(sizes, key=list(FIRST_SEED).index):
             rows[split] = []
-            datasets = [reasoning_gym.create_dataset(g, seed=FIRST_SEED[split], size=50_000) for g in GENERATORS]
-            for index in range(50_000):
+            datasets = [reasoning_gym.create_dataset(g, seed=FIRST_SEED[split], size=PROBLEMS) for g in GENERATORS]
+            for index in range(PROBLEMS):
                 for generator, dataset in zip(GENERATORS, datasets, strict=True):
                     problem = dataset[index]
                     question = problem["question"].strip()

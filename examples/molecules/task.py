@@ -109,7 +109,10 @@ class Molecules(Task):
         return scores
 
     def groups(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-        return {"words of the name": share_of_cut_words(prompt_of(row), tokenizer), "source": row["source"]}
+        return {
+            "words of the name in several tokens": share_of_cut_words(prompt_of(row), tokenizer),
+            "source": row["source"],
+        }
 
 
 class Chosen:
