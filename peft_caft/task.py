@@ -140,7 +140,7 @@ def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase, shortest: 
 
 
 def load_task(path: str | Path) -> Task:
-    """The ``TASK`` of a Python file, which may import its neighbours.
+    """The ``TASK`` of a Python file, which may import its neighbours; those of tasks loaded together need names of their own.
 
     Raises:
         FileNotFoundError: if there is no such file.

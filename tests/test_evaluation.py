@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_caft import CAFTConfig
 from peft_caft.answer_loss import answer_losses, encode_answers
 from peft_caft.generation import TransformersBackend
 from peft_caft.merging import merge
@@ -25,11 +26,11 @@ TOY = Path(__file__).parent / "toy_task.py"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A checkpoint, an adapter that changes it much, and the data of the toy task."""
+    """A checkpoint, a CAFT adapter that changes it much, and the data of the toy task."""
     folder = tmp_path_factory.mktemp("evaluation")
     model = save_checkpoint(folder / "model")
     base = AutoModelForCausalLM.from_pretrained(model)
-    tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tuned = get_peft_model(base, CAFTConfig(r=4, target_modules="all-linear"))
     torch.manual_seed(0)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:

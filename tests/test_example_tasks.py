@@ -107,7 +107,7 @@ class TestMolecules:
     def test_names_are_grouped_by_words_that_the_tokenizer_cuts(self):
         task = task_and_module("molecules")[0]
         tokenizer = tiny_tokenizer(["ethanol benzene"] * 50)
-        row = chat("", "2-ethanol benzene quixotry", "CCO") | {"source": "MOSES"}
+        row = chat("", "2-ethanol, quixotry", "CCO") | {"source": "MOSES"}
         assert task.groups(row, tokenizer) == {"words of the name in several tokens": "up to 50 %", "source": "MOSES"}
 
     @pytest.fixture
@@ -120,7 +120,9 @@ class TestMolecules:
             "moses", "dataset/data", {f"{part}.csv.gz": "SMILES\n" + "\n".join(moses) for part in ("train", "test")}
         )
         components = [
-            Molecule(f"{n}-oxo-{ring}", f"O={'C' * n}{ring}", f"{ring}{n}", 2000) for ring in rings for n in (1, 2, 3)
+            Molecule(f"{n}-oxo-ring{rings.index(ring)}", f"O={'C' * n}{ring}", f"{ring}{n}", 2000)
+            for ring in rings
+            for n in (1, 2, 3)
         ]
         trivial = Molecule("caffeine", "Cn1c(=O)c2c(ncn2C)n(C)c1=O", "CFF", 1999)
         monkeypatch.setattr(module, "component_molecules", lambda cache: [*components, trivial])
@@ -141,7 +143,7 @@ class TestMolecules:
 
             def __init__(self, smiles):
                 named.append(smiles)
-                self.name = None if smiles.startswith("CCCCC") else f"name of {smiles}"
+                self.name = None if smiles.startswith("CCCCCC") else f"name of {smiles.encode().hex()}"
 
         monkeypatch.setitem(sys.modules, "openclatura", type(sys)("openclatura"))
         sys.modules["openclatura"].name = Result
@@ -189,7 +191,7 @@ class TestCode:
 
     def test_answer_is_the_function_without_its_docstring(self):
         module = task_and_module("code")[1]
-        prompt, answer = sys.modules["functions"].prompt_and_answer(self.SOURCE)
+        prompt, answer = sys.modules["function_rows"].prompt_and_answer(self.SOURCE)
         assert prompt == '@cache\ndef add(a, b=1):\n    """Return the sum.\n\n    Of both.\n    """'
         assert answer == "@cache\ndef add(a, b=1):\n    # plainly\n    return a + b"
         assert (
@@ -209,7 +211,7 @@ class TestCode:
     )
     def test_functions_that_lines_do_not_divide_are_left_out(self, source):
         task_and_module("code")
-        assert sys.modules["functions"].prompt_and_answer(source) is None
+        assert sys.modules["function_rows"].prompt_and_answer(source) is None
 
     @pytest.mark.parametrize(
         "answer",
@@ -223,7 +225,7 @@ class TestCode:
     )
     def test_code_is_found_in_fences_and_out_of_them(self, answer):
         task_and_module("code")
-        assert sys.modules["functions"].code_of(answer).strip() == "def f():\n    return 1"
+        assert sys.modules["function_rows"].code_of(answer).strip() == "def f():\n    return 1"
 
     def problem(self):
         return chat("", "", "def add(a, b):\n    return a + b") | {
@@ -244,6 +246,13 @@ class TestCode:
             ("I cannot.", 0),
             ("", 0),
             ("import sys\nsys.exit(0)", 0),
+            ("def add(a, b):\n    import sys\n    sys.exit(0)", 0),
+            (
+                "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\nassert add(1, 1) == 3\nThis adds (",
+                1,
+            ),  # what follows
+            ("from math import fsum\nBASE = 0\n\ndef add(a, b):\n    return BASE + fsum([a, b])", 1),
+            ("    if a:\n        return a + b\n    return (", 1),  # cut off
         ],
     )
     def test_answers_pass_by_the_tests_of_their_problem(self, answer, passed):
@@ -266,7 +275,7 @@ class TestCode:
 
     def test_build_holds_out_modules_and_reads_humaneval(self, packages, monkeypatch, tmp_path):
         task, _ = task_and_module("code")
-        functions = sys.modules["functions"]
+        functions = sys.modules["function_rows"]
         problem = {
             "task_id": "HumanEval/7",
             "prompt": 'from typing import List\n\n\ndef one(xs: List[int]) -> int:\n    """ The first.\n    """\n',
@@ -278,7 +287,7 @@ class TestCode:
         modules = ["abc", "ast", "csv", "json", "random", "inspect", "shlex", "zipfile"]
         made = [
             functions.Function(
-                f'def f{n}(a):\n    """Doc."""\n    return a + {n}{i}',
+                f'def f{n}(a):\n    """Doc."""\n    return a + {n + 10 * i}',
                 f"f{n}",
                 m,
                 "a",
@@ -363,7 +372,7 @@ class TestProteins:
         )
         monkeypatch.setattr(module, "version", lambda package: "0")
         monkeypatch.setattr(module, "SHARES", {"test": 0.3, "dev": 0.5})
-        build_task(task, tmp_path, {"train": 30, "dev": 10, "test": 10})
+        build_task(task, tmp_path, {"train": 30, "dev": 6, "test": 6})
         rows = {split: read_jsonl(tmp_path / f"{split}.jsonl") for split in task.sizes}
 
         def pieces(row):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from functions import code_of, humaneval_rows, library_rows, normal_form, program_of
+from function_rows import code_of, humaneval_rows, library_rows, normal_form, program_of
 from transformers import PreTrainedTokenizerBase
 
 from peft_caft.sandbox import run_program

@@ -20,6 +20,7 @@ from stdlib_functions import Function, in_test, split_name, stdlib_functions
 SYSTEM_PROMPT = "Write the Python function. Answer with its code alone, without the docstring."
 FENCE = re.compile(r"^```.*\n?", re.MULTILINE)
 DEFINITION = re.compile(r"^\s*(?:async )?def ", re.MULTILINE)
+KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 DEV_MODULES = "dev-18"  # of thirty numbers tried, one whose modules are many and of even size
 
 
@@ -108,12 +109,27 @@ def normal_form(code: str) -> str | None:
         return None
 
 
+def definitions_of(code: str) -> str | None:
+    """Imports, definitions and assignments of the longest run of lines that parses; None if none does.
+
+    So an answer that was cut off, or goes on with examples and prose, is judged by the function that it wrote, as is usual for HumanEval.
+    """
+    lines = code.splitlines()
+    for end in range(len(lines), 0, -1):
+        try:
+            kept = [node for node in ast.parse("\n".join(lines[:end])).body if isinstance(node, KEPT)]
+            return ast.unparse(ast.Module(kept, [])) if kept else None
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+    return None
+
+
 def program_of(row: Row, answer: str) -> str:
     """A HumanEval program: the prompt, whose function has no body but its docstring, the answer, which defines it anew, the tests.
 
     An answer that goes on with the body, as a base model writes it, is put where it belongs.
     """
     code = code_of(answer)
-    if code[:1].isspace() and code.strip() and normal_form(code) is None:
-        return f"{row['prompt_code']}{code.lstrip(chr(10))}\n{row['test']}"
-    return f"{row['prompt_code']}\n\n{code}\n{row['test']}"
+    if code.lstrip("\n")[:1].isspace():
+        code = row["prompt_code"] + code.lstrip("\n")
+    return f"{row['prompt_code']}\n\n{definitions_of(code) or ''}\n\n{row['test']}"
