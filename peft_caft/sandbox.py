@@ -7,7 +7,7 @@ when it is done.
 
 What this does not protect against: the program can *read* every file that you can read, and a fault of the kernel or of Python may let it
 out. Where the system call filter is missing (macOS, other processors) it can also write and delete your files, use the network, and leave
-processes behind that left its group. Run programs of a model that you do not trust in a container or a virtual machine.
+processes behind that left its group (it may start none there, but that limit does not bind root). Run programs of a model that you do not trust in a container or a virtual machine.
 """
 
 from __future__ import annotations

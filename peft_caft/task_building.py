@@ -117,7 +117,9 @@ def build_main(task: Task) -> None:
         description=f"Build the data of the task {task.name!r}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", default=argparse.SUPPRESS, help="folder to write"
+    )
     for split, size in task.sizes.items():
         parser.add_argument(
             f"--{split}", type=int, default=size, metavar="ROWS", help=f"rows of {split}.jsonl; 0 leaves it out"

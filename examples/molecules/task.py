@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from moses_names import NameCache, named_molecules
+from moses_names import NameCache, moses_folder, named_molecules
 from rdkit import Chem, DataStructs
 from rdkit.Chem import rdFingerprintGenerator
 from rdkit.Chem.Scaffolds import MurckoScaffold
@@ -56,29 +56,25 @@ class Molecules(Task):
 
     def build(self, sizes: dict[str, int], cache: Path) -> Splits:
         """Of two molecules with one name or one SMILES, the first is kept, and components come first."""
-        components: dict[str, list[Molecule]] = {split: [] for split in sizes}
-        by_hash = sorted(component_molecules(cache), key=lambda m: hashlib.sha256(m.component.encode()).digest())
-        for molecule in tqdm(by_hash, desc="Scaffolds of components", unit=" molecules", smoothing=0):
-            if LOCANT.search(molecule.name):
-                components.get(split_of(molecule.smiles), []).append(molecule)
-        rows, chosen = {}, Chosen()
-        with NameCache(cache) as names:
+        rows: dict[str, list[Row]] = {}
+        chosen = Chosen()
+        with NameCache(cache) as names:  # opened first: what is missing is missed at once
+            moses_folder()
+            components = _components(cache)
             for split, size in sizes.items():
                 limit = None if split == "train" else ROWS_PER_SCAFFOLD
                 kept = list(chosen.new(components[split], limit, size // 2))
                 part = "test" if split == "test" else "train"
-                with tqdm(
-                    total=size,
-                    initial=len(kept),
+                named = named_molecules(part, lambda s, own=split: split_of(s) == own, names)
+                bar = tqdm(
+                    chosen.new(named, limit, size - len(kept)),
+                    total=size - len(kept),
                     desc=f"Naming MOSES molecules for {split}",
-                    unit=" rows",
+                    unit=" molecules",
                     smoothing=0,
-                ) as bar:
-                    for molecule in chosen.new(
-                        named_molecules(part, lambda s, own=split: split_of(s) == own, names), limit, size - len(kept)
-                    ):
-                        kept.append(molecule)
-                        bar.update(1)
+                    mininterval=1,
+                )
+                kept += bar
                 kept.sort(key=lambda m: hashlib.sha256(m.smiles.encode()).digest())
                 rows[split] = [_row(molecule) for molecule in kept]
         sources = {
@@ -113,6 +109,16 @@ class Molecules(Task):
             "words of the name in several tokens": share_of_cut_words(prompt_of(row), tokenizer),
             "source": row["source"],
         }
+
+
+def _components(cache: Path) -> dict[str, list[Molecule]]:
+    """Components with a systematic name, by split, in an order that has nothing to do with them."""
+    found: dict[str, list[Molecule]] = {"train": [], "dev": [], "test": []}
+    by_hash = sorted(component_molecules(cache), key=lambda m: hashlib.sha256(m.component.encode()).digest())
+    for molecule in tqdm(by_hash, desc="Scaffolds of components", unit=" molecules", smoothing=0, mininterval=1):
+        if LOCANT.search(molecule.name):
+            found[split_of(molecule.smiles)].append(molecule)
+    return found
 
 
 class Chosen:
