@@ -6,8 +6,9 @@ line on, start a process, send a signal, open a socket, or change a file, its ou
 when it is done.
 
 What this does not protect against: the program can *read* every file that you can read, and a fault of the kernel or of Python may let it
-out. Where the system call filter is missing (macOS, other processors) it can also write and delete your files, use the network, and leave
-processes behind that left its group (it may start none there, but that limit does not bind root). Run programs of a model that you do not trust in a container or a virtual machine.
+out. Where the system call filter is missing (macOS, other processors) it can also write and delete your files and use the network; it may
+start no process there either, but that limit does not bind root, and one that left the group would stay. Run programs of a model that you
+do not trust in a container or a virtual machine.
 """
 
 from __future__ import annotations

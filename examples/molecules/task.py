@@ -52,7 +52,7 @@ class Molecules(Task):
         Metric("tanimoto", "Morgan similarity (radius 2, 2048 bits) of valid answers to the reference", "mean"),
     )
     sizes = {"train": 15_000, "dev": 500, "test": 1_000}  # noqa: RUF012
-    max_new_tokens = 96
+    max_new_tokens = 80
 
     def build(self, sizes: dict[str, int], cache: Path) -> Splits:
         """Of two molecules with one name or one SMILES, the first is kept, and components come first."""
