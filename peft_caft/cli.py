@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from . import cli_heads, cli_plan
+from . import cli_evaluate, cli_heads, cli_plan
 from .cli_options import (
     PASS_THROUGH,
     Data,
@@ -33,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_evaluate.app)
 app.add_typer(cli_heads.app)
 app.add_typer(cli_plan.app)
 

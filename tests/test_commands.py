@@ -387,7 +387,7 @@ def test_readme_shows_the_example():
     assert [line for line in block.splitlines() if line and line not in script] == []
 
 
-@pytest.mark.parametrize("command", ["train-heads", "train", "merge", "demo"])
+@pytest.mark.parametrize("command", ["train-heads", "train", "evaluate", "merge", "demo"])
 def test_every_command_explains_itself(command):
     output = peft_caft(command, "--help")
     assert "Usage:" in output
