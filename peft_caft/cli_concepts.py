@@ -27,7 +27,7 @@ def concepts_command(
         list[str] | None,
         typer.Option(
             help="NAME=FOLDER of a LoRA or CAFT adapter, or of a whole model with the same tokenizer, to score too. Give it again for "
-            "more; the others are compared with the first, and a single one with the base model.",
+            "more; the first is compared with the base model, and the others with the first.",
             show_default=False,
         ),
     ] = None,

@@ -32,7 +32,9 @@ def plot_concepts(folder: str | os.PathLike, found: Concepts) -> None:
     """Write ``concept_density.png``, and with models ``concept_losses.png``, into ``folder``."""
     plot_density(Path(folder) / "concept_density.png", found.density, found.recommended)
     if found.models:
-        plot_losses(Path(folder) / "concept_losses.png", found.models, found.comparisons)
+        # Between adapters: what the first one changed in the base model is of another size.
+        comparisons = found.comparisons[1:] or found.comparisons
+        plot_losses(Path(folder) / "concept_losses.png", found.models, comparisons)
 
 
 def plot_density(path: str | os.PathLike, density: Density, recommended: RecommendedN) -> None:

@@ -8,6 +8,7 @@ from .concepts import Concepts
 from .tables import markdown_table
 
 LONGEST_SHOWN = 8  # tokens; longer terms are in one line of the table
+FEW_ROWS = 30
 LONGEST_CELL = 60  # characters
 SEPARATOR = " \N{BOX DRAWINGS LIGHT VERTICAL} "  # of tokens; an ordinary bar would end the cell of a table
 
@@ -18,6 +19,8 @@ def report(found: Concepts) -> str:
     if found.density.frequent:
         parts.append(_frequent(found))
     parts += [_places(found), _whole_terms(found)] if found.models else []
+    if found.models and found.density.rows < FEW_ROWS:
+        parts.append(f"Of {found.density.rows} rows only: intervals of fewer than {FEW_ROWS} rows are too narrow.")
     parts += [_comparison(comparison) for comparison in found.comparisons]
     if found.heads:
         parts.append(_heads(found))
@@ -147,7 +150,11 @@ def _comparison(comparison: Comparison) -> str:
     if lengths:
         header = ["tokens in the term", "log-probability (nats)", "", "whole term right", ""]
         tables.append(markdown_table(header, lengths))
-    return "\n\n".join([title, *tables, "Intervals are over rows, not over seeds of the training."])
+    note = (
+        "Intervals of 95 % are over rows, not over seeds of the training; of twenty figures that do not differ, one seems to. Better "
+        "or worse: the interval leaves out 0."
+    )
+    return "\n\n".join([title, *tables, note])
 
 
 def _heads(found: Concepts) -> str:

@@ -136,8 +136,9 @@ def concepts(settings: ConceptsSettings) -> Concepts:
         offered = heads[-1].tokens_ahead if heads else offered
     losses = ConceptLosses(rows, Bootstrap(len(rows), settings.resamples, seed=settings.seed))
     found_density = density(rows)
-    names = list(scores)
-    reference = names[1] if len(names) > 2 else BASE  # LoRA before CAFT, or the base model before the only adapter
+    # What the first adapter, LoRA say, changed in the base model, and how the others, CAFT say, differ from it.
+    adapters = list(settings.adapters)
+    pairs = [(BASE, name) for name in adapters[:1]] + [(adapters[0], name) for name in adapters[1:]]
     found = Concepts(
         unit=unit,
         unit_guessed=settings.unit == "auto",
@@ -150,9 +151,7 @@ def concepts(settings: ConceptsSettings) -> Concepts:
         density=found_density,
         recommended=recommended_n(found_density, offered),
         models={name: losses.of(score) for name, score in scores.items()},
-        comparisons=[
-            losses.compare(reference, scores[reference], name, scores[name]) for name in names if name != reference
-        ],
+        comparisons=[losses.compare(first, scores[first], second, scores[second]) for first, second in pairs],
         unigram_entropy=unigram_entropy(rows),
         heads=heads,
         settings=settings,
@@ -164,7 +163,7 @@ def concepts(settings: ConceptsSettings) -> Concepts:
     with filling(settings.output) as folder:
         (folder / "concepts.json").write_text(found.to_json(), encoding="utf-8")
         (folder / "concepts.md").write_text(report(found) + "\n", encoding="utf-8")
-        html = page(found, shown, prompts, shown_scores, reference, tokenizer.convert_ids_to_tokens)
+        html = page(found, shown, prompts, shown_scores, tokenizer.convert_ids_to_tokens)
         (folder / "concepts.html").write_text(html, encoding="utf-8")
         if draw is not None:
             draw(folder, found)

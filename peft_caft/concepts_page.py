@@ -61,49 +61,48 @@ def page(
     rows: Sequence[AlignedRow],
     prompts: Sequence[str],
     scores: dict[str, list[TokenScores]],
-    reference: str,
     token_name: Callable[[int], str],
 ) -> str:
     """The page for some rows.
 
     Args:
-        found: what the head of the page sums up.
+        found: what the head of the page sums up, and which models are compared.
         rows: to show, in this order.
         prompts: of these rows, as text.
         scores: model -> scores of these rows; without any, the place of each token in its term is coloured.
-        reference: the model that the others are compared with.
         token_name: of a token id, for tokens without text of their own.
     """
+    pairs = [(comparison.reference, comparison.model) for comparison in found.comparisons]
     articles = "\n".join(
-        _article(row, prompt, {name: score[index] for name, score in scores.items()}, reference, token_name)
+        _article(row, prompt, {name: score[index] for name, score in scores.items()}, pairs, token_name)
         for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
     )
     title = escape(f"Concepts in {found.data['file']}")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n<style>{STYLE}</style>\n'
-        f"</head>\n<body>\n<main>\n<h1>{title}</h1>\n{_head(found, scores, reference)}\n{articles}\n</main>\n</body>\n</html>\n"
+        f"</head>\n<body>\n<main>\n<h1>{title}</h1>\n{_head(found)}\n{articles}\n</main>\n</body>\n</html>\n"
     )
 
 
-def _head(found: Concepts, scores: dict[str, list[TokenScores]], reference: str) -> str:
+def _head(found: Concepts) -> str:
     counts = found.density
     share = counts.continuing_tokens / counts.tokens
     summary = (
         f"Unit: {escape(found.unit)}. {counts.rows:,} rows, {counts.tokens:,} supervised tokens, of which {share:.1%} continue a term. "
         f"Recommended n: {found.recommended.n}. {escape(found.recommended.reason)} A rule of thumb."
     )
-    if scores:
+    if found.models:
         legend = (
             f"Colour and bar: cross entropy of the token, from {_sample(0, '0')} by way of {_sample(0.5, f'{MOST_NATS / 2:g}')} to "
             f"{_sample(1, f'{MOST_NATS:g} nats')} and more. "
             'A box is a term of several tokens: <span class="term">whole</span> where all of them are the model\'s most likely ones, '
             '<span class="term missed">dashed</span> where not.'
         )
-        if len(scores) > 1:
+        if found.comparisons:
             legend += (
-                f" Differences are against {escape(reference)}: {_sample(0.8, 'better', 'better')}, bar above, and "
-                f"{_sample(0.8, 'worse', 'worse')}, bar below; full at {MOST_DIFFERENCE:g} nats."
+                f" In a difference of two models: {_sample(0.8, 'better', 'better')}, bar above, and {_sample(0.8, 'worse', 'worse')}, "
+                f"bar below; full at {MOST_DIFFERENCE:g} nats, and all boxes are whole."
             )
     else:
         legend = (
@@ -121,7 +120,11 @@ def _sample(x: float, text: str, kind: str = "") -> str:
 
 
 def _article(
-    row: AlignedRow, prompt: str, scores: dict[str, TokenScores], reference: str, token_name: Callable[[int], str]
+    row: AlignedRow,
+    prompt: str,
+    scores: dict[str, TokenScores],
+    pairs: Sequence[tuple[str, str]],
+    token_name: Callable[[int], str],
 ) -> str:
     parts = [f'<article>\n<h2 id="row-{row.number}">Row {row.number}</h2>']
     if prompt.strip():
@@ -138,14 +141,12 @@ def _article(
         parts.append(f"<h3>{escape(name)}: {losses.mean():.3f} nats/token</h3>")
         strengths = [min(1.0, loss / MOST_NATS) for loss in losses]
         parts.append(_line(row, shown, strengths, [f"{loss:.1f}" for loss in losses], titles, score.correct))
-    for name, score in scores.items():
-        if name != reference and len(scores) > 1:
-            change = score.cross_entropy - scores[reference].cross_entropy
-            parts.append(f"<h3>{escape(name)} minus {escape(reference)}: {change.mean():+.3f} nats/token</h3>")
-            titles = [f"{value:+.2f} nats" for value in change]
-            parts.append(
-                _line(row, shown, list(change / MOST_DIFFERENCE), [f"{value:+.1f}" for value in change], titles, None)
-            )
+    for reference, name in pairs:
+        change = scores[name].cross_entropy - scores[reference].cross_entropy
+        parts.append(f"<h3>{escape(name)} minus {escape(reference)}: {change.mean():+.3f} nats/token</h3>")
+        titles = [f"{value:+.2f} nats" for value in change]
+        values = [f"{value:+.1f}" for value in change]
+        parts.append(_line(row, shown, list(change / MOST_DIFFERENCE), values, titles, None))
     return "\n".join([*parts, "</article>"])
 
 

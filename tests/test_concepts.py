@@ -273,7 +273,7 @@ def test_command_compares_lora_with_caft(files, compared):
     }
     record = json.loads((folder / "concepts.json").read_text())
     assert list(record["models"]) == ["base", "LoRA", "CAFT"]
-    assert [(c["reference"], c["model"]) for c in record["comparisons"]] == [("LoRA", "base"), ("LoRA", "CAFT")]
+    assert [(c["reference"], c["model"]) for c in record["comparisons"]] == [("base", "LoRA"), ("LoRA", "CAFT")]
     assert record["recommended"]["most"] == 3  # of two heads
     assert record["density"]["multi_token_tokens"] > 0
     for part in (
