@@ -73,7 +73,7 @@ def summary(counted: dict[str, Concepts], scored: dict[str, Concepts]) -> str:
             ]
         )
     header = ["data (unit)", "supervised tokens", "in terms of several", "continue a term", "length for 90 %"]
-    return markdown_table(header + ["one-token terms", "1st of several", "2nd", "3rd", "4th", "5th and later"], rows)
+    return markdown_table([*header, "one-token terms", "1st of several", "2nd", "3rd", "4th", "5th and later"], rows)
 
 
 def main(
