@@ -46,7 +46,7 @@ def plot_density(path: str | os.PathLike, density: Density, recommended: Recomme
     if max(density.terms, default=1) > longest:
         labels[-1] += "+"
     others = {"between\nterms": density.between + density.cut, "special\ntokens": density.special}
-    places = [*range(1, longest + 1), longest + 2, longest + 3.3]
+    places = [*range(1, longest + 1), longest + 2.2, longest + 4.2]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     shares = [count / density.tokens for count in (*tokens, *others.values())]
@@ -57,7 +57,7 @@ def plot_density(path: str | os.PathLike, density: Density, recommended: Recomme
         left.bar_label(drawn, fmt=_percent, fontsize=7.5, padding=1.5)
     left.set_title("Supervised tokens by the length of their term", loc="left")
     left.set(xlabel="tokens in the term", ylabel="share of the supervised tokens")
-    left.set_xticks(places, [*labels, *others])
+    left.set_xticks(places, [*labels, *others], fontsize=9)
     left.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     left.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     left.margins(y=0.12)
@@ -86,14 +86,7 @@ def _draw_coverage(axes: Axes, density: Density, recommended: RecommendedN) -> N
     reach = range(2, longest + 1)
     axes.plot(reach, [density.covered(n) for n in reach], "-o", color=RUN_COLOURS[0], markersize=4)
     axes.axhline(COVERED_SHARE, color="#555555", linewidth=1, linestyle="--")
-    axes.annotate(
-        f"{COVERED_SHARE:.0%}",
-        (longest, COVERED_SHARE),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-    )
+    axes.annotate(f"{COVERED_SHARE:.0%}", (2, COVERED_SHARE), xytext=(0, 3), textcoords="offset points", fontsize=8)
     axes.plot(
         [recommended.n],
         [recommended.covered],
@@ -135,18 +128,18 @@ def plot_losses(path: str | os.PathLike, models: dict[str, ModelConcepts], compa
     axes[1].yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
     axes[1].set_ylim(bottom=0)
     if comparisons:
-        for comparison in comparisons:
-            index = list(models).index(comparison.model)
+        for position, comparison in enumerate(comparisons):
             name = f"{comparison.model} minus {comparison.reference}"
-            _draw_intervals(
-                axes[2], [comparison.log_probability[length] for length in lengths], name, index, len(models)
-            )
+            intervals = [comparison.log_probability[length] for length in lengths]
+            look = list(models).index(comparison.model)
+            _draw_intervals(axes[2], intervals, name, position, len(comparisons), look)
         axes[2].axhline(0, color="#555555", linewidth=1)
         axes[2].set_title("Difference, paired by row", loc="left")
-        axes[2].set(xlabel="tokens in the term", ylabel="log-probability of the whole term (nats);\nup is better")
+        axes[2].set(xlabel="tokens in the term", ylabel="log-probability of the term (nats);\nup is better")
         axes[2].legend(frameon=False, fontsize=8)
     for panel in axes[1:]:
         panel.set_xticks(range(len(lengths)), lengths)
+        panel.set_xlim(-0.5, len(lengths) - 0.5)
     for panel in axes:
         _tidy(panel, grid="y")
     if len(models) > 1:
@@ -162,19 +155,28 @@ def _lines(models: dict[str, ModelConcepts], what: str, key: str) -> list:
     return [line for model in models.values() for line in getattr(model, what) if getattr(line, attribute) == key]
 
 
-def _draw_intervals(axes: Axes, intervals: Sequence[Interval], name: str, index: int, count: int) -> None:
-    """Points with their intervals; models stand side by side at each place."""
+def _draw_intervals(
+    axes: Axes, intervals: Sequence[Interval], name: str, index: int, count: int, look: int | None = None
+) -> None:
+    """Points with their intervals: number ``index`` of ``count`` that stand side by side; ``look`` chooses colour and marker."""
     points = [
-        (position + 0.16 * (index - (count - 1) / 2), interval.estimate, interval)
-        for position, interval in enumerate(intervals)
+        (place + 0.16 * (index - (count - 1) / 2), interval.estimate, interval)
+        for place, interval in enumerate(intervals)
         if interval.estimate is not None
     ]
-    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+    look = index if look is None else look
     below, above = (
-        [abs(y - (end if end is not None else y)) for _, y, i in points for end in [getattr(i, side)]]
-        for side in ("low", "high")
+        [0.0 if end is None else abs(value - end) for value, end in ends]
+        for ends in ([(value, i.low) for _, value, i in points], [(value, i.high) for _, value, i in points])
     )
-    colour, marker = RUN_COLOURS[index % len(RUN_COLOURS)], MARKERS[index % len(MARKERS)]
     axes.errorbar(
-        xs, ys, yerr=[below, above], fmt=marker, color=colour, label=name, capsize=2, markersize=5, linewidth=1.3
+        [x for x, _, _ in points],
+        [value for _, value, _ in points],
+        yerr=[below, above],
+        fmt=MARKERS[look % len(MARKERS)],
+        color=RUN_COLOURS[look % len(RUN_COLOURS)],
+        label=name,
+        capsize=2,
+        markersize=5,
+        linewidth=1.3,
     )

@@ -151,8 +151,8 @@ def _comparison(comparison: Comparison) -> str:
         header = ["tokens in the term", "log-probability (nats)", "", "whole term right", ""]
         tables.append(markdown_table(header, lengths))
     note = (
-        "Intervals of 95 % are over rows, not over seeds of the training; of twenty figures that do not differ, one seems to. Better "
-        "or worse: the interval leaves out 0."
+        "Better or worse: the 95 % interval leaves out 0, as one of twenty does by chance. It is over rows, for these very weights: "
+        "another seed of the same training can differ by more."
     )
     return "\n\n".join([title, *tables, note])
 

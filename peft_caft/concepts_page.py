@@ -167,7 +167,10 @@ def _line(
         place = f"{_ordinal(target.place)} of {length} tokens" if length > 1 else ""
         title = escape("; ".join(part for part in (titles[index], place) if part))
         style = f"--x:{min(1.0, abs(strength)):.3f}"
-        tokens.append(f'<span class="t{kind}" style="{style}" title="{title}" data-v="{values[index]}">{text}</span>')
+        body = text.removesuffix("\n")  # the line ends after the number that may be written behind the token
+        tokens.append(
+            f'<span class="t{kind}" style="{style}" title="{title}" data-v="{values[index]}">{body}</span>{text[len(body) :]}'
+        )
     lines = []
     for term, group in groupby(range(len(tokens)), lambda index: row.targets[index].term):
         indices = list(group)
