@@ -388,6 +388,26 @@ def test_single_adapter_is_compared_with_the_base_model_and_may_be_a_whole_one(f
     assert "## tuned minus base, paired by row" in output
 
 
+def test_adapter_of_another_model_is_refused(files, tmp_path):
+    adapted = get_peft_model(tiny_llama(hidden_size=16), LoraConfig(r=2, target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "small")
+    common = ["concepts", "--data", files["data"], "--model", files["model"], "--no-plots", "--max-rows", "3"]
+    output = peft_caft(*common, "--adapter", f"a={tmp_path / 'small'}", "--output", str(tmp_path / "out"), expect=1)
+    assert "adapter a: " in output
+    assert "does not fit the base model" in output
+
+
+def test_terms_of_the_data_cannot_break_the_tables(files, tmp_path):
+    data = tmp_path / "odd.jsonl"
+    data.write_text(json.dumps({"prompt": "q", "completion": "a|=|`b`||c " * 3, "complete": False}) + "\n")
+    options = ["--no-loss", "--no-plots", "--unit", "code", "--output", str(tmp_path / "out")]
+    peft_caft("concepts", "--data", str(data), "--model", files["model"], *options)
+    text = (tmp_path / "out" / "concepts.md").read_text()
+    lines = [line for line in text.split("## Most frequent")[1].splitlines() if line.startswith("|")]
+    assert len(lines) > 2
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {4}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
