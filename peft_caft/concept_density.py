@@ -157,5 +157,5 @@ def recommended_n(found: Density, most: int = 5) -> RecommendedN:
         f"{COVERED_SHARE:.0%}."
     )
     if n < length:
-        reason += f" The heads offer n = {most}, which covers {covered:.0%}."
+        reason += f" Heads for n = {most} (the usual ones, unless others were named) cover {covered:.0%}."
     return RecommendedN(n, length, covered, most, reason)

@@ -144,6 +144,8 @@ def align(
         ValueError: naming the row, as `peft_caft.data.encode`; or if no row has a target.
     """
     locating, specials = LocatingTokenizer(tokenizer), special_token_ids(tokenizer)
+    if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        specials.discard(tokenizer.unk_token_id)  # it stands for characters
     aligned = []
     for number, row in enumerate(tqdm(rows, desc="Aligning terms", unit=" rows", leave=False, mininterval=1), start=1):
         try:
@@ -252,9 +254,11 @@ def _supervised_text(input_ids: list[Any], labels: list[int], specials: set[int]
         text += GAP if text else ""
         shift = len(text) - begin
         text += located[0].text[begin:end]
+        last = begin + shift
         for position in stretch:
             token = input_ids[position]
-            first, last = (token.start + shift, token.end + shift) if token.end > token.start else (len(text),) * 2
+            # The empty range is also that of white space, where a tokenizer trims its offsets.
+            first, last = (token.start + shift, token.end + shift) if token.end > token.start else (last, last)
             pieces.append(_Piece(position, first, last, int(token) in specials))
     return text, pieces
 
@@ -281,7 +285,7 @@ def _find_owners(text: str, pieces: list[_Piece], spans: list[Span], max_length:
     """Give each token to the term that has most of its characters, the earlier one of two alike."""
     seams, first = _Seams(), 0
     for piece in pieces:
-        if piece.special:
+        if piece.special or piece.start == piece.end:
             continue
         while first < len(spans) and spans[first][1] <= piece.start:
             first += 1

@@ -214,7 +214,7 @@ def test_recommended_n_reaches_the_end_of_nine_in_ten_tokens(terms, most, n, len
     found = recommended_n(counted(**terms), most)
     assert (found.n, found.length, found.most) == (n, length, most)
     assert found.covered == (None if covered is None else pytest.approx(covered))
-    assert ("The heads offer" in found.reason) == (length is not None and length > most)
+    assert ("Heads for n =" in found.reason) == (length is not None and length > most)
 
 
 def test_heads_are_measured_against_guessing_by_frequency(rows):
@@ -430,6 +430,12 @@ def test_wrong_options_are_named_without_traceback(options, message, files, tmp_
     assert message in output
     assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
+
+
+def test_command_explains_itself():
+    output = " ".join(peft_caft("concepts", "--help").split())
+    for part in ("--no-loss", "NAME=FOLDER", "[default: auto]"):
+        assert part in output
 
 
 def test_unknown_unit_is_refused():

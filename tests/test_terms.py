@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from peft_caft.data import encode
@@ -214,6 +214,23 @@ def test_every_answer_of_a_chat_is_aligned_and_the_template_is_not():
     assert found_row.text == f"one two</s>\n{GAP}three</s>\n"
     specials = [target for target in found_row.targets if target.term == SPECIAL]
     assert [found_row.text[target.start : target.end] for target in specials] == ["</s>", "</s>"]
+
+
+def test_tokenizer_that_trims_its_offsets_aligns_as_well():
+    """As RoBERTa's does: leading white space belongs to no token, and a token of white space has the empty range."""
+    tokenizer = byte_tokenizer("Ġrib", "on")
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    row = aligned(tokenizer, " ribon  字x")
+    assert [(term.text, len(term.targets)) for term in row.terms] == [("ribon", 2), ("字", 3), ("x", 1)]
+    assert [target.start for target in row.targets] == sorted(target.start for target in row.targets)
+    assert [target.term for target in row.targets] == [0, 0, BETWEEN, BETWEEN, 1, 1, 1, 2, SPECIAL]
+
+
+def test_unknown_token_stands_for_characters():
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<s>": 2, "ab": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    assert described(aligned(fast, "ab new ab")) == [("ab", 0, 1), ("new", 1, 1), ("ab", 2, 1), ("", SPECIAL, 0)]
 
 
 @pytest.mark.parametrize("max_length", [12, 999])
