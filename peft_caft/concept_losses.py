@@ -1,6 +1,6 @@
 """Where a model's loss sits inside terms, and how well it knows whole ones: per model, and two models compared.
 
-Intervals are percentiles over resampled rows; models are compared on the same rows (`peft_caft.bootstrap`).
+Intervals are percentiles over resampled rows; models are compared on the same rows (`peft_caft.resampled_ratios`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bootstrap import Bootstrap, Interval
+from .resampled_ratios import Bootstrap, Interval
 from .term_alignment import BETWEEN, SPECIAL, AlignedRow, Target
 from .term_losses import TokenScores
 

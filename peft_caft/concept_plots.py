@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .bootstrap import Interval
+from .resampled_ratios import Interval
 from .concept_density import COVERED_SHARE, Density, RecommendedN
 from .concept_losses import LENGTHS, PLACES, Comparison, ModelConcepts
 from .concepts import Concepts

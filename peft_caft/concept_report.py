@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .bootstrap import Interval
+from .resampled_ratios import Interval
 from .concept_losses import LENGTHS, PLACE_NAMES, Comparison
 from .concepts import Concepts
 from .tables import markdown_table

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .atomic import filling
-from .bootstrap import Bootstrap
+from .resampled_ratios import Bootstrap
 from .concept_density import Density, RecommendedN, density, recommended_n
 from .concept_heads import HeadKnowledge, head_knowledge, unigram_entropy
 from .concept_losses import Comparison, ConceptLosses, ModelConcepts

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_caft.bootstrap import Bootstrap
+from peft_caft.resampled_ratios import Bootstrap
 from peft_caft.concept_density import Density, density, pieces, recommended_n
 from peft_caft.concept_heads import head_knowledge, unigram_entropy
 from peft_caft.concept_losses import ConceptLosses, place_of

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from peft_caft.bootstrap import Bootstrap
+from peft_caft.resampled_ratios import Bootstrap
 
 GENERATOR = np.random.default_rng(7)
 
