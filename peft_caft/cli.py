@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from . import cli_evaluate, cli_heads, cli_plan
+from . import cli_concepts, cli_evaluate, cli_heads, cli_plan
 from .cli_options import (
     PASS_THROUGH,
     Data,
@@ -36,6 +36,7 @@ app = typer.Typer(
 app.add_typer(cli_evaluate.app)
 app.add_typer(cli_heads.app)
 app.add_typer(cli_plan.app)
+app.add_typer(cli_concepts.app)
 
 
 @app.command("train", context_settings=PASS_THROUGH, epilog=training_note(STAGE_2))

@@ -161,7 +161,7 @@ def encode(
     )
     for number, row in numbered:
         try:
-            input_ids, labels = _encode_row(row, tokenizer)
+            input_ids, labels = encode_row(row, tokenizer)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
         truncated += len(input_ids) > max_length
@@ -178,7 +178,8 @@ def encode(
     return EncodedData(encoded, truncated, dropped)
 
 
-def _encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Tokens of one row and its labels, unshifted, -100 where unsupervised; of any length."""
     complete = row.get("complete", True)
     if "messages" in row:
         return _encode_chat(row["messages"], tokenizer, complete, row.get("last_answer_only", False))
