@@ -59,8 +59,8 @@ test-floor: $(FLOOR)/.ready  ## the quick tests with the oldest supported versio
 
 test-optional: $(OPTIONAL)/.ready  ## the tests that need optional packages (bitsandbytes, torchao, deepspeed), in .venv-optional
 	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) tests/test_quantised.py
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" $(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) \
-		tests/test_deepspeed.py tests/test_sft_processes.py
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OPTIONAL)/torch_extensions" \
+		$(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) tests/test_deepspeed.py tests/test_sft_processes.py
 
 authors-fixtures: $(AUTHORS)/.ready  ## make the heads in tests/authors_heads anew with their authors' package, in .venv-authors
 	OMP_NUM_THREADS=1 $(AUTHORS)/bin/python tests/authors_heads/make.py
