@@ -64,8 +64,8 @@ test-ceiling: $(CEILING)/.ready  ## the same with the newest versions, in .venv-
 test-optional: $(OPTIONAL)/.ready  ## the tests that need optional packages (bitsandbytes, torchao, deepspeed), in .venv-optional
 	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) tests/test_quantised.py
 	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) -k QLoRA tests/test_trainer_matrix.py
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" $(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) \
-		tests/test_deepspeed.py tests/test_sft_processes.py \
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OPTIONAL)/torch_extensions" \
+		$(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) tests/test_deepspeed.py tests/test_sft_processes.py \
 		tests/test_distillation.py::test_two_processes_write_the_same_file_as_one
 
 authors-fixtures: $(AUTHORS)/.ready  ## make the heads in tests/authors_heads anew with their authors' package, in .venv-authors
