@@ -163,7 +163,8 @@ class Backbone:
             scale=self.logit_scale,
             softcap=self.logit_softcap,
         ).in_compute_dtype(weight.device.type)
-        if captured is not None:
+        # Without gradients (`verify`) a trained one would be kept without its graph.
+        if captured is not None and (torch.is_grad_enabled() or not weight.requires_grad):
             captured.unembedding = unembedding
         return unembedding
 
