@@ -191,6 +191,12 @@ class Backbone:
             self.layers_return_tuples = not isinstance(output, Tensor)
 
         def after_trunk(module: nn.Module, args: tuple, output: Any) -> None:
+            if "hidden" not in seen:
+                raise RuntimeError(
+                    "torch.compile: a graph that was compiled without hooks ran in place of the last layer, as torch before 2.13 "
+                    "does where evaluation comes before training. Set torch._dynamo.config.skip_nnmodule_hook_guards = False before "
+                    "training, or use a newer torch."
+                )
             last_hidden_state = output["last_hidden_state"] if isinstance(output, dict) else output[0]
             records.append(Captured(seen["hidden"], last_hidden_state, seen["output"], seen["args"], seen["kwargs"]))
             seen.clear()
