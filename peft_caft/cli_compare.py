@@ -28,6 +28,13 @@ def compare_command(
             show_default=False,
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder that the task's file built, in place of the plan's. [default: built into --output]",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the folder's comparison, start anew.")
     ] = False,
@@ -40,6 +47,6 @@ def compare_command(
     from .comparison import REPORT_NAME, compare
     from .comparison_plan import read_plan
 
-    compare(read_plan(plan, scale, model, heads), output, overwrite)
+    compare(read_plan(plan, scale, model, heads, data), output, overwrite)
     typer.echo("\n" + Path(output, REPORT_NAME).read_text(encoding="utf-8"))
     typer.echo(f"Written to {output}: {REPORT_NAME}, comparison.png, summary.json, runs")

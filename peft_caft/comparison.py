@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from .atomic import write_text
 from .comparison_plan import ComparisonPlan
 from .comparison_report import markdown_report, summarise
-from .comparison_runs import Run, Workplace, read_json, read_rows, require_paired, test_runs, tuning_runs
+from .comparison_runs import Run, Workplace, final_runs, read_json, read_rows, require_paired, tuning_runs
 from .data import encode, file_sha256, read_jsonl
 from .equal_flops import equal_flops
 from .evaluation_report import metrics_of
@@ -50,14 +50,14 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
     task = load_task(plan.task)
     metrics_of(task)  # refuses a name that is taken, before any work
     folder = RunFolder(output)
-    if overwrite:
-        _discard(output)
-    data = _data(plan, task, output)
-    data_sha256 = {split: file_sha256(path) for split, path in data.items()}
-    record = {"plan": plan.record(), "task_sha256": file_sha256(plan.task), "data_sha256": data_sha256}
-    if folder.summary_path.exists() and read_json(output / "run.json") == record:
-        return read_json(folder.summary_path)
     with folder.held():
+        if overwrite:
+            _discard(output)
+        data = _data(plan, task, output)
+        data_sha256 = {split: file_sha256(path) for split, path in data.items()}
+        record = {"plan": plan.record(), "task_sha256": file_sha256(plan.task), "data_sha256": data_sha256}
+        if folder.summary_path.exists() and read_json(output / "run.json") == record:
+            return read_json(folder.summary_path)
         folder.begin(record)
         place = Workplace(plan, output, data["train"], data["dev"], _more_steps(plan, data["train"], output))
         chosen = _chosen(place)
@@ -92,7 +92,7 @@ def _chosen(place: Workplace) -> dict[str, float]:
         def tune(run: Run) -> None:
             losses.setdefault(run.arm.name, {})[run.learning_rate] = place.dev_loss(run)
 
-        _carry_out("Choosing learning rates on dev", tuning_runs(place.plan), tune, place.output)
+        _carry_out("Choosing learning rates on dev", place, tuning_runs(place.plan), "dev", tune)
         chosen = {
             arm.name: choose(losses[arm.name]) if arm.name in losses else arm.learning_rates[0]
             for arm in place.plan.arms
@@ -110,22 +110,23 @@ def _test(place: Workplace, chosen: dict[str, float], data: Path) -> None:
         place.train_run(run)
         place.evaluate_run(run, data, "test")
 
-    runs = test_runs(place.plan, chosen)
-    _carry_out("Training and testing", runs, test, place.output)
+    runs = final_runs(place.plan, chosen)
+    _carry_out("Training and testing", place, runs, "test", test)
     for seed in place.plan.seeds:
         require_paired([place.output / run.path for run in runs if run.seed == seed])
 
 
-def _carry_out(what: str, runs: list[Run], work: Callable[[Run], None], output: Path) -> None:
+def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: Callable[[Run], None]) -> None:
     """All runs, one after the other; one that fails does not keep the others from their turn.
 
     Raises:
         ChildProcessError: naming those that failed.
     """
     failed: list[tuple[Run, Exception]] = []
-    started = time.perf_counter()
-    for number, run in enumerate(runs):
-        bar = tqdm.format_meter(number, len(runs), time.perf_counter() - started, ncols=72, unit=" runs")
+    started, done = time.perf_counter(), sum(place.is_done(run, split) for run in runs)
+    for number, run in enumerate(sorted(runs, key=lambda run: not place.is_done(run, split))):
+        seconds = time.perf_counter() - started
+        bar = tqdm.format_meter(number, len(runs), seconds, ncols=72, unit=" runs", initial=min(done, number))
         print(f"\n{what}: {run.describe()}\n{bar}", flush=True)
         try:
             work(run)
@@ -135,7 +136,7 @@ def _carry_out(what: str, runs: list[Run], work: Callable[[Run], None], output: 
     if failed:
         _, cause = failed[0]
         raise ChildProcessError(
-            f"{len(failed)} of {len(runs)} runs failed ({', '.join(str(run.path) for run, _ in failed)} in {output}); the first: "
+            f"{len(failed)} of {len(runs)} runs failed ({', '.join(str(run.path) for run, _ in failed)} in {place.output}); the first: "
             f"{type(cause).__name__}: {cause} The others are finished: run the same command again when it is mended."
         ) from cause
 
@@ -168,7 +169,7 @@ def _summary(place: Workplace, task: Task, chosen: dict[str, float], data_sha256
     plan, results, costs = place.plan, {}, {}
     tokens = _tokens_of_an_epoch(place)
     for arm in plan.arms:
-        folders = [place.output / run.path for run in test_runs(plan, chosen) if run.arm == arm]
+        folders = [place.output / run.path for run in final_runs(plan, chosen) if run.arm == arm]
         results[arm.name] = [read_rows(folder / "test") for folder in folders]
         costs[arm.name] = _costs([read_json(folder / "adapter" / "summary.json") for folder in folders], tokens)
     return {

@@ -105,7 +105,11 @@ class ComparisonPlan:
 
 
 def read_plan(
-    path: str | Path, scale: str | None = None, model: str | None = None, heads: str | None = None
+    path: str | Path,
+    scale: str | None = None,
+    model: str | None = None,
+    heads: str | None = None,
+    data: str | None = None,
 ) -> ComparisonPlan:
     """Read and check a plan.
 
@@ -114,6 +118,7 @@ def read_plan(
         scale: one of its ``scales``.
         model: in place of the plan's.
         heads: in place of those in the plan's ``settings``; arms that name heads, or none, keep these.
+        data: folder in place of the plan's.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -131,6 +136,8 @@ def read_plan(
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML ({error}).") from error
     values = _scaled(mapping("plan", values, KEYS), scale)
+    if data is not None:
+        values["data"] = str(Path(data).resolve())
     return _plan(values, path.parent, model, heads)
 
 

@@ -132,7 +132,7 @@ def _cell(metric: dict[str, Any], arm: str, what: str) -> str:
     sign = "+" if what == "difference" else ""
     form = f"{{:{sign}.1%}}" if metric["unit"] == "share" else f"{{:{sign}.3f}}"
     text = form.format(value["mean"])
-    if value["low"] is not None:
+    if value["low"] is not None and value["low"] < value["high"]:  # where all rows agree, no width means nothing
         text += f" ({form.format(value['low'])} to {form.format(value['high'])})"
     return text + (" *" if what == "difference" and is_beyond(value) else "")
 

@@ -43,7 +43,7 @@ def tuning_runs(plan: ComparisonPlan) -> list[Run]:
     return [Run(arm, rate, plan.tuning_seed) for arm in arms for rate in arm.learning_rates]
 
 
-def test_runs(plan: ComparisonPlan, chosen: dict[str, float]) -> list[Run]:
+def final_runs(plan: ComparisonPlan, chosen: dict[str, float]) -> list[Run]:
     """All arms of a seed before the next seed, so that what is finished early can be compared."""
     return [Run(arm, chosen[arm.name], seed) for seed in plan.seeds for arm in plan.arms]
 
@@ -64,6 +64,10 @@ class Workplace:
     train: Path
     dev: Path
     more_steps: dict[str, float]
+
+    def is_done(self, run: Run, split: str) -> bool:
+        """Whether it has answered the split."""
+        return (self.output / run.path / split / "evaluation.json").exists()
 
     def heads_of(self, arm: Arm) -> str | None:
         """Heads to train with; for an arm with ``adapt_heads`` those that `adapt` makes."""
@@ -125,7 +129,7 @@ class Workplace:
 
     def evaluate_run(self, run: Run, data: Path, split: str, max_new_tokens: int | None = None) -> None:
         """Answer the rows of a split, unless it is done."""
-        if (self.output / run.path / split / "evaluation.json").exists():
+        if self.is_done(run, split):
             return
         trained = self.settings_of(run)
         options = dict(self.plan.evaluation)
