@@ -149,7 +149,7 @@ def _scaled(values: dict[str, Any], scale: str | None) -> dict[str, Any]:
         raise ValueError(
             f"scale: got {scale!r}, expected one of {', '.join(map(repr, scales)) or 'none: the plan has no scales'}."
         )
-    for key, value in mapping(f"scales.{scale}", scales[scale], KEYS[3:-1]).items():
+    for key, value in mapping(f"scales.{scale}", scales[scale], KEYS[:-1]).items():
         if key == "arms":
             arms = mapping("arms", values.get("arms"))
             if not isinstance(value, list) or not value or set(value) - set(arms):
