@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from . import cli_concepts, cli_evaluate, cli_heads, cli_plan
+from . import cli_compare, cli_concepts, cli_evaluate, cli_heads, cli_plan
 from .cli_options import (
     PASS_THROUGH,
     Data,
@@ -34,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_evaluate.app)
+app.add_typer(cli_compare.app)
 app.add_typer(cli_heads.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_concepts.app)
