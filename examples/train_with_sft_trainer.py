@@ -12,6 +12,8 @@ The data are rows of ``messages``, of ``prompt`` and ``completion``, or of ``tex
 from dataclasses import dataclass
 
 from datasets import load_dataset
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from peft_caft import CAFTCallback, CAFTConfig
@@ -24,6 +26,7 @@ class Files:
     model: str
     data: str
     heads: str | None = None
+    way: str = "peft_config"  # or "peft_model": who puts the adapter on the model, the trainer or this script
 
 
 @dataclass
@@ -39,12 +42,13 @@ class CAFTOptions:
 
 if __name__ == "__main__":
     files, options, args = TrlParser((Files, CAFTOptions, SFTConfig)).parse_args_and_config()
-    trainer = SFTTrainer(
-        files.model,
-        args,
-        train_dataset=load_dataset("json", data_files=files.data, split="train"),
-        peft_config=CAFTConfig(heads=files.heads, **vars(options)),
-        callbacks=[CAFTCallback()],
-    )
+    data = load_dataset("json", data_files=files.data, split="train")
+    config = CAFTConfig(heads=files.heads, **vars(options))
+    if files.way == "peft_config":
+        trainer = SFTTrainer(files.model, args, train_dataset=data, peft_config=config, callbacks=[CAFTCallback()])
+    else:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(files.model), config)
+        tokenizer = AutoTokenizer.from_pretrained(files.model)
+        trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=[CAFTCallback()])
     trainer.train()
     trainer.save_model(args.output_dir)  # a plain LoRA adapter; loads anywhere without peft_caft

@@ -83,7 +83,7 @@ def test_stage_1_trains_as_one_process_does_and_is_taken_up_when_killed(options,
     )
     output = finish(start(f"{zero}.yaml", arguments))
     assert output.count("Heads written to") == 1
-    stage_1.require_same_training(tmp_path / "one", tmp_path / "two", tolerance=2e-2 if half else 1e-4)
+    stage_1.require_same_training(tmp_path / "one", tmp_path / "two", tolerance=2e-2 if half else 1e-5)
 
 
 def test_zero2_fills_a_cache_and_is_taken_up_when_killed(files, tmp_path):
@@ -95,7 +95,7 @@ def test_zero2_fills_a_cache_and_is_taken_up_when_killed(files, tmp_path):
     kill_when((checkpoint / "trainer_state.json").exists, start("zero2.yaml", arguments))
     output = finish(start("zero2.yaml", arguments))
     assert "Caching hidden states" not in output
-    stage_1.require_same_training(tmp_path / "one", tmp_path / "two", tolerance=1e-4)
+    stage_1.require_same_training(tmp_path / "one", tmp_path / "two", tolerance=1e-5)
 
 
 def test_stage_1_refuses_a_cache_for_partitioned_models(files, tmp_path):

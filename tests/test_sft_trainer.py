@@ -263,7 +263,7 @@ def test_router_loss_of_a_mixture_is_kept(head_type, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("yaml", ["sft.yaml", "sft_packed.yaml"])
+@pytest.mark.parametrize("yaml", ["sft.yaml", "sft_packed.yaml", "sft_peft_model.yaml"])
 def test_example_writes_a_plain_adapter(yaml, tmp_path):
     root = Path(__file__).parent.parent
     base = save_checkpoint(tmp_path / "model")
