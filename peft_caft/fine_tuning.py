@@ -185,7 +185,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         after = trainer.evaluate()["eval_loss"] if held_out else None
         before = next((e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e), None)
         weights = _whole_state(trainer)
-        if trained_heads is not None and heads is not None and heads is not trained_heads:
+        if trained_heads is not None and heads is not None and shards_parameters(trainer):
             gather(trained_heads, heads)
         summary = {
             "method": settings.method,

@@ -66,8 +66,7 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
         lm_head = self._backbone.lm_head
         if config.freeze_unembedding:
             lm_head.requires_grad_(False)
-        gamma = torch.ones((), dtype=torch.float32, device=lm_head.weight.device)
-        self.register_buffer("gamma", gamma, persistent=False)
+        self._register_gamma(lm_head.weight.device)
         self.register_load_state_dict_post_hook(heads_are_never_missing)
         self._pass: TrainingPass | None = None
         self._precision: dict[str, Any] = {}
@@ -113,11 +112,10 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
         self._pass = self._training_pass(kwargs)
         if self._pass is None:
             return args, kwargs
+        # The model's switch has reached the heads, whose layers are not run as a whole.
         for layer in self.auxiliary_heads.modules():
             if getattr(layer, "gradient_checkpointing", False):
-                layer.gradient_checkpointing = (
-                    False  # the model's switch has reached it; a head's layer is not run as a whole
-                )
+                layer.gradient_checkpointing = False
         return args, begin(self._pass)
 
     @torch.compiler.disable(recursive=False)

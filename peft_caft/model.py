@@ -69,8 +69,7 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
         finally:
             config.peft_type = PeftType.CAFT
         if "gamma" not in self._buffers:
-            device = backbone.lm_head.weight.device
-            self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
+            self._register_gamma(backbone.lm_head.weight.device)
             self.auxiliary_heads = nn.ModuleDict()
         self._backbone = backbone
         if heads is not None:

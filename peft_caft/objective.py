@@ -47,6 +47,9 @@ class AuxiliaryObjective:
         self._auxiliary_loss_enabled = True
         self._fast_paths_enabled = True
 
+    def _register_gamma(self: Any, device: torch.device) -> None:
+        self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
+
     def set_training_progress(self, step: int, total_steps: int | None = None) -> None:
         """Tell the schedule where the run is; `CAFTCallback` does it for Trainer, a bare loop calls it every step.
 

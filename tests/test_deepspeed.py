@@ -41,13 +41,7 @@ def test_matrices_are_large_enough_to_be_partitioned():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    files = {"model": large_llama(folder / "model"), "data": write_chats(folder / "data.jsonl", 160)}
-    for head_type in HEAD_TYPES:
-        files[head_type] = str(folder / head_type)
-        places = ["--model", files["model"], "--data", files["data"], "--output", files[head_type]]
-        options = ["--head-type", head_type, "--max_steps", "3", "--max-length", "64", "--use_cpu", "true"]
-        in_one_process(["train-heads", *places, *options])
-    return files
+    return stage_2.with_data_and_heads(large_llama(folder / "model"), folder)
 
 
 def states_of(checkpoint: Path) -> set[str]:

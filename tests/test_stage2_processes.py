@@ -46,7 +46,12 @@ WHOLE = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    files = {"model": save_checkpoint(folder / "model"), "data": write_chats(folder / "data.jsonl", 160)}
+    return with_data_and_heads(save_checkpoint(folder / "model"), folder)
+
+
+def with_data_and_heads(model: str, folder: Path) -> dict[str, str]:
+    """A model, data, and heads of both types that were trained for it."""
+    files = {"model": model, "data": write_chats(folder / "data.jsonl", 160)}
     for head_type in HEAD_TYPES:
         files[head_type] = str(folder / head_type)
         places = ["--model", files["model"], "--data", files["data"], "--output", files[head_type]]
