@@ -2,7 +2,8 @@
 
 First each arm's learning rate is chosen, from a seed of its own and by the cross entropy of the dev answers; the choice is written
 down in ``choice.json``. Only then are the test rows read: nothing that they say can change it. Every run is in a folder of its own, a
-finished one is not done again and an interrupted one goes on.
+finished one is not done again and an interrupted one goes on. Several processes, such as one per GPU, may carry out one comparison: each
+takes runs that no other one has.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .task_building import RECORD_NAME, build_task
 
 CHOICE_NAME = "choice.json"
 REPORT_NAME = "comparison.md"
+SECONDS_BETWEEN_LOOKS = 5.0  # where all runs that are left are other processes'
 
 
 def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
     task = load_task(plan.task)
     metrics_of(task)  # refuses a name that is taken, before any work
     folder = RunFolder(output)
-    with folder.held():
+    with folder.held(wait=True):
         if overwrite:
             _discard(output)
         data = _data(plan, task, output)
@@ -60,13 +62,15 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
             return read_json(folder.summary_path)
         folder.begin(record)
         place = Workplace(plan, output, data["train"], data["dev"], _more_steps(plan, data["train"], output))
-        chosen = _chosen(place)
-        _test(place, chosen, data["test"])
-        found = _summary(place, task, chosen, data_sha256)
-        write_text(output / REPORT_NAME, markdown_report(found))
-        _plot(output, found)
-        folder.finish(found)
-    return found
+    chosen = _chosen(place)
+    _test(place, chosen, data["test"])
+    with folder.held(wait=True):
+        if not folder.summary_path.exists():
+            found = _summary(place, task, chosen, data_sha256)
+            write_text(output / REPORT_NAME, markdown_report(found))
+            _plot(output, found)
+            folder.finish(found)
+    return read_json(folder.summary_path)
 
 
 def choose(losses: dict[float, float]) -> float:
@@ -117,22 +121,33 @@ def _test(place: Workplace, chosen: dict[str, float], data: Path) -> None:
 
 
 def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: Callable[[Run], None]) -> None:
-    """All runs, one after the other; one that fails does not keep the others from their turn.
+    """All runs, one after the other; one that fails does not keep the others from their turn. Those that other processes do are waited for.
 
     Raises:
         ChildProcessError: naming those that failed.
     """
     failed: list[tuple[Run, Exception]] = []
-    started, done = time.perf_counter(), sum(place.is_done(run, split) for run in runs)
-    for number, run in enumerate(sorted(runs, key=lambda run: not place.is_done(run, split))):
-        seconds = time.perf_counter() - started
-        bar = tqdm.format_meter(number, len(runs), seconds, ncols=72, unit=" runs", initial=min(done, number))
-        print(f"\n{what}: {run.describe()}\n{bar}", flush=True)
-        try:
-            work(run)
-        except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
-            failed.append((run, error))
-            print(f"Failed: {error}", flush=True)
+    started, before = time.perf_counter(), sum(place.is_done(run, split) for run in runs)
+    waiting = runs
+    while waiting:
+        elsewhere = []
+        for run in sorted(waiting, key=lambda run: not place.is_done(run, split)):
+            seconds, done = time.perf_counter() - started, sum(place.is_done(run, split) for run in runs)
+            bar = tqdm.format_meter(done, len(runs), seconds, ncols=72, unit=" runs", initial=before)
+            try:
+                with RunFolder(place.output / run.path).held():
+                    print(f"\n{what}: {run.describe()}\n{bar}", flush=True)
+                    work(run)
+            except BlockingIOError:
+                elsewhere.append(run)
+            except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
+                failed.append((run, error))
+                print(f"Failed: {error}", flush=True)
+        if len(elsewhere) == len(waiting):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        elif elsewhere:
+            print(f"\n{what}: {len(elsewhere)} runs are other processes'", flush=True)
+        waiting = elsewhere
     if failed:
         _, cause = failed[0]
         raise ChildProcessError(
@@ -216,7 +231,14 @@ def _plot(output: Path, found: dict[str, Any]) -> None:
 
 
 def _discard(output: Path) -> None:
-    """What a comparison made there, and nothing else."""
+    """What a comparison made there, and nothing else.
+
+    Raises:
+        BlockingIOError: if another process carries it out.
+    """
+    for lock in output.glob("runs/*/*/*/.lock"):
+        with RunFolder(lock.parent).held():
+            pass
     for name in ("runs", "heads", "data"):
         shutil.rmtree(output / name, ignore_errors=True)
     for name in (CHOICE_NAME, "equal_flops.json", "run.json", "summary.json", REPORT_NAME, "comparison.png"):

@@ -19,8 +19,11 @@ except ImportError:  # Windows: two runs into one output are not noticed there
 NO_ROOM = 2**20  # bytes: less than that is a full disk
 
 
-def lock(file: IO[bytes], output: Path) -> None:
+def lock(file: IO[bytes], output: Path, wait: bool = False) -> None:
     """Lock an open file until it is closed or the process ends, however it ends.
+
+    Args:
+        wait: until another process, which holds it, lets go.
 
     Raises:
         BlockingIOError: if another process holds it, and so writes ``output``.
@@ -28,7 +31,7 @@ def lock(file: IO[bytes], output: Path) -> None:
     if fcntl is None:
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         raise BlockingIOError(
             f"output: {output} is being written by another process. Wait for it or stop it, or choose another output."

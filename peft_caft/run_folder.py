@@ -39,8 +39,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, wait: bool = False) -> Iterator[None]:
         """No other process may run in this folder inside the block, and a full disk is one clear error.
+
+        Args:
+            wait: for another process that does.
 
         Raises:
             BlockingIOError: if another one does.
@@ -49,9 +52,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / ".lock"
         with full_disk_explained(self.path, "Checkpoints that were finished are"), open(path, "ab") as file:
-            lock(file, self.path)
+            lock(file, self.path, wait)
             yield
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def require_free(self, settings: dict[str, Any]) -> None:
         """Check that a run of these settings can start here or be taken up.

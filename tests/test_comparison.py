@@ -17,8 +17,10 @@ from peft_caft.comparison import choose, compare
 from peft_caft.comparison_plan import read_plan
 from peft_caft.comparison_plots import plot_comparison
 from peft_caft.comparison_report import is_beyond, markdown_report, summarise
+from peft_caft.run_folder import RunFolder
 from peft_caft.task import Metric
 
+from .forked_command import start
 from .test_commands import peft_caft
 from .tiny_checkpoint import save_checkpoint
 
@@ -168,6 +170,31 @@ def test_comparison_killed_in_a_run_and_between_runs_ends_as_an_unbroken_one(mad
         assert rows[0] == rows[1]
     tables = [json.loads((one / "summary.json").read_text())["metrics"] for one in (output, whole)]
     assert tables[0] == tables[1]
+
+
+def test_processes_share_the_runs_of_a_comparison(made, tmp_path):
+    folder, whole, _ = made
+    output, logs = tmp_path / "out", [tmp_path / "first.log", tmp_path / "second.log"]
+    command = ["peft-caft", "compare", str(folder / "plan.yaml"), "--output", str(output)]
+    processes = [start(command, log) for log in logs]
+    for process, log in zip(processes, logs, strict=True):
+        process.join(240)
+        assert process.exitcode == 0, log.read_text()
+    trained = [log.read_text().count("Training data:") for log in logs]
+    assert sum(trained) == 8  # each run once
+    assert min(trained) >= 2
+    tables = [json.loads((one / "summary.json").read_text())["metrics"] for one in (output, whole)]
+    assert tables[0] == tables[1]
+
+
+def test_comparison_that_another_process_carries_out_is_not_overwritten(made, tmp_path):
+    folder, whole, _ = made
+    shutil.copytree(whole, output := tmp_path / "out")
+    run = next(output.glob("runs/*/*/*"))
+    with RunFolder(run).held(), pytest.raises(BlockingIOError, match="another process"):
+        compare(read_plan(folder / "plan.yaml"), output, overwrite=True)
+    assert (output / "summary.json").exists()
+    compare(read_plan(folder / "plan.yaml"), output)
 
 
 def test_finished_comparison_is_shown_again_and_another_plan_is_refused(made):
