@@ -36,6 +36,10 @@ class Estimate:
     rows: int
     method: str
 
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
 
 def mean_estimate(
     values: Values, weights: Sequence[float] | None = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
@@ -61,6 +65,23 @@ def mean_estimate(
         low, high = wilson_interval(int(defined.sum()), rows, level)
         return Estimate(float(defined.mean()), low, high, rows, "wilson")
     return _estimate(table, weight, level, resamples, seed)
+
+
+def mean_over_seeds(
+    values: Sequence[Values],
+    weights: Sequence[float] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate | None:
+    """The mean over runs from several seeds, with its interval over seeds and rows; None if no value is defined.
+
+    Args:
+        values: per seed, one value per row; ``[values]`` for one seed, whose interval is over rows alone.
+        weights: of the rows, the same for all seeds.
+    """
+    table, weight = _table(values, weights)
+    return _estimate(table, weight, level, resamples, seed) if (weight > 0).any() else None
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -102,6 +123,11 @@ def paired_difference(
         )
     weight = np.where((weight_one > 0) & (weight_two > 0), weight_one, 0.0)
     return _estimate(two - one, weight, level, resamples, seed) if weight.any() else None
+
+
+def too_narrow_by(seeds: int) -> float:
+    """Up to what share of its width an interval over so many seeds falls short, if all of the spread is that of seeds."""
+    return 1 - ((seeds - 1) / seeds) ** 0.5
 
 
 def sign_flip_p_value(

@@ -27,7 +27,8 @@ def concepts_command(
         list[str] | None,
         typer.Option(
             help="NAME=FOLDER of a LoRA or CAFT adapter, or of a whole model with the same tokenizer, to score too. Give it again for "
-            "more; the first is compared with the base model, and the others with the first.",
+            "more; the first is compared with the base model, and the others with the first. A name given several times is one model in "
+            "several runs, such as seeds.",
             show_default=False,
         ),
     ] = None,

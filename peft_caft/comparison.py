@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from .atomic import write_text
 from .comparison_plan import ComparisonPlan
-from .comparison_report import markdown_report, summarise
+from .comparison_report import markdown_report, summarise, summarise_groups
 from .comparison_runs import Run, Workplace, final_runs, read_json, read_rows, require_paired, tuning_runs
 from .data import encode, file_sha256, read_jsonl
 from .equal_flops import equal_flops
@@ -199,6 +199,7 @@ def _summary(place: Workplace, task: Task, chosen: dict[str, float], data_sha256
         "times_the_steps": place.more_steps,
         "tuning": read_json(place.output / CHOICE_NAME),
         "metrics": summarise(metrics_of(task), results),
+        "groups": summarise_groups(metrics_of(task), results),
         **provenance(),
     }
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .bootstrap import Values, paired_difference
+from .bootstrap import Values, mean_over_seeds, paired_difference, too_narrow_by
+from .evaluation_report import SMALL_GROUP, natural_order
 from .provenance import listed
 from .tables import markdown_table
 from .task import Metric
@@ -28,14 +29,35 @@ def summarise(metrics: Sequence[Metric], results: Results) -> dict[str, Any]:
     return {metric.name: found for metric in metrics if (found := _metric(metric, results))}
 
 
+def summarise_groups(metrics: Sequence[Metric], results: Results) -> dict[str, Any]:
+    """By group of rows and its value: the number of rows, and what `summarise` says of them."""
+    values: dict[str, dict[str, list[int]]] = {}
+    (first, *_) = results.values()
+    for index, row in enumerate(first[0]):
+        for group, value in row["groups"].items():
+            values.setdefault(group, {}).setdefault(value, []).append(index)
+    return {
+        group: {
+            value: {
+                "rows": len(rows),
+                "metrics": summarise(
+                    metrics, {arm: [[own[i] for i in rows] for own in seeds] for arm, seeds in results.items()}
+                ),
+            }
+            for value, rows in sorted(by_value.items(), key=lambda item: natural_order(item[0]))
+            if len(rows) >= SMALL_GROUP
+        }
+        for group, by_value in sorted(values.items())
+    }
+
+
 def _metric(metric: Metric, results: Results) -> dict[str, Any] | None:
     (first, *_), found = results.values(), {}
     weights = [float(len(row["answer_losses"])) for row in first[0]] if metric.per_token else None
     tables = {arm: [[row["scores"][metric.name] for row in rows] for rows in seeds] for arm, seeds in results.items()}
     reference = next(iter(tables.values()))
     for arm, table in tables.items():
-        # The difference to nothing: its interval too is one over seeds and rows.
-        level = paired_difference([[0.0] * len(row) for row in table], table, weights)
+        level = mean_over_seeds(table, weights)
         if level is not None:
             difference = None if table is reference else paired_difference(reference, table, weights)
             found[arm] = {
@@ -97,6 +119,8 @@ def markdown_report(found: dict[str, Any]) -> str:
     lines += ["", "| metric | of what | better |", "|---|---|---|"]
     for name, metric in found["metrics"].items():
         lines.append(f"| {name} | {metric['meaning']} | {'higher' if metric['higher_is_better'] else 'lower'} |")
+    if len(labels) > 1:
+        lines += _groups(found, labels)
     lines += ["", *_tuning(found, labels), "", *_caveats(found, labels, seeds), ""]
     made = f"{found['machine']}; {listed(found['versions'])}; commit {found['git_commit']}."
     return "\n".join([*lines, made, ""])
@@ -125,9 +149,31 @@ def _differences(found: dict[str, Any], labels: dict[str, str]) -> tuple[list[st
     return ["", *found["metrics"]], table
 
 
-def _cell(metric: dict[str, Any], arm: str, what: str) -> str:
-    value = metric["arms"].get(arm, {}).get(what)
-    if value is None:
+def _groups(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    """A table of differences for each way to group rows that tells some apart."""
+    lines: list[str] = []
+    first, *others = labels
+    for group, by_value in found["groups"].items():
+        if len(by_value) < 2:
+            continue
+        table = [
+            [
+                value,
+                f"{own['rows']:,}",
+                labels[name],
+                *(_cell(own["metrics"].get(m), name, "difference") for m in found["metrics"]),
+            ]
+            for value, own in by_value.items()
+            for name in others
+        ]
+        header = [group, "rows", "", *found["metrics"]]
+        lines += ["", f"## Difference to {labels[first]} by {group}", "", markdown_table(header, table)]
+    return lines
+
+
+def _cell(metric: dict[str, Any] | None, arm: str, what: str) -> str:
+    value = metric and metric["arms"].get(arm, {}).get(what)
+    if metric is None or value is None:
         return "-"
     sign = "+" if what == "difference" else ""
     form = f"{{:{sign}.1%}}" if metric["unit"] == "share" else f"{{:{sign}.3f}}"
@@ -168,10 +214,8 @@ def _caveats(found: dict[str, Any], labels: dict[str, str], seeds: int) -> list[
     if seeds == 1:
         lines.append("With one seed the intervals say nothing about other seeds.")
     else:
-        share = 1 - ((seeds - 1) / seeds) ** 0.5
-        lines.append(f"With {seeds} seeds an interval is too narrow by up to {share:.0%}.")
-    if len(labels) > 2:
-        lines.append("Intervals are of one difference each: of twenty that are 0, one is beyond its own by chance.")
+        lines.append(f"With {seeds} seeds an interval is too narrow by up to {too_narrow_by(seeds):.0%}.")
+    lines.append("Intervals are of one difference each: of twenty that are 0, one is beyond its own by chance.")
     return lines
 
 

@@ -1,6 +1,7 @@
 """Where a model's loss sits inside terms, and how well it knows whole ones: per model, and two models compared.
 
-Intervals are percentiles over resampled rows; models are compared on the same rows (`peft_caft.resampled_ratios`).
+A model is one or several runs, from one seed each. Intervals are the bootstrap's over rows and, of several, runs; models are compared on
+the same rows and run by run (`peft_caft.bootstrap`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .resampled_ratios import Bootstrap, Interval
+from .bootstrap import Estimate, mean_over_seeds, paired_difference
 from .term_alignment import BETWEEN, SPECIAL, AlignedRow, Target
 from .term_losses import TokenScores
 
@@ -28,6 +29,7 @@ PLACE_NAMES = {
     "special": "special",
 }
 LENGTHS = ("2+", "2", "3", "4", "5+")
+Runs = Sequence[Sequence[TokenScores]]  # of one model: scores of each row, in the order of the rows
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class PlaceLoss:
 
     place: str
     tokens: int
-    cross_entropy: Interval
-    accuracy: Interval
+    cross_entropy: Estimate | None
+    accuracy: Estimate | None
     share_of_loss: float | None
 
 
@@ -62,8 +64,8 @@ class WholeTerms:
 
     length: str
     terms: int
-    log_probability: Interval
-    accuracy: Interval
+    log_probability: Estimate | None
+    accuracy: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -76,91 +78,113 @@ class ModelConcepts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``model`` minus ``reference``, as in `PlaceLoss` and `WholeTerms`, by place and by length."""
+    """``model`` minus ``reference``, as in `PlaceLoss` and `WholeTerms`, by place and by length; of so many pairs of runs."""
 
     reference: str
     model: str
-    cross_entropy: dict[str, Interval]
-    log_probability: dict[str, Interval]
-    accuracy: dict[str, Interval]
+    runs: int
+    cross_entropy: dict[str, Estimate | None]
+    log_probability: dict[str, Estimate | None]
+    accuracy: dict[str, Estimate | None]
+
+
+@dataclass(frozen=True)
+class RowValues:
+    """What is averaged: one mean a run and row, and how many tokens or terms of the row it is of.
+
+    Attributes:
+        means: per run, one a row; without meaning where the count is 0.
+        counts: one a row.
+    """
+
+    means: list[list[float]]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, sums: Sequence[Sequence[float]], counts: list[int]) -> RowValues:
+        """Of sums over the tokens or terms of each run and row."""
+        return cls([[float(s) / max(n, 1) for s, n in zip(run, counts, strict=True)] for run in sums], counts)
 
 
 class ConceptLosses:
-    """Sums over each row, from which all figures are made.
+    """Makes all figures from the scores of single tokens.
 
     Args:
         rows: as `peft_caft.term_alignment.align` gives them.
-        bootstrap: of as many rows.
+        resamples: draws of the bootstrap.
+        seed: of these draws.
     """
 
-    def __init__(self, rows: list[AlignedRow], bootstrap: Bootstrap) -> None:
-        self.rows, self.bootstrap = rows, bootstrap
+    def __init__(self, rows: list[AlignedRow], resamples: int = 1000, seed: int = 0) -> None:
+        self.rows = rows
+        self.resamples, self.seed = resamples, seed
         self.places = {place: [_targets_at(row, place) for row in rows] for place in PLACES}
         self.terms = {
             length: [[term.targets for term in row.terms if _is_of(len(term.targets), length)] for row in rows]
             for length in LENGTHS
         }
 
-    def of(self, scores: Sequence[TokenScores]) -> ModelConcepts:
-        """Figures of one model, whose ``scores`` are in the order of the rows."""
-        total = sum(float(score.cross_entropy.sum()) for score in scores)
+    def of(self, runs: Runs) -> ModelConcepts:
+        """Figures of one model."""
+        at = {place: self._at(place, runs) for place in PLACES}
+        total = _sum(at["all"][0])
         places, terms = [], []
-        for place in PLACES:
-            losses, hits, tokens = self._at(place, scores)
-            share = float(losses.sum()) / total if total else None
-            cross_entropy, accuracy = (self.bootstrap.ratio(values, tokens) for values in (losses, hits))
-            places.append(PlaceLoss(place, int(tokens.sum()), cross_entropy, accuracy, share))
+        for place, (losses, hits) in at.items():
+            share = _sum(losses) / total if total else None
+            places.append(PlaceLoss(place, sum(losses.counts), self._mean(losses), self._mean(hits), share))
         for length in LENGTHS:
-            log_probabilities, whole, count = self._whole(length, scores)
-            log_probability, accuracy = (self.bootstrap.ratio(values, count) for values in (log_probabilities, whole))
-            terms.append(WholeTerms(length, int(count.sum()), log_probability, accuracy))
+            log_probabilities, whole = self._whole(length, runs)
+            terms.append(WholeTerms(length, sum(whole.counts), self._mean(log_probabilities), self._mean(whole)))
         return ModelConcepts(places, terms)
 
-    def compare(
-        self,
-        reference: str,
-        reference_scores: Sequence[TokenScores],
-        model: str,
-        scores: Sequence[TokenScores],
-    ) -> Comparison:
-        """Paired differences, ``model`` minus ``reference``, of the same rows in each resample."""
+    def compare(self, reference: str, reference_runs: Runs, model: str, runs: Runs) -> Comparison:
+        """Paired differences, ``model`` minus ``reference``: of the same rows, and run by run; a single run is paired with all."""
+        pairs = max(len(reference_runs), len(runs))
+        before, after = (list(own) * pairs if len(own) == 1 else own for own in (reference_runs, runs))
 
-        def differences(keys: Sequence[str], values: Callable, index: int) -> dict[str, Interval]:
-            found = {}
-            for key in keys:
-                first, second = values(key, reference_scores), values(key, scores)
-                found[key] = self.bootstrap.difference(first[index], first[2], second[index], second[2])
-            return found
+        def differences(keys: Sequence[str], values: Callable, index: int) -> dict[str, Estimate | None]:
+            return {key: self._difference(values(key, before)[index], values(key, after)[index]) for key in keys}
 
         return Comparison(
             reference,
             model,
+            pairs,
             cross_entropy=differences(PLACES, self._at, 0),
             log_probability=differences(LENGTHS, self._whole, 0),
             accuracy=differences(LENGTHS, self._whole, 1),
         )
 
-    def _at(self, place: str, scores: Sequence[TokenScores]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Per row: sum of cross entropies, hits, tokens."""
-        pairs = list(zip(self.places[place], scores, strict=True))
-        return (
-            np.array([score.cross_entropy[indices].sum() for indices, score in pairs]),
-            np.array([score.correct[indices].sum() for indices, score in pairs], dtype=np.float64),
-            np.array([len(indices) for indices, _ in pairs], dtype=np.float64),
-        )
+    def _mean(self, values: RowValues) -> Estimate | None:
+        return mean_over_seeds(values.means, values.counts, resamples=self.resamples, seed=self.seed)
 
-    def _whole(self, length: str, scores: Sequence[TokenScores]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Per row: sum of the terms' log-probabilities, terms that are right as a whole, terms."""
-        pairs = list(zip(self.terms[length], scores, strict=True))
-        return (
-            np.array(
-                [-sum(s.cross_entropy[list(term)].sum() for term in terms) for terms, s in pairs], dtype=np.float64
-            ),
-            np.array(
-                [sum(bool(s.correct[list(term)].all()) for term in terms) for terms, s in pairs], dtype=np.float64
-            ),
-            np.array([len(terms) for terms, _ in pairs], dtype=np.float64),
-        )
+    def _difference(self, first: RowValues, second: RowValues) -> Estimate | None:
+        return paired_difference(first.means, second.means, first.counts, resamples=self.resamples, seed=self.seed)
+
+    def _at(self, place: str, runs: Runs) -> tuple[RowValues, RowValues]:
+        """Cross entropies and hits of the tokens at a place."""
+        places = self.places[place]
+        counts = [len(indices) for indices in places]
+        losses = [[s.cross_entropy[indices].sum() for indices, s in zip(places, run, strict=True)] for run in runs]
+        hits = [[s.correct[indices].sum() for indices, s in zip(places, run, strict=True)] for run in runs]
+        return RowValues.of(losses, counts), RowValues.of(hits, counts)
+
+    def _whole(self, length: str, runs: Runs) -> tuple[RowValues, RowValues]:
+        """Log-probabilities of the terms of a length, and which are right as a whole."""
+        rows = self.terms[length]
+        counts = [len(terms) for terms in rows]
+        log_probabilities = [
+            [-sum(s.cross_entropy[list(term)].sum() for term in terms) for terms, s in zip(rows, run, strict=True)]
+            for run in runs
+        ]
+        whole = [
+            [sum(float(s.correct[list(term)].all()) for term in terms) for terms, s in zip(rows, run, strict=True)]
+            for run in runs
+        ]
+        return RowValues.of(log_probabilities, counts), RowValues.of(whole, counts)
+
+
+def _sum(values: RowValues) -> float:
+    return sum(mean * count for run in values.means for mean, count in zip(run, values.counts, strict=True))
 
 
 def place_of(row: AlignedRow, target: Target) -> str | None:

@@ -8,11 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from .bootstrap import Estimate
 from .concept_density import COVERED_SHARE, Density, RecommendedN
 from .concept_losses import LENGTHS, PLACES, Comparison, ModelConcepts
 from .concepts import Concepts
 from .plots import CROSS_ENTROPY, RUN_COLOURS, _save, _tidy
-from .resampled_ratios import Interval
 
 LONGEST_DRAWN = 10  # tokens; all longer terms are one bar
 PLACE_LABELS = {
@@ -156,13 +156,13 @@ def _lines(models: dict[str, ModelConcepts], what: str, key: str) -> list:
 
 
 def _draw_intervals(
-    axes: Axes, intervals: Sequence[Interval], name: str, index: int, count: int, look: int | None = None
+    axes: Axes, estimates: Sequence[Estimate | None], name: str, index: int, count: int, look: int | None = None
 ) -> None:
     """Points with their intervals: number ``index`` of ``count`` that stand side by side; ``look`` chooses colour and marker."""
     points = [
-        (place + 0.16 * (index - (count - 1) / 2), interval.estimate, interval)
-        for place, interval in enumerate(intervals)
-        if interval.estimate is not None
+        (place + 0.16 * (index - (count - 1) / 2), estimate.mean, estimate)
+        for place, estimate in enumerate(estimates)
+        if estimate is not None
     ]
     look = index if look is None else look
     below, above = (

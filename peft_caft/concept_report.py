@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from .bootstrap import Estimate, too_narrow_by
 from .concept_losses import LENGTHS, PLACE_NAMES, Comparison
 from .concepts import Concepts
-from .resampled_ratios import Interval
 from .tables import markdown_table
 
 LONGEST_SHOWN = 8  # tokens; longer terms are in one line of the table
@@ -97,7 +97,7 @@ def _places(found: Concepts) -> str:
         if first.tokens:
             share = "" if first.share_of_loss is None else f"{first.share_of_loss:.1%}"
             values = [_interval(line.cross_entropy) for line in lines]
-            top1 = " / ".join(f"{line.accuracy.estimate:.1%}" for line in lines)
+            top1 = " / ".join(f"{line.accuracy.mean:.1%}" for line in lines if line.accuracy)
             rows.append([PLACE_NAMES[first.place], f"{first.tokens:,}", *values, share, top1])
     note = (
         ""
@@ -130,9 +130,9 @@ def _whole_terms(found: Concepts) -> str:
 
 def _comparison(comparison: Comparison) -> str:
     places = [
-        [PLACE_NAMES[place], _interval(interval, signed=True), _verdict(interval, less_is_better=True)]
-        for place, interval in comparison.cross_entropy.items()
-        if interval.estimate is not None
+        [PLACE_NAMES[place], _interval(difference, signed=True), _verdict(difference, less_is_better=True)]
+        for place, difference in comparison.cross_entropy.items()
+        if difference is not None
     ]
     lengths = [
         [
@@ -143,16 +143,19 @@ def _comparison(comparison: Comparison) -> str:
             _verdict(comparison.accuracy[length]),
         ]
         for length in LENGTHS
-        if comparison.log_probability[length].estimate is not None
+        if comparison.log_probability[length] is not None
     ]
     title = f"## {comparison.model} minus {comparison.reference}, paired by row"
     tables = [markdown_table(["place of the token", "cross entropy (nats/token)", ""], places)]
     if lengths:
         header = ["tokens in the term", "log-probability (nats)", "", "whole term right", ""]
         tables.append(markdown_table(header, lengths))
-    note = (
-        "Better or worse: the 95 % interval leaves out 0, as one of twenty does by chance. It is over rows, for these very weights: "
-        "another seed of the same training can differ by more."
+    note = "Better or worse: the 95 % interval leaves out 0, as one of twenty does by chance. "
+    note += (
+        "It is over rows, for these very weights: another seed of the same training can differ by more."
+        if comparison.runs == 1
+        else f"It is over rows and {comparison.runs} runs, paired in the order given; with so few runs it is too narrow by up to "
+        f"{too_narrow_by(comparison.runs):.0%}."
     )
     return "\n\n".join([title, *tables, note])
 
@@ -178,8 +181,8 @@ def _heads(found: Concepts) -> str:
     return f"## Heads\n\n{markdown_table(header, rows)}\n\nUnigram entropy of these tokens: {found.unigram_entropy:.3f} nats/token. {advice}"
 
 
-def _interval(interval: Interval, percent: bool = False, signed: bool = False) -> str:
-    if interval.estimate is None:
+def _interval(estimate: Estimate | None, percent: bool = False, signed: bool = False) -> str:
+    if estimate is None:
         return "-"
     sign = "+" if signed else ""
 
@@ -187,15 +190,15 @@ def _interval(interval: Interval, percent: bool = False, signed: bool = False) -
         return f"{100 * value:{sign}.1f}" if percent else f"{value:{sign}.3f}"
 
     unit = " %" if percent else ""
-    if interval.low is None or interval.high is None:
-        return f"{text(interval.estimate)}{unit}"
-    return f"{text(interval.estimate)} ({text(interval.low)} to {text(interval.high)}){unit}"
+    if estimate.low is None or estimate.high is None:
+        return f"{text(estimate.mean)}{unit}"
+    return f"{text(estimate.mean)} ({text(estimate.low)} to {text(estimate.high)}){unit}"
 
 
-def _verdict(interval: Interval, less_is_better: bool = False) -> str:
-    if interval.estimate is None or not interval.excludes_zero:
+def _verdict(difference: Estimate | None, less_is_better: bool = False) -> str:
+    if difference is None or not difference.excludes_zero:
         return "not apart"
-    return "better" if (interval.estimate < 0) == less_is_better else "worse"
+    return "better" if (difference.mean < 0) == less_is_better else "worse"
 
 
 def _share(part: int, whole: int) -> str:

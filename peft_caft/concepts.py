@@ -22,7 +22,6 @@ from .data import collator, file_sha256, read_jsonl, require_tokenizer_of
 from .heads import AuxiliaryHeads
 from .objective_config import require_choice
 from .provenance import provenance
-from .resampled_ratios import Bootstrap
 from .term_alignment import AlignedRow, align, answer_texts
 from .term_losses import TokenScores, score_tokens
 from .terms import UNITS, guess_unit
@@ -36,7 +35,8 @@ class ConceptsSettings:
     """What `concepts` is asked for; see `peft-caft concepts --help`.
 
     Attributes:
-        adapter: ``NAME=FOLDER`` of LoRA or CAFT adapters, or of whole models with the same tokenizer.
+        adapter: ``NAME=FOLDER`` of LoRA or CAFT adapters, or of whole models with the same tokenizer. A name that comes several times
+            is one model in several runs, such as seeds.
         loss: score the model; without, its tokenizer is enough.
     """
 
@@ -73,18 +73,21 @@ class ConceptsSettings:
         _ = self.adapters
 
     @property
-    def adapters(self) -> dict[str, str]:
-        """Name -> folder or Hub id, in the order given."""
-        found: dict[str, str] = {}
+    def adapters(self) -> dict[str, list[str]]:
+        """Name -> folders or Hub ids of its runs, in the order given."""
+        found: dict[str, list[str]] = {}
         for given in self.adapter:
             name, separator, source = given.partition("=")
             if not separator or not name.strip() or not source:
                 raise ValueError(f"adapter: got {given!r}, expected NAME=FOLDER, such as LoRA=runs/lora.")
-            if name.strip() in (BASE, *found):
-                raise ValueError(
-                    f"adapter: got the name {name.strip()!r} twice ({BASE!r} is the base model); rename one."
-                )
-            found[name.strip()] = source
+            if name.strip() == BASE:
+                raise ValueError(f"adapter: got the name {BASE!r}, which is the base model's, expected another one.")
+            found.setdefault(name.strip(), []).append(source)
+        if len({len(sources) for sources in found.values()}) > 1:
+            counts = ", ".join(f"{len(sources)} of {name!r}" for name, sources in found.items())
+            raise ValueError(
+                f"adapter: got {counts}, expected as many runs of each, since they are compared in pairs."
+            )
         return found
 
 
@@ -128,13 +131,13 @@ def concepts(settings: ConceptsSettings) -> Concepts:
     unit = settings.unit if settings.unit != "auto" else guess_unit(answer_texts(raw[:GUESSED_FROM]))
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     rows = align(raw, tokenizer, UNITS[unit], settings.max_length)
-    scores: dict[str, list[TokenScores]] = {}
+    scores: dict[str, list[list[TokenScores]]] = {}
     heads: list[HeadKnowledge] = []
     offered = 5
     if settings.loss:
         scores, heads = _score(settings, rows, tokenizer)
         offered = heads[-1].tokens_ahead if heads else offered
-    losses = ConceptLosses(rows, Bootstrap(len(rows), settings.resamples, seed=settings.seed))
+    losses = ConceptLosses(rows, settings.resamples, settings.seed)
     found_density = density(rows)
     # What the first adapter, LoRA say, changed in the base model, and how the others, CAFT say, differ from it.
     adapters = list(settings.adapters)
@@ -150,7 +153,7 @@ def concepts(settings: ConceptsSettings) -> Concepts:
         },
         density=found_density,
         recommended=recommended_n(found_density, offered),
-        models={name: losses.of(score) for name, score in scores.items()},
+        models={name: losses.of(runs) for name, runs in scores.items()},
         comparisons=[losses.compare(first, scores[first], second, scores[second]) for first, second in pairs],
         unigram_entropy=unigram_entropy(rows),
         heads=heads,
@@ -159,7 +162,7 @@ def concepts(settings: ConceptsSettings) -> Concepts:
     )
     shown = rows[: settings.examples]
     prompts = [_prompt(raw[row.number - 1]) for row in shown]
-    shown_scores = {name: score[: settings.examples] for name, score in scores.items()}
+    shown_scores = {name: runs[0][: settings.examples] for name, runs in scores.items()}
     with filling(settings.output) as folder:
         (folder / "concepts.json").write_text(found.to_json(), encoding="utf-8")
         (folder / "concepts.md").write_text(report(found) + "\n", encoding="utf-8")
@@ -184,21 +187,23 @@ def _drawing() -> Any:
 
 def _score(
     settings: ConceptsSettings, rows: list[AlignedRow], tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, list[TokenScores]], list[HeadKnowledge]]:
-    """Scores of the base model and of each adapter, and what the heads know."""
+) -> tuple[dict[str, list[list[TokenScores]]], list[HeadKnowledge]]:
+    """Scores of the base model and of each run of the adapters, and what the heads know."""
     base = _load(settings.model, settings.dtype)
     require_tokenizer_of(base, tokenizer)
     collate = collator(tokenizer)
-    scores = {BASE: score_tokens(base, rows, collate, settings.batch_size, f"Scoring {BASE}")}
+    scores = {BASE: [score_tokens(base, rows, collate, settings.batch_size, f"Scoring {BASE}")]}
     heads: list[HeadKnowledge] = []
     if settings.heads is not None:
         loaded = AuxiliaryHeads.from_pretrained(settings.heads, base_model=base)
         heads = head_knowledge(loaded, base, rows, collate, settings.batch_size)
         del loaded
-    for name, source in settings.adapters.items():
-        with _adapted(base, name, source, settings.dtype) as model:
-            require_tokenizer_of(model, tokenizer)
-            scores[name] = score_tokens(model, rows, collate, settings.batch_size, f"Scoring {name}")
+    for name, sources in settings.adapters.items():
+        scores[name] = []
+        for source in sources:
+            with _adapted(base, name, source, settings.dtype) as model:
+                require_tokenizer_of(model, tokenizer)
+                scores[name].append(score_tokens(model, rows, collate, settings.batch_size, f"Scoring {name}"))
     return scores, heads
 
 

@@ -69,7 +69,7 @@ def page(
         found: what the head of the page sums up, and which models are compared.
         rows: to show, in this order.
         prompts: of these rows, as text.
-        scores: model -> scores of these rows; without any, the place of each token in its term is coloured.
+        scores: model -> scores of these rows, of its first run; without any, the place of each token in its term is coloured.
         token_name: of a token id, for tokens without text of their own.
     """
     pairs = [(comparison.reference, comparison.model) for comparison in found.comparisons]

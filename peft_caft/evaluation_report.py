@@ -111,12 +111,12 @@ def _group_table(group: str, by_value: dict[str, Any], names: list[str]) -> str:
     shown = [name for name in names if any(name in own["metrics"] for own in by_value.values())]
     table = [
         [value, f"{own['rows']:,}", *(_shown(own["metrics"].get(name)) for name in shown)]
-        for value, own in sorted(by_value.items(), key=lambda item: _natural(item[0]))
+        for value, own in sorted(by_value.items(), key=lambda item: natural_order(item[0]))
     ]
     return markdown_table([group, "rows", *shown], table)
 
 
-def _natural(value: str) -> tuple[int, int, str]:
+def natural_order(value: str) -> tuple[int, int, str]:
     """Lengths in their order, other groups by name."""
     number = next((int(word) for word in value.split() if word.isdigit()), 0)
     return (value.startswith("over"), number, value)

@@ -16,7 +16,7 @@ from peft_caft.bootstrap import paired_difference
 from peft_caft.comparison import choose, compare
 from peft_caft.comparison_plan import read_plan
 from peft_caft.comparison_plots import plot_comparison
-from peft_caft.comparison_report import is_beyond, markdown_report, summarise
+from peft_caft.comparison_report import is_beyond, markdown_report, summarise, summarise_groups
 from peft_caft.run_folder import RunFolder
 from peft_caft.task import Metric
 
@@ -238,7 +238,7 @@ class Fakes:
         scores = {"exact": 0.0, "length": None, "cross_entropy": loss, "answer_cross_entropy": loss, "ended": 0.0}
         folder = place.output / run.path / split
         folder.mkdir(parents=True)
-        row = json.dumps({"reference": "a", "answer_losses": [loss], "scores": scores})
+        row = json.dumps({"reference": "a", "groups": {}, "answer_losses": [loss], "scores": scores})
         (folder / "rows.jsonl").write_text(f"{row}\n{row}\n")
         (folder / "evaluation.json").write_text(json.dumps({"metrics": {"cross_entropy": {"mean": loss}}}))
 
@@ -298,9 +298,9 @@ def test_learning_rate_is_that_of_the_lowest_loss():
         choose({1e-3: float("inf")})
 
 
-def row(exact: float, loss: float, tokens: int, reference: str = "a") -> dict:
+def row(exact: float, loss: float, tokens: int, reference: str = "a", **groups: str) -> dict:
     scores = {"exact": exact, "cross_entropy": loss, "tanimoto": None if exact < 0.5 else exact}
-    return {"reference": reference, "answer_losses": [loss] * tokens, "scores": scores}
+    return {"reference": reference, "answer_losses": [loss] * tokens, "scores": scores, "groups": groups}
 
 
 METRICS = (
@@ -328,6 +328,25 @@ def test_means_and_differences_are_those_computed_by_hand():
     assert (exact["caft"]["difference"]["low"], exact["caft"]["difference"]["high"]) == (expected.low, expected.high)
 
 
+def test_groups_hold_the_differences_of_their_own_rows():
+    def rows(*losses: float) -> list[dict]:
+        kinds = ("over 8", "1 to 8", "over 8", "1 to 8", "none")
+        return [row(0, loss, 1, str(i), length=kinds[i], source="x") for i, loss in enumerate(losses)]
+
+    found = summarise_groups(
+        METRICS,
+        {"lora": [rows(1, 2, 3, 4, 5), rows(1, 2, 3, 4, 5)], "caft": [rows(2, 2, 3, 4, 9), rows(2, 2, 3, 4, 9)]},
+    )
+    lengths = found["length"]
+    assert list(lengths) == ["1 to 8", "over 8"]  # in their order; a single row is no group
+    assert [own["rows"] for own in lengths.values()] == [2, 2]
+    differences = [own["metrics"]["cross_entropy"]["arms"]["caft"]["difference"]["mean"] for own in lengths.values()]
+    assert differences == [0, 0.5]
+    report = markdown_report(found_of(metric_of(0.1, 0.4)) | {"groups": found})
+    assert "## Difference to LoRA by length" in report
+    assert "by source" not in report  # tells no rows apart
+
+
 def test_other_rows_are_refused():
     other = {"caft": [RESULTS["caft"][0], [row(0, 1.0, 1), row(0, 1.0, 3, "b")]]}
     with pytest.raises(ValueError, match="rows: those of 'caft', run 2, are not those of 'lora', run 1"):
@@ -346,6 +365,7 @@ def found_of(metrics: dict) -> dict:
         "times_the_steps": {"lora": 1.25},
         "tuning": {"chosen": {"lora": 1e-3, "caft": 1e-3}, "dev_cross_entropy": dev, "seed": 0},
         "metrics": metrics,
+        "groups": {},
         "machine": "m",
         "versions": {"python": "3"},
         "git_commit": "c",

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -21,7 +22,6 @@ from peft_caft.concept_losses import ConceptLosses, place_of
 from peft_caft.concepts import ConceptsSettings
 from peft_caft.data import collator, read_jsonl
 from peft_caft.heads import AuxiliaryHeads
-from peft_caft.resampled_ratios import Bootstrap
 from peft_caft.term_alignment import AlignedRow, align
 from peft_caft.term_losses import score_tokens
 from peft_caft.terms import prose_terms
@@ -94,7 +94,7 @@ def test_scores_are_those_of_full_logits(changed, rows):
 def test_losses_by_place_are_those_of_a_plain_loop(rows):
     model = tiny_llama().eval()
     scores = score_tokens(model, rows, collator(tiny_tokenizer()))
-    found = {line.place: line for line in ConceptLosses(rows, Bootstrap(len(rows))).of(scores).places}
+    found = {line.place: line for line in ConceptLosses(rows).of([scores]).places}
     losses: dict[str, list[float]] = {place: [] for place in found}
     for row in rows:
         for target, loss in zip(row.targets, naive(model, row)[0], strict=True):
@@ -104,7 +104,7 @@ def test_losses_by_place_are_those_of_a_plain_loop(rows):
     assert min(len(losses[place]) for place in ("single", "1", "2", "3", "5+", "between", "special")) > 0
     for place, own in losses.items():
         if own:
-            assert found[place].cross_entropy.estimate == pytest.approx(np.mean(own), abs=1e-5)
+            assert found[place].cross_entropy.mean == pytest.approx(np.mean(own), abs=1e-5)
             assert found[place].share_of_loss == pytest.approx(sum(own) / sum(losses["all"]), abs=1e-5)
             low, high = found[place].cross_entropy.low, found[place].cross_entropy.high
             assert low is None or low <= np.mean(own) <= high
@@ -115,7 +115,7 @@ def test_losses_by_place_are_those_of_a_plain_loop(rows):
 def test_joint_probability_of_a_term_is_the_product_of_its_tokens(rows):
     model = tiny_llama().eval()
     scores = score_tokens(model, rows, collator(tiny_tokenizer()))
-    found = {line.length: line for line in ConceptLosses(rows, Bootstrap(len(rows))).of(scores).terms}
+    found = {line.length: line for line in ConceptLosses(rows).of([scores]).terms}
     logs: dict[str, list[float]] = {length: [] for length in found}
     for row in rows:
         losses, _ = naive(model, row)
@@ -127,7 +127,7 @@ def test_joint_probability_of_a_term_is_the_product_of_its_tokens(rows):
     assert {length: line.terms for length, line in found.items()} == {length: len(own) for length, own in logs.items()}
     for length, own in logs.items():
         if own:
-            assert found[length].log_probability.estimate == pytest.approx(np.mean(own), abs=1e-4)
+            assert found[length].log_probability.mean == pytest.approx(np.mean(own), abs=1e-4)
 
 
 def test_whole_term_is_right_where_all_of_its_tokens_are(rows):
@@ -135,35 +135,68 @@ def test_whole_term_is_right_where_all_of_its_tokens_are(rows):
     scores = score_tokens(tiny_llama().eval(), rows, collator(tiny_tokenizer()))
     for score in scores:
         score.correct[:] = True
-    losses = ConceptLosses(rows, Bootstrap(len(rows)))
-    assert losses.of(scores).terms[0].accuracy.estimate == 1.0
+    losses = ConceptLosses(rows)
+    assert losses.of([scores]).terms[0].accuracy.mean == 1.0
     several = [(row, term) for row in range(len(rows)) for term in rows[row].terms if len(term.targets) > 1]
     row, term = several[1]
     scores[row].correct[term.targets[-1]] = False
-    assert losses.of(scores).terms[0].accuracy.estimate == pytest.approx(1 - 1 / len(several))
+    assert losses.of([scores]).terms[0].accuracy.mean == pytest.approx(1 - 1 / len(several))
     single = next((row, t) for row in range(len(rows)) for t in rows[row].terms if len(t.targets) == 1)
     scores[single[0]].correct[single[1].targets[0]] = False
-    assert losses.of(scores).terms[0].accuracy.estimate == pytest.approx(1 - 1 / len(several))
+    assert losses.of([scores]).terms[0].accuracy.mean == pytest.approx(1 - 1 / len(several))
 
 
 def test_models_are_compared_row_by_row(rows):
     first, second = (score_tokens(tiny_llama(seed=seed).eval(), rows, collator(tiny_tokenizer())) for seed in (0, 1))
-    losses = ConceptLosses(rows, Bootstrap(len(rows)))
-    found = losses.compare("a", first, "b", second)
-    one, two = losses.of(first), losses.of(second)
+    losses = ConceptLosses(rows)
+    found = losses.compare("a", [first], "b", [second])
+    one, two = losses.of([first]), losses.of([second])
     for before, after in zip(one.places, two.places, strict=True):
         difference = found.cross_entropy[before.place]
         if before.tokens:
-            expected = after.cross_entropy.estimate - before.cross_entropy.estimate
-            assert difference.estimate == pytest.approx(expected)
+            expected = after.cross_entropy.mean - before.cross_entropy.mean
+            assert difference.mean == pytest.approx(expected)
             assert difference.low is None or difference.low <= expected <= difference.high
         else:
-            assert difference.estimate is None
-    assert found.log_probability["2+"].estimate == pytest.approx(
-        two.terms[0].log_probability.estimate - one.terms[0].log_probability.estimate
+            assert difference is None
+    assert found.log_probability["2+"].mean == pytest.approx(
+        two.terms[0].log_probability.mean - one.terms[0].log_probability.mean
     )
-    same = losses.compare("a", first, "b", first)
-    assert {(i.low, i.high) for i in same.log_probability.values()} == {(0, 0), (None, None)}
+    same = losses.compare("a", [first], "b", [first])
+    differences = [found for found in same.log_probability.values() if found]
+    assert {found.mean for found in differences} == {0}
+    assert {(found.low, found.high) for found in differences} == {(0, 0), (None, None)}  # the latter of a single row
+
+
+def test_runs_of_a_model_are_averaged_and_widen_its_intervals(rows):
+    """By hand: one run is a nat a token better than the reference, the other is as good."""
+    first = score_tokens(tiny_llama().eval(), rows, collator(tiny_tokenizer()))
+    better = [replace(score, cross_entropy=score.cross_entropy - 1) for score in first]
+    losses = ConceptLosses(rows)
+    one, both = losses.of([first]), losses.of([first, better])
+    assert both.places[0].tokens == one.places[0].tokens
+    assert both.places[0].cross_entropy.mean == pytest.approx(one.places[0].cross_entropy.mean - 0.5)
+    assert both.places[0].share_of_loss == one.places[0].share_of_loss == 1
+    sure = losses.compare("a", [first], "b", [better, better])
+    unsure = losses.compare("a", [first, first], "b", [first, better])
+    assert (sure.runs, unsure.runs) == (2, 2)
+    for found, mean, low, high in ((sure, -1, -1, -1), (unsure, -0.5, -1, 0)):
+        difference = found.cross_entropy["all"]
+        assert (difference.mean, difference.low, difference.high) == pytest.approx((mean, low, high))
+    swapped = losses.compare("a", [better, first], "b", [first, better])  # so runs are paired in their order
+    assert (swapped.cross_entropy["all"].low, swapped.cross_entropy["all"].high) == pytest.approx((-1, 1))
+
+
+def test_name_given_twice_is_one_model_in_two_runs(files, tmp_path):
+    common = ["concepts", "--data", files["data"], "--model", files["model"], "--resamples", "20", "--max-rows", "4"]
+    adapters = [f"{name}={files[source]}" for name in ("LoRA", "CAFT") for source in ("lora", "caft")]
+    options = [word for adapter in adapters for word in ("--adapter", adapter)]
+    output = peft_caft(*common, *options, "--output", str(tmp_path / "out"))
+    record = json.loads((tmp_path / "out" / "concepts.json").read_text())
+    assert list(record["models"]) == ["base", "LoRA", "CAFT"]
+    assert record["models"]["LoRA"] == record["models"]["CAFT"] != record["models"]["base"]
+    assert record["comparisons"][1]["cross_entropy"]["all"]["mean"] == 0
+    assert "over rows and 2 runs" in output
 
 
 def test_density_counts_every_token_once(rows):
@@ -297,7 +330,7 @@ def test_command_compares_lora_with_caft(files, compared):
         losses = [loss for row in own for loss in naive(model.eval(), row)[0]]
         overall = record["models"][name]["places"][0]
         assert overall["tokens"] == len(losses)
-        assert overall["cross_entropy"]["estimate"] == pytest.approx(np.mean(losses), abs=1e-4)
+        assert overall["cross_entropy"]["mean"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
 def test_page_shows_the_text_of_the_answers_and_nothing_of_it_is_markup(compared):
@@ -360,11 +393,11 @@ def test_plots_draw_the_figures(rows, monkeypatch):
     assert sum(heights) == pytest.approx(1)
     assert heights[0] == pytest.approx(found.tokens_in(1) / found.tokens)
     assert coverage.get_lines()[0].get_ydata()[0] == found.covered(2)
-    losses = ConceptLosses(rows, Bootstrap(len(rows)))
-    model = losses.of(score_tokens(tiny_llama().eval(), rows, collator(tiny_tokenizer())))
+    losses = ConceptLosses(rows)
+    model = losses.of([score_tokens(tiny_llama().eval(), rows, collator(tiny_tokenizer()))])
     concept_plots.plot_losses("x.png", {"base": model}, [])
     points = figures[1].axes[0].get_lines()[0].get_ydata()
-    assert points[0] == model.places[1].cross_entropy.estimate  # one-token terms
+    assert points[0] == model.places[1].cross_entropy.mean  # one-token terms
 
 
 def test_without_loss_the_tokenizer_is_enough(files, tmp_path):
@@ -412,7 +445,11 @@ def test_terms_of_the_data_cannot_break_the_tables(files, tmp_path):
     ("options", "message"),
     [
         (["--adapter", "lora"], "adapter: got 'lora', expected NAME=FOLDER"),
-        (["--adapter", "base=x"], "adapter: got the name 'base' twice"),
+        (
+            ["--adapter", "a=x", "--adapter", "b=y", "--adapter", "a=z"],
+            "adapter: got 2 of 'a', 1 of 'b', expected as many",
+        ),
+        (["--adapter", "base=x"], "adapter: got the name 'base', which is the base model's"),
         (["--adapter", "a=missing-folder/"], "adapter a: neither adapter_config.json nor config.json"),
         (["--no-loss", "--heads", "h"], "heads: given with --no-loss"),
         (["--max-rows", "0"], "max_rows: got 0, expected at least 1"),
