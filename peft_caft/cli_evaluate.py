@@ -40,6 +40,13 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the sampling, where --temperature is above 0.")] = 0,
     dtype: DType = "auto",
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers/--no-answers",
+            help="Let the model answer; without, only the cross entropy of the references is measured, which takes much less time.",
+        ),
+    ] = True,
     overwrite: Overwrite = False,
 ) -> None:
     """A model, adapter or merged folder on the rows of a task: answers, scores, cross entropy of the references.

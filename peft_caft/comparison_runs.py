@@ -127,14 +127,14 @@ class Workplace:
         fine_tune(settings, arguments)
         free_memory()
 
-    def evaluate_run(self, run: Run, data: Path, split: str, max_new_tokens: int | None = None) -> None:
-        """Answer the rows of a split, unless it is done."""
+    def evaluate_run(self, run: Run, data: Path, split: str, answers: bool = True) -> None:
+        """Answer the rows of a split, or only score their references, unless it is done."""
         if self.is_done(run, split):
             return
         trained = self.settings_of(run)
         options = dict(self.plan.evaluation)
-        if max_new_tokens is not None:
-            options["max_new_tokens"] = max_new_tokens
+        if not answers:
+            options["answers"] = False
         settings = EvaluationSettings(
             task=self.plan.task,
             data=str(data),
@@ -150,10 +150,10 @@ class Workplace:
     def dev_loss(self, run: Run) -> float:
         """Cross entropy of the reference answers of dev, nats/token; trains and evaluates what is missing.
 
-        Answers are cut after their first token: they cost the most time, and nothing is chosen by them.
+        The model does not answer: that costs the most time, and nothing is chosen by it.
         """
         self.train_run(run)
-        self.evaluate_run(run, self.dev, "dev", max_new_tokens=1)
+        self.evaluate_run(run, self.dev, "dev", answers=False)
         return read_json(self.output / run.path / "dev" / "evaluation.json")["metrics"]["cross_entropy"]["mean"]
 
 

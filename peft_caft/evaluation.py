@@ -48,6 +48,7 @@ class EvaluationSettings:
     batch_size: int = 16
     seed: int = 0
     dtype: str = "auto"
+    answers: bool = True
 
 
 class EvaluationParts(Parts):
@@ -105,7 +106,7 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
             return done
         pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         backend = TransformersBackend(model, sampling, settings.batch_size, pad_token_id)
-        _answer(Evaluator(task, tokenizer, backend), rows, encoded, parts, settings.seed)
+        _answer(Evaluator(task, tokenizer, backend, settings.answers), rows, encoded, parts, settings.seed)
         results = _join(parts)
         finished = list(parts.finished())
         record = summarise(task, rows, results) | {
@@ -178,7 +179,7 @@ def _require_room(encoded: list[PromptAndAnswer], model: nn.Module, max_new_toke
 
 
 def _answer(evaluator: Evaluator, rows: list[Row], encoded: list[PromptAndAnswer], parts: Parts, seed: int) -> None:
-    """Answer in batches of about equal length, the longest first, so that too little memory shows at once."""
+    """Answer and score in batches of about equal length, the longest first, so that too little memory shows at once."""
     order = sorted(range(len(rows)), key=lambda index: (-len(encoded[index].ids), index))
     size = evaluator.backend.batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -199,7 +200,8 @@ def _answer(evaluator: Evaluator, rows: list[Row], encoded: list[PromptAndAnswer
             results = [{"row": index} | result for index, result in zip(batch, own, strict=True)]
             append({"batch": number, "seconds": round(time.perf_counter() - begun, 3), "results": results})
             tokens += sum(result["generated_tokens"] for result in own)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+            if evaluator.generates:
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
             bar.update(len(batch))
 
 

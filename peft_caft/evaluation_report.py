@@ -33,14 +33,18 @@ def metrics_of(task: Task) -> tuple[Metric, ...]:
     return (*task.metrics, *COMMON)
 
 
-def common_scores(losses: list[float], ended: bool) -> dict[str, float]:
+def common_scores(losses: list[float], ended: bool | None) -> dict[str, float | None]:
     """The values of `COMMON` for one row.
 
     Args:
         losses: cross entropy of each token of the reference, nats.
-        ended: whether the model ended its answer.
+        ended: whether the model ended its answer; None if it gave none.
     """
-    return {"cross_entropy": sum(losses) / len(losses), "answer_cross_entropy": sum(losses), "ended": float(ended)}
+    return {
+        "cross_entropy": sum(losses) / len(losses),
+        "answer_cross_entropy": sum(losses),
+        "ended": None if ended is None else float(ended),
+    }
 
 
 def estimate(metric: Metric, results: list[dict[str, Any]]) -> Estimate | None:
@@ -82,6 +86,9 @@ def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results
     settings = record["settings"]
     model = settings["model"] + (f" with the adapter {settings['adapter']}" if settings["adapter"] else "")
     how = "greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']}"
+    how += f", at most {settings['max_new_tokens']} new tokens"
+    if not settings["answers"]:
+        how = "without answers of the model"
     meanings = {metric.name: metric.meaning for metric in metrics_of(task)}
     overall = [
         [name, _shown(value), f"{value['rows']:,}", _unit(value), meanings[name], _better(value)]
@@ -90,8 +97,7 @@ def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results
     lines = [
         f"# {model} on {task.name}",
         "",
-        f"{record['rows']:,} rows of {settings['data']}, {how}, at most {settings['max_new_tokens']} new tokens. In brackets 95 % "
-        "confidence intervals over rows.",
+        f"{record['rows']:,} rows of {settings['data']}, {how}. In brackets 95 % confidence intervals over rows.",
         "",
         markdown_table(["metric", "mean", "rows", "unit", "of what", "better"], overall),
     ]
@@ -102,7 +108,9 @@ def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results
     lines += ["", "## The first rows", ""]
     for row, result in list(zip(rows, results, strict=True))[:SAMPLES]:
         lines.append(f"- prompt: {_quoted(prompt_of(row))}")
-        lines += [f"  - {what}: {_quoted(result[what])}" for what in ("reference", "answer")]
+        lines += [
+            f"  - {what}: {_quoted(result[what])}" for what in ("reference", "answer") if result[what] is not None
+        ]
     made = f"{record['seconds']:.0f} s on {record['machine']}; {listed(record['versions'])}; commit {record['git_commit']}."
     return "\n".join([*lines, "", made, ""])
 

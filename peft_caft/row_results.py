@@ -18,11 +18,16 @@ LENGTHS = (1, 4, 8, 16, 32, 64, 128)  # tokens of a reference: upper ends of the
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Answers and scores batches of rows."""
+    """Answers and scores batches of rows.
+
+    Attributes:
+        generates: whether the model answers; without, there is the cross entropy of the references alone.
+    """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     backend: TransformersBackend
+    generates: bool = True
 
     def results(self, rows: list[Row], encoded: list[PromptAndAnswer], seed: int) -> list[dict[str, Any]]:
         """One result per row.
@@ -33,25 +38,29 @@ class Evaluator:
             seed: of the sampling.
 
         Returns:
-            ``reference`` and ``answer``; ``generated_tokens``; ``scores`` by metric, None where undefined; ``groups`` that the row
-            belongs to; ``answer_losses``, the cross entropy of each token of the reference, nats.
+            ``reference`` and ``answer``, None if there is none; ``generated_tokens``; ``scores`` by metric, None where undefined;
+            ``groups`` that the row belongs to; ``answer_losses``, the cross entropy of each token of the reference, nats.
         """
         losses = answer_losses(self.backend.model, encoded, self.backend.pad_token_id)
-        answers = self.backend.answers([row.prompt for row in encoded], seed)
-        texts = [self._text(ids) for ids in answers]
-        scores = self._scores(rows, texts)
-        stops = self.backend.sampling.stop_token_ids
+        if self.generates:
+            answers = self.backend.answers([row.prompt for row in encoded], seed)
+            texts: list[str | None] = [self._text(ids) for ids in answers]
+            scores = self._scores(rows, [str(text) for text in texts])
+            ended: list[bool | None] = [ids[-1] in self.backend.sampling.stop_token_ids for ids in answers]
+        else:
+            answers, texts, ended = [[] for _ in rows], [None] * len(rows), [None] * len(rows)
+            scores = {metric.name: [None] * len(rows) for metric in self.task.metrics}
         return [
             {
                 "reference": answer_of(row),
                 "answer": text,
-                "generated_tokens": len(ids),
+                "generated_tokens": len(answers[position]),
                 "scores": {name: values[position] for name, values in scores.items()}
-                | common_scores(own, ids[-1] in stops),
+                | common_scores(own, ended[position]),
                 "groups": self.task.groups(row, self.tokenizer) | {"tokens of the reference": length_group(len(own))},
                 "answer_losses": [round(loss, 6) for loss in own],
             }
-            for position, (row, text, ids, own) in enumerate(zip(rows, texts, answers, losses, strict=True))
+            for position, (row, text, own) in enumerate(zip(rows, texts, losses, strict=True))
         ]
 
     def _scores(self, rows: list[Row], answers: list[str]) -> Scores:

@@ -135,6 +135,18 @@ def test_adapter_and_its_merged_model_are_evaluated_alike_and_unlike_their_base(
     assert record["settings"]["adapter"] == "adapter"
 
 
+def test_without_answers_there_are_the_losses_alone(files, plain, tmp_path):
+    printed = evaluated(files, tmp_path / "out", "--no-answers")
+    results = lines(tmp_path / "out")
+    assert [result["answer_losses"] for result in results] == [result["answer_losses"] for result in lines(plain[0])]
+    assert {result["answer"] for result in results} == {None}
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(record["metrics"]) == ["cross_entropy", "answer_cross_entropy"]
+    assert record["generated_tokens"] == 0
+    assert "without answers of the model" in printed
+    assert "- answer:" not in printed
+
+
 def test_finished_evaluation_is_shown_again_and_other_settings_are_refused(files, plain):
     output, printed = plain
     before = (output / "rows.jsonl").stat().st_mtime_ns
