@@ -70,11 +70,14 @@ class Workplace:
         return (self.output / run.path / split / "evaluation.json").exists()
 
     def heads_of(self, arm: Arm) -> str | None:
-        """Heads to train with; for an arm with ``adapt_heads`` those that `adapt` makes."""
-        return arm.settings.get("heads") if arm.adapt_heads is None else str(self.output / "heads" / arm.name)
+        """Heads to train with; for an arm with ``adapt_heads`` those that `adapt` makes: in the folder of the first arm with the same."""
+        if arm.adapt_heads is None:
+            return arm.settings.get("heads")
+        first = next(other for other in self.plan.arms if _adapted_alike(arm, other))
+        return str(self.output / "heads" / first.name)
 
     def adapt(self, arm: Arm) -> None:
-        """Train heads on the task's own data, once, from the seed of tuning: all seeds of the arm start from these."""
+        """Train heads on the task's own data, once, from the seed of tuning: all seeds start from these, and all arms with the same."""
         output, plan = self.heads_of(arm), self.plan
         if arm.adapt_heads is None or output is None or RunFolder(Path(output)).summary_path.exists():
             return
@@ -86,7 +89,7 @@ class Workplace:
             eval_data=[str(self.dev)],
             eval_rows=plan.sizes["dev"],
             init_heads=heads,
-            num_heads=None if heads else arm.settings.get("num_auxiliary_heads"),
+            num_heads=_number_of_new_heads(arm),
             targets="hard",  # the base model itself need not know the task
             max_length=arm.settings.get("max_length", FineTuningSettings.max_length),
             max_rows=plan.sizes["train"],
@@ -155,6 +158,20 @@ class Workplace:
         self.train_run(run)
         self.evaluate_run(run, self.dev, "dev", answers=False)
         return read_json(self.output / run.path / "dev" / "evaluation.json")["metrics"]["cross_entropy"]["mean"]
+
+
+def _number_of_new_heads(arm: Arm) -> int | None:
+    """Pretrained ones are adapted all, however many of them the arm uses."""
+    return None if arm.settings.get("heads") else arm.settings.get("num_auxiliary_heads")
+
+
+def _adapted_alike(arm: Arm, other: Arm) -> bool:
+    """Whether two arms are given the same heads by `Workplace.adapt`."""
+    return (
+        arm.adapt_heads == other.adapt_heads
+        and _number_of_new_heads(arm) == _number_of_new_heads(other)
+        and all(arm.settings.get(name) == other.settings.get(name) for name in ("heads", "max_length", "dtype"))
+    )
 
 
 def require_paired(folders: list[Path]) -> None:

@@ -98,6 +98,31 @@ def test_arms_of_a_seed_differ_in_what_they_are_for_alone(tmp_path):
     assert place.training_of(flops) == place.training_of(lora) | {"num_train_epochs": 3.0}
 
 
+def test_arms_share_heads_that_are_adapted_alike(tmp_path):
+    adapt = {"num_train_epochs": 1}
+    arms = {
+        "lora": {"settings": {"method": "lora"}},
+        "one": {"settings": {"heads": "h"}, "adapt_heads": adapt},
+        "fewer": {"settings": {"heads": "h", "num_auxiliary_heads": 1}, "adapt_heads": adapt},
+        "longer": {"settings": {"heads": "h"}, "adapt_heads": {"num_train_epochs": 2}},
+        "new": {"settings": {"heads": None, "num_auxiliary_heads": 2}, "adapt_heads": adapt},
+        "fewer-new": {"settings": {"heads": None, "num_auxiliary_heads": 1}, "adapt_heads": adapt},
+        "as-they-are": {"settings": {"heads": "h"}},
+    }
+    plan = read_plan(plan_file(tmp_path, arms=arms))
+    place = Workplace(plan, Path("out"), Path("train"), Path("dev"), {})
+    heads = {arm.name: place.heads_of(arm) for arm in plan.arms}
+    assert heads == {
+        "lora": None,
+        "one": "out/heads/one",
+        "fewer": "out/heads/one",
+        "longer": "out/heads/longer",
+        "new": "out/heads/new",
+        "fewer-new": "out/heads/fewer-new",
+        "as-they-are": "h",
+    }
+
+
 def test_more_steps_where_the_plan_counts_steps(tmp_path):
     plan = read_plan(plan_file(tmp_path, training={"max_steps": 10}))
     place = Workplace(plan, tmp_path, tmp_path, tmp_path, {"flops": 1.26})
