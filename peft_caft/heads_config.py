@@ -83,6 +83,12 @@ class HeadsConfig:
             raise ValueError(f"{path}: not valid JSON ({error}). Download or save the heads again.") from error
         known = {f.name for f in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+        if isinstance(values, dict) and "model_type" in values and "head_type" not in values:
+            raise ValueError(
+                f"{path}: that of a whole model ({values['model_type']}), not the configuration of auxiliary heads. Heads and adapters are "
+                "what is meant here; a whole model, such as `peft-caft merge` and `peft-caft train --method caft_full` write, is published by "
+                "its own push_to_hub or `hf upload`."
+            )
         if not isinstance(values, dict) or not required <= set(values):
             missing = sorted(required - set(values)) if isinstance(values, dict) else sorted(required)
             raise ValueError(
