@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from .atomic import write_text
-from .comparison_plan import ComparisonPlan
+from .comparison_plan import Arm, ComparisonPlan
 from .comparison_report import markdown_report, summarise, summarise_groups
 from .comparison_runs import Run, Workplace, final_runs, read_json, read_rows, require_paired, tuning_runs
 from .data import encode, file_sha256, read_jsonl
@@ -28,7 +28,7 @@ from .equal_flops import equal_flops
 from .evaluation_report import metrics_of
 from .fine_tuning import FineTuningSettings
 from .plan_values import SPLITS
-from .provenance import provenance
+from .provenance import provenance, source_name
 from .run_folder import RunFolder
 from .task import Task, load_task
 from .task_building import RECORD_NAME, build_task
@@ -189,12 +189,13 @@ def _summary(place: Workplace, task: Task, chosen: dict[str, float], data_sha256
         costs[arm.name] = _costs([read_json(folder / "adapter" / "summary.json") for folder in folders], tokens)
     return {
         "task": task.name,
-        "model": Path(plan.model).name if Path(plan.model).is_dir() else plan.model,
+        "model": source_name(plan.model),
         "sizes": plan.sizes,
         "seeds": list(plan.seeds),
         "data_sha256": data_sha256,
         "arms": {
-            arm.name: {"label": arm.label, "learning_rate": chosen[arm.name]} | costs[arm.name] for arm in plan.arms
+            arm.name: {"label": arm.label, "learning_rate": chosen[arm.name]} | _settings(arm) | costs[arm.name]
+            for arm in plan.arms
         },
         "times_the_steps": place.more_steps,
         "tuning": read_json(place.output / CHOICE_NAME),
@@ -202,6 +203,13 @@ def _summary(place: Workplace, task: Task, chosen: dict[str, float], data_sha256
         "groups": summarise_groups(metrics_of(task), results),
         **provenance(),
     }
+
+
+def _settings(arm: Arm) -> dict[str, Any]:
+    settings = dict(arm.settings)
+    if heads := settings.get("heads"):
+        settings["heads"] = source_name(heads)
+    return {"settings": settings, "training": arm.training, "adapt_heads": arm.adapt_heads}
 
 
 def _tokens_of_an_epoch(place: Workplace) -> int:

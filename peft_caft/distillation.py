@@ -25,7 +25,7 @@ from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, sto
 from .objective_config import require_choice
 from .output_guard import full_disk_explained
 from .prompts import Prompt, prepare_prompts, read_prompts
-from .provenance import git_commit, provenance, weights_digest
+from .provenance import git_commit, provenance, source_name, weights_digest
 
 BACKENDS = ("transformers", "vllm")
 REASONS = ("empty", "repetitive", "untrainable", "duplicate")
@@ -84,7 +84,7 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
     backend, weights_sha256 = _backend(settings, tokenizer, state)
     batches = _batches(fitting, settings.samples_per_prompt, backend.batch_size)
     recorded = asdict(settings) | {
-        "model": Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
+        "model": source_name(settings.model),
         "model_revision": getattr(config, "_commit_hash", None),
         "weights_sha256": weights_sha256,
         "prompts": source.name,

@@ -28,7 +28,7 @@ from .distillation_parts import Parts
 from .evaluation_report import markdown_report, metrics_of, summarise
 from .generation import Sampling, TransformersBackend, stop_token_ids
 from .output_guard import full_disk_explained
-from .provenance import git_commit, peak_memory_mib, provenance, weights_digest
+from .provenance import git_commit, peak_memory_mib, provenance, source_name, weights_digest
 from .row_results import Evaluator
 from .task import Row, Task, load_task
 
@@ -89,8 +89,8 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
     recorded = asdict(settings) | {
         "task": task.name,
         "task_sha256": file_sha256(settings.task),
-        "model": _name(base),
-        "adapter": settings.adapter and _name(settings.adapter),
+        "model": source_name(base),
+        "adapter": settings.adapter and source_name(settings.adapter),
         "weights_sha256": weights_digest(model),
         "data": Path(settings.data).name,
         "data_sha256": file_sha256(settings.data),
@@ -151,11 +151,6 @@ def load_model(base: str, adapter: str | None, dtype: str) -> nn.Module:
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _name(source: str) -> str:
-    """A path means nothing on another machine."""
-    return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def _sampling(settings: EvaluationSettings, task: Task, base: str, tokenizer: PreTrainedTokenizerBase) -> Sampling:

@@ -35,6 +35,11 @@ def listed(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
+def source_name(source: str) -> str:
+    """A model's or artifact's Hub id, or the name of its folder: the path of it means nothing on another machine."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
 @functools.cache
 def git_commit() -> str | None:
     """Commit of the source tree that this package runs from, None if it is installed from a wheel.

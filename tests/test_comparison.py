@@ -102,6 +102,7 @@ def test_report_holds_what_the_rows_say(made):
     assert metric["lora"]["difference"] is None
     assert found["arms"]["lora"]["steps"] == 3
     assert found["arms"]["lora"]["epochs"] == 1
+    assert found["arms"]["caft"]["settings"] == {"max_length": 64, "r": 4, "aux_loss_weight": 0.5}
     assert (output / "comparison.md").read_text(encoding="utf-8") in printed
     assert "| CAFT " in printed
 
