@@ -9,6 +9,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .plots import RUN_COLOURS, _save, _tidy
 
+LONGEST_IN_TITLE = 16  # characters
+
 
 def plot_comparison(path: str | os.PathLike, found: dict[str, Any]) -> None:
     """Draw two panels a metric: a point for each seed and a bar for their mean; differences with 95 % intervals.
@@ -52,7 +54,9 @@ def _draw_differences(axes: Axes, name: str, metric: dict[str, Any], labels: dic
             if low is not None:
                 axes.plot([low, high], [place, place], "-", color=_colour(place), linewidth=2)
     _finish(axes, metric, [""] * len(labels))
-    axes.set_title(f"{name}: difference to {next(iter(labels.values()))}, 95 % interval", loc="left", fontsize=10)
+    first = next(iter(labels.values()))
+    first = first if len(first) <= LONGEST_IN_TITLE else "the first arm"
+    axes.set_title(f"{name}: difference to {first}, 95 % interval", loc="left", fontsize=10)
 
 
 def _finish(axes: Axes, metric: dict[str, Any], labels: list[str]) -> None:
