@@ -101,7 +101,12 @@ def _chosen(place: Workplace) -> dict[str, float]:
             arm.name: choose(losses[arm.name]) if arm.name in losses else arm.learning_rates[0]
             for arm in place.plan.arms
         }
-        dev = {name: [[rate, loss] for rate, loss in of_rate.items()] for name, of_rate in losses.items()}
+        # In the plan's order, so that processes that share the runs write the same.
+        dev = {
+            arm.name: [list(pair) for pair in sorted(losses[arm.name].items())]
+            for arm in place.plan.arms
+            if arm.name in losses
+        }
         choice = {"chosen": chosen, "dev_cross_entropy": dev, "seed": place.plan.tuning_seed}
         write_text(path, json.dumps(choice, indent=2) + "\n")
     return read_json(path)["chosen"]

@@ -27,21 +27,26 @@ LOOKS = {
     "other n": ("#D55E00", "s"),
     "other alpha": ("#009E73", "^"),
     "other gamma": ("#CC79A7", "v"),
-    "heads not adapted": ("#8C6D1F", "P"),
+    "other heads": ("#8C6D1F", "P"),
+}
+
+
+KIND_OF = {
+    "heads": "other heads",
+    "train_heads": "other heads",
+    "num_auxiliary_heads": "other n",
+    "aux_loss_decay": "other alpha",
+    "aux_loss_schedule": "other gamma",
+    "aux_loss_weight": "other beta",
 }
 
 
 def kind_of(arm: dict[str, Any], first: dict[str, Any]) -> str:
     """In what an arm differs from the first one; where beta keeps the total weight, in what it keeps it for."""
-    changed = {name for name, value in arm["settings"].items() if first["settings"].get(name) != value}
-    names = {
-        "num_auxiliary_heads": "n",
-        "aux_loss_decay": "alpha",
-        "aux_loss_schedule": "gamma",
-        "aux_loss_weight": "beta",
-    }
-    other = next((short for name, short in names.items() if name in changed), None)
-    return f"other {other}" if other else "first arm" if arm is first else "heads not adapted"
+    if arm is first:
+        return "first arm"
+    names = (name for name in KIND_OF if arm["settings"].get(name) != first["settings"].get(name))
+    return KIND_OF[next(names, "heads")]
 
 
 def total_weight(settings: dict[str, Any]) -> float:
