@@ -70,7 +70,7 @@ def draw(axes: Axes, found: dict[str, Any], metric: str, title: str, label: str)
         mean, kind = results[name]["mean"], kind_of(arm, first)
         colour, marker = LOOKS[kind]
         weight = total_weight(arm["settings"])
-        place = weight * 1.06 ** beside[f"{weight:.2g}"]  # arms of the same weight stand side by side
+        place = weight * 1.04 ** beside[f"{weight:.2g}"]  # arms of the same weight stand side by side
         beside[f"{weight:.2g}"] += 1
         axes.errorbar(
             [place],
