@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from .backbone import Backbone, Captured
 from .heads import AuxiliaryHeads
+from .target_scores import target_scores
 from .targets import supervised_rows
-from .unembedding import Unembedding, chunk_rows, chunks
 
 TOP = 5
 
@@ -137,7 +137,7 @@ def batch_totals(
     has_all = torch.ones_like(accepted)
     for index in range(len(heads.heads)):
         rows, targets = supervised_rows(labels, index + 2, attention_mask)
-        cross_entropies, hits = _scores(heads.states(index, captured, rows, backbone), targets, unembedding)
+        cross_entropies, hits = target_scores(heads.states(index, captured, rows, backbone), targets, unembedding, TOP)
         values = (cross_entropies.sum(), hits[:, 0].sum(), hits.sum())
         sums[index] = torch.stack([*(v.to(exact) for v in values), sums.new_tensor(len(rows))])
         hit, has_target = torch.zeros_like(accepted), torch.zeros_like(accepted)
@@ -147,18 +147,3 @@ def batch_totals(
         lengths += accepted
     sums[-1, 0], sums[-1, 3] = lengths[has_all].sum(), has_all.sum()
     return sums
-
-
-def _scores(states: Tensor, targets: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
-    """Cross entropy, fp32 ``(rows,)``, and which of the five most likely tokens is the target, bool ``(rows, 5)``."""
-    top = min(TOP, len(unembedding.weight))
-    cross_entropies = [states.new_zeros(0, dtype=torch.float32)]
-    hits = [torch.zeros(0, top, dtype=torch.bool, device=states.device)]
-    size = chunk_rows(len(targets), unembedding.weight)
-    workspace = unembedding.workspace(size)
-    for chunk in chunks(len(targets), size):
-        target = targets[chunk, None]
-        log_probs, _ = unembedding.log_probs(states[chunk].to(unembedding.weight.dtype), workspace)
-        cross_entropies.append(-log_probs.gather(1, target)[:, 0].float())
-        hits.append(log_probs.topk(top, dim=1).indices == target)
-    return torch.cat(cross_entropies), torch.cat(hits)

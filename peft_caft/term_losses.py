@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .backbone import Backbone, base_model_of
+from .target_scores import target_scores
 from .targets import supervised_rows
 from .term_alignment import AlignedRow
-from .unembedding import Unembedding, chunk_rows, chunks
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,9 @@ def _scores_in_chunks(backbone: Backbone, batch: dict[str, Tensor]) -> tuple[Ten
     rows, targets = supervised_rows(batch["labels"], 1)
     with backbone.capture() as records:
         backbone.trunk(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return _scores(records[-1].last_hidden_state.flatten(0, 1)[rows], targets, backbone.unembedding())
-
-
-def _scores(states: Tensor, targets: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
-    """Cross entropy, fp32 ``(rows,)``, and hits, bool ``(rows,)``, of hidden states ``(rows, hidden)``."""
-    cross_entropies, hits = [], []
-    size = chunk_rows(len(targets), unembedding.weight)
-    workspace = unembedding.workspace(size)
-    for chunk in chunks(len(targets), size):
-        log_probs, _ = unembedding.log_probs(states[chunk].to(unembedding.weight.dtype), workspace)
-        cross_entropies.append(-log_probs.gather(1, targets[chunk, None])[:, 0].float())
-        hits.append(log_probs.argmax(dim=1) == targets[chunk])
-    return torch.cat(cross_entropies), torch.cat(hits)
+    states = records[-1].last_hidden_state.flatten(0, 1)[rows]
+    cross_entropies, hits = target_scores(states, targets, backbone.unembedding())
+    return cross_entropies, hits[:, 0]
 
 
 def _scores_of_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
