@@ -186,12 +186,14 @@ def _more_steps(plan: ComparisonPlan, train: Path, output: Path) -> dict[str, fl
 
 
 def _summary(place: Workplace, task: Task, chosen: dict[str, float], data_sha256: dict[str, str]) -> dict[str, Any]:
-    plan, results, costs = place.plan, {}, {}
+    plan, results, costs, commits = place.plan, {}, {}, set()
     tokens = _tokens_of_an_epoch(place)
     for arm in plan.arms:
         folders = [place.output / run.path for run in final_runs(plan, chosen) if run.arm == arm]
         results[arm.name] = [read_rows(folder / "test") for folder in folders]
-        costs[arm.name] = _costs([read_json(folder / "adapter" / "summary.json") for folder in folders], tokens)
+        summaries = [read_json(folder / "adapter" / "summary.json") for folder in folders]
+        costs[arm.name] = _costs(summaries, tokens)
+        commits |= {summary["git_commit"] for summary in summaries}
     return {
         "task": task.name,
         "model": source_name(plan.model),
@@ -206,6 +208,7 @@ def _summary(place: Workplace, task: Task, chosen: dict[str, float], data_sha256
         "tuning": read_json(place.output / CHOICE_NAME),
         "metrics": summarise(metrics_of(task), results),
         "groups": summarise_groups(metrics_of(task), results),
+        "git_commits_of_runs": sorted(map(str, commits)),
         **provenance(),
     }
 

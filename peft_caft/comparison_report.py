@@ -122,8 +122,10 @@ def markdown_report(found: dict[str, Any]) -> str:
     if len(labels) > 1:
         lines += _groups(found, labels)
     lines += ["", *_tuning(found, labels), "", *_caveats(found, labels, seeds), ""]
-    made = f"{found['machine']}; {listed(found['versions'])}; commit {found['git_commit']}."
-    return "\n".join([*lines, made, ""])
+    made = f"{found['machine']}; {listed(found['versions'])}; commit {found['git_commit']}"
+    if found["git_commits_of_runs"] != [str(found["git_commit"])]:
+        made += f", runs of commit {', '.join(found['git_commits_of_runs'])}"
+    return "\n".join([*lines, f"{made}.", ""])
 
 
 def _means(found: dict[str, Any], labels: dict[str, str]) -> tuple[list[str], list[list[str]]]:

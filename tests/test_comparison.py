@@ -228,7 +228,7 @@ class Fakes:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(json.dumps({"seed": run.seed, "r": 4}))
         log = [{"step": 3, "epoch": 1.0}]
-        (folder / "summary.json").write_text(json.dumps({"log_history": log, "train_seconds": 2.0}))
+        (folder / "summary.json").write_text(json.dumps({"log_history": log, "train_seconds": 2.0, "git_commit": "c"}))
 
     def evaluate(self, place, run, data, split, answers=True):
         assert answers == (split == "test")
@@ -371,6 +371,7 @@ def found_of(metrics: dict) -> dict:
         "machine": "m",
         "versions": {"python": "3"},
         "git_commit": "c",
+        "git_commits_of_runs": ["c"],
     }
 
 
@@ -399,6 +400,9 @@ def test_report_marks_differences_beyond_their_interval_and_rates_at_the_edge():
     )
     assert "(edge)" not in next(line for line in report.splitlines() if line.startswith("| CAFT") and "2.0000" in line)
     assert "LoRA trains 1.250 times as long" in report
+    assert report.endswith("commit c.\n")
+    older = found_of(metric_of(0.1, 0.4)) | {"git_commits_of_runs": ["a", "b"]}
+    assert markdown_report(older).endswith("commit c, runs of commit a, b.\n")
     assert "With 3 seeds an interval is too narrow by up to 18%" in report
     assert "+25.0% (-10.0% to +40.0%) |" in markdown_report(found_of(metric_of(-0.1, 0.4)))
     assert [is_beyond({"low": low, "high": high}) for low, high in ((0.1, 0.2), (-0.2, -0.1), (0, 1))] == [1, 1, 0]
