@@ -10,7 +10,7 @@ from peft_caft.comparison_report import markdown_report
 
 ROOT = Path(__file__).parent.parent
 SUMMARIES = sorted(ROOT.glob("examples/*/results/*/summary.json"))
-PAGES = [path for path in sorted(ROOT.glob("examples/*/*.md")) if (path.parent / "results").is_dir()]
+PAGES = [ROOT / "examples" / page for page in ("molecules/RESULTS.md", "choosing/README.md")]
 INTERVAL = re.compile(r"[-+]?\d[\d.,]*%? \([-+]?\d[\d.,]*%? to [-+]?\d[\d.,]*%?\)")
 
 
@@ -33,5 +33,5 @@ def test_intervals_on_a_page_are_in_the_reports(page):
         text, folder = text.split("## Does it help?")[1].split("\n## ")[0], ROOT / "examples"
     reports = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.md") if path != page)
     published = INTERVAL.findall(text)
-    assert len(published) > 3
+    assert len(published) > 5
     assert not [figure for figure in published if figure not in reports]
