@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 PANELS = {
     "planted-ahead": ("kind", "Planted, looking ahead helps", "first word right"),
     "planted-blind": ("kind", "Planted, it cannot help", "first word right"),
-    "molecules": ("cross_entropy", "Molecules, SmolLM2-135M", "cross entropy (nats/token)"),
+    "molecules": ("cross_entropy", "Molecules, SmolLM2-135M", "cross entropy (nats/token), lower is better"),
 }
 LOOKS = {
     "first arm": ("#24292F", "D"),
