@@ -22,7 +22,7 @@ PANELS = {
     "molecules": ("cross_entropy", "Molecules, SmolLM2-135M", "cross entropy (nats/token), lower is better"),
 }
 LOOKS = {
-    "first arm": ("#24292F", "D"),
+    "the study's base": ("#24292F", "D"),
     "other beta": ("#0072B2", "o"),
     "other n": ("#D55E00", "s"),
     "other alpha": ("#009E73", "^"),
@@ -42,9 +42,9 @@ KIND_OF = {
 
 
 def kind_of(arm: dict[str, Any], first: dict[str, Any]) -> str:
-    """In what an arm differs from the first one; where beta keeps the total weight, in what it keeps it for."""
+    """In what an arm differs from the base, the arm caft; where beta keeps the total weight, in what it keeps it for."""
     if arm is first:
-        return "first arm"
+        return "the study's base"
     names = (name for name in KIND_OF if arm["settings"].get(name) != first["settings"].get(name))
     return KIND_OF[next(names, "heads")]
 
@@ -63,7 +63,7 @@ def draw(axes: Axes, found: dict[str, Any], metric: str, title: str, label: str)
     lora = results["lora"]["mean"]
     axes.axhline(lora["mean"], color="#5F6B73", linewidth=1, label="LoRA, with its interval")
     axes.axhspan(lora["low"], lora["high"], color="#5F6B73", alpha=0.12, linewidth=0)
-    first, beside = next(iter(found["arms"].values())), Counter()
+    first, beside = found["arms"]["caft"], Counter()
     for name, arm in found["arms"].items():
         if arm["settings"].get("method") == "lora":
             continue
