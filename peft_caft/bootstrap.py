@@ -38,7 +38,12 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        return excludes_zero(self.low, self.high)
+
+
+def excludes_zero(low: float | None, high: float | None) -> bool:
+    """Whether an interval leaves out 0; one that is not known does not."""
+    return low is not None and high is not None and (low > 0 or high < 0)
 
 
 def mean_estimate(

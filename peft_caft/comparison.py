@@ -137,10 +137,10 @@ def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: C
     while waiting:
         elsewhere = []
         for run in sorted(waiting, key=lambda run: not place.is_done(run, split)):
-            seconds, done = time.perf_counter() - started, sum(place.is_done(run, split) for run in runs)
-            bar = tqdm.format_meter(done, len(runs), seconds, ncols=72, unit=" runs", initial=before)
             try:
                 with RunFolder(place.output / run.path).held():
+                    seconds, done = time.perf_counter() - started, sum(place.is_done(run, split) for run in runs)
+                    bar = tqdm.format_meter(done, len(runs), seconds, ncols=72, unit=" runs", initial=before)
                     print(f"\n{what}: {run.describe()}\n{bar}", flush=True)
                     work(run)
             except BlockingIOError:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .plots import RUN_COLOURS, _save, _tidy
+from .plots import RUN_COLOURS, save_figure, tidy_axes
 
 LONGEST_IN_TITLE = 16  # characters
 
@@ -28,7 +28,7 @@ def plot_comparison(path: str | os.PathLike, found: dict[str, Any]) -> None:
         _draw_seeds(row[0], name, metric, labels)
         if columns == 2:
             _draw_differences(row[1], name, metric, labels)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_seeds(axes: Axes, name: str, metric: dict[str, Any], labels: dict[str, str]) -> None:
@@ -67,7 +67,7 @@ def _finish(axes: Axes, metric: dict[str, Any], labels: list[str]) -> None:
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
     else:
         axes.set_xlabel(metric["unit"])
-    _tidy(axes)
+    tidy_axes(axes)
 
 
 def _colour(place: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .bootstrap import Values, mean_over_seeds, paired_difference, too_narrow_by
+from .bootstrap import Values, excludes_zero, mean_over_seeds, paired_difference, too_narrow_by
 from .evaluation_report import SMALL_GROUP, natural_order
 from .provenance import listed
 from .tables import markdown_table
@@ -90,7 +90,7 @@ def _require_same_rows(results: Results) -> None:
 
 def is_beyond(difference: dict[str, Any] | None) -> bool:
     """Whether a difference's interval excludes 0."""
-    return difference is not None and difference["low"] is not None and difference["low"] * difference["high"] > 0
+    return difference is not None and excludes_zero(difference["low"], difference["high"])
 
 
 def markdown_report(found: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from .bootstrap import Estimate
 from .concept_density import COVERED_SHARE, Density, RecommendedN
 from .concept_losses import LENGTHS, PLACES, Comparison, ModelConcepts
 from .concepts import Concepts
-from .plots import CROSS_ENTROPY, RUN_COLOURS, _save, _tidy
+from .plots import CROSS_ENTROPY, RUN_COLOURS, save_figure, tidy_axes
 
 LONGEST_DRAWN = 10  # tokens; all longer terms are one bar
 PLACE_LABELS = {
@@ -61,9 +61,9 @@ def plot_density(path: str | os.PathLike, density: Density, recommended: Recomme
     left.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     left.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     left.margins(y=0.12)
-    _tidy(left, grid="y")
+    tidy_axes(left, grid="y")
     _draw_coverage(right, density, recommended)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _percent(share: float) -> str:
@@ -78,7 +78,7 @@ def _draw_coverage(axes: Axes, density: Density, recommended: RecommendedN) -> N
         ylabel="share of the tokens in\nterms of several tokens",
     )
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    _tidy(axes)
+    tidy_axes(axes)
     if recommended.length is None:
         axes.text(0.5, 0.5, "no term takes several tokens", transform=axes.transAxes, ha="center")
         return
@@ -141,12 +141,12 @@ def plot_losses(path: str | os.PathLike, models: dict[str, ModelConcepts], compa
         panel.set_xticks(range(len(lengths)), lengths)
         panel.set_xlim(-0.5, len(lengths) - 0.5)
     for panel in axes:
-        _tidy(panel, grid="y")
+        tidy_axes(panel, grid="y")
     if len(models) > 1:
         figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(models), frameon=False
         )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _lines(models: dict[str, ModelConcepts], what: str, key: str) -> list:

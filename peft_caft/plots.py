@@ -53,7 +53,7 @@ def plot_training(
     _draw_next_token_losses(panels[0], logs, aux_loss_weight)
     if heads:
         _draw_head_losses(panels[1], logs, heads)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_head_accuracy(
@@ -100,7 +100,7 @@ def plot_evaluations(
         _draw_accuracies(panels, before, after)
         panels[0].set_ylabel(name)
     figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_accuracies(
@@ -121,7 +121,7 @@ def _draw_accuracies(
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         axes.set(title=title, xlabel="tokens ahead", xticks=heads)
         axes.margins(y=0.1)
-        _tidy(axes, grid="y")
+        tidy_axes(axes, grid="y")
 
 
 def _draw_next_token_losses(axes: Axes, logs: dict[str, list], aux_loss_weight: float) -> None:
@@ -138,7 +138,7 @@ def _draw_next_token_losses(axes: Axes, logs: dict[str, list], aux_loss_weight: 
             gamma_axes.plot(*zip(*schedule, strict=True), color=colour, linestyle=(0, (4, 3)), linewidth=1.2)
     axes.set_title("Next token: training loss", loc="left")
     axes.set_ylabel(CROSS_ENTROPY)
-    _tidy(axes)
+    tidy_axes(axes)
     _legend_below(axes, columns=min(len(logs), 3))
     if gamma_axes is not None:
         gamma_axes.set(ylabel="gamma (dashed), weight of\nthe auxiliary losses", ylim=(0, 1.05))
@@ -158,7 +158,7 @@ def _draw_head_losses(axes: Axes, logs: dict[str, list], heads: list[int]) -> No
                 axes.plot(steps, _running_mean(losses), style, color=colour, linewidth=1.1, label=label)
     axes.set_title("Auxiliary heads: training loss", loc="left")
     axes.set_ylabel(CROSS_ENTROPY)
-    _tidy(axes)
+    tidy_axes(axes)
     _legend_below(axes, columns=min(len(heads), 4) if len(with_heads) == 1 else 2)
 
 
@@ -175,12 +175,14 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
-def _tidy(axes: Axes, grid: Literal["both", "y"] = "both") -> None:
+def tidy_axes(axes: Axes, grid: Literal["both", "y"] = "both") -> None:
+    """The look that all plots share: a pale grid behind the data, no frame above and at the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#E3E6E8", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a PNG file, whole or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

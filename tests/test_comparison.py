@@ -410,7 +410,7 @@ def test_report_marks_differences_beyond_their_interval_and_rates_at_the_edge():
 
 def test_plot_draws_each_seed_and_the_interval(monkeypatch):
     figures = []
-    monkeypatch.setattr(comparison_plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(comparison_plots, "save_figure", lambda figure, path: figures.append(figure))
     plot_comparison("plot.png", found_of(metric_of(0.1, 0.4)))
     seeds, differences = figures[0].axes
     drawn = [list(line.get_xdata()) for line in seeds.get_lines()]

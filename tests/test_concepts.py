@@ -385,7 +385,7 @@ def test_plots_draw_the_figures(rows, monkeypatch):
     from peft_caft import concept_plots
 
     figures = []
-    monkeypatch.setattr(concept_plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(concept_plots, "save_figure", lambda figure, path: figures.append(figure))
     found = density(rows)
     concept_plots.plot_density("x.png", found, recommended_n(found))
     bars, coverage = figures[0].axes

@@ -27,7 +27,7 @@ AFTER = [{"tokens_ahead": k, "top1": 0.5 / k, "top5": 0.8 / k, "cross_entropy": 
 def drawn(monkeypatch):
     """The figures, instead of the files."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     return figures
 
 

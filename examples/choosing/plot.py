@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from peft_caft.atomic import replacing
 from peft_caft.fine_tuning import FineTuningSettings
+from peft_caft.plots import save_figure, tidy_axes
 
 RESULTS = Path(__file__).parent / "results"
 PANELS = {
@@ -29,8 +29,6 @@ LOOKS = {
     "other gamma": ("#CC79A7", "v"),
     "other heads": ("#8C6D1F", "P"),
 }
-
-
 KIND_OF = {
     "heads": "other heads",
     "train_heads": "other heads",
@@ -90,9 +88,7 @@ def draw(axes: Axes, found: dict[str, Any], metric: str, title: str, label: str)
     if found["metrics"][metric]["unit"] == "share":
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    tidy_axes(axes)
 
 
 def main() -> None:
@@ -107,8 +103,7 @@ def main() -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), frameon=False)
-    with replacing(Path(output)) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_figure(figure, output)
 
 
 if __name__ == "__main__":
