@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 
 from peft_caft.atomic import replacing, write_text
 from peft_caft.flops import ModelShapes, caft_step, lora_step
-from peft_caft.objective_config import HEAD_TYPES
+from peft_caft.heads_config import HEAD_TYPES
 from peft_caft.tables import markdown_table
 
 TOKENS = 512  # of a row; a query meets half of them on average

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .atomic import filling
+from .checks import require_choice
 from .concept_density import Density, RecommendedN, density, recommended_n
 from .concept_heads import HeadKnowledge, head_knowledge, unigram_entropy
 from .concept_losses import Comparison, ConceptLosses, ModelConcepts
 from .data import collator, file_sha256, read_jsonl, require_tokenizer_of
 from .heads import AuxiliaryHeads
-from .objective_config import require_choice
 from .provenance import provenance
 from .term_alignment import AlignedRow, align, answer_texts
 from .term_losses import TokenScores, score_tokens

@@ -122,8 +122,12 @@ def _row(row: Any, where: str) -> dict[str, Any]:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hex digest that names the data in the provenance of what was trained on it."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def require_tokenizer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

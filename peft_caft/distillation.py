@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from .answers import AnswerReader
 from .atomic import replacing, write_text
+from .checks import require_choice
 from .data import file_sha256, require_tokenizer_of
 from .distillation_parts import Parts
 from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, stop_token_ids
-from .objective_config import require_choice
 from .output_guard import full_disk_explained
 from .prompts import Prompt, prepare_prompts, read_prompts
 from .provenance import git_commit, provenance, source_name, weights_digest

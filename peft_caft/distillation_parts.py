@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import write_text
+from .hub_repository import json_or_none
 from .output_guard import lock
 
 
@@ -50,12 +51,12 @@ class Parts:
         if overwrite:
             self.discard()
             self.provenance_path.unlink(missing_ok=True)
-        finished = _read_json(self.provenance_path) if self.output.exists() else None
+        finished = json_or_none(self.provenance_path) if self.output.exists() else None
         if finished is not None and not _changed(settings, finished.get("settings", {})):
             self.discard()
             return finished
         settings_path = self.folder / "settings.json"
-        recorded = _read_json(settings_path)
+        recorded = json_or_none(settings_path)
         if recorded is not None:
             if changed := _changed(settings, recorded):
                 raise FileExistsError(f"output: {self.output} is of an interrupted run with {changed}. {advice}")
@@ -105,10 +106,6 @@ class Parts:
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.jsonl"))
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _changed(got: dict[str, Any], recorded: dict[str, Any]) -> str | None:

@@ -24,12 +24,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from .atomic import filling
 from .callback import TRAINED_HEADS_NAME, CAFTCallback, objective_of
+from .checks import require_choice
 from .config import CAFTConfig
 from .data import collator, encode, file_sha256, read_jsonl
 from .engine import engine_name, require_dtype
 from .full_fine_tuning import FullFineTuningConfig, prepare_full_fine_tuning
 from .heads import AuxiliaryHeads
-from .objective_config import ObjectiveConfig, require_choice
+from .heads_config import DEFAULT_NUM_HEADS
+from .objective_config import ObjectiveConfig
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder, random_states
 from .sharded_heads import gather
@@ -59,7 +61,7 @@ class FineTuningSettings:
     target_modules: str = "all-linear"
     heads: str | None = None
     heads_revision: str | None = None
-    num_auxiliary_heads: int = 4
+    num_auxiliary_heads: int = DEFAULT_NUM_HEADS
     aux_loss_weight: float = 0.01
     aux_loss_decay: float = 0.8
     aux_loss_schedule: str = "reflected_sine"

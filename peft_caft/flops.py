@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .backbone import Backbone
-from .objective_config import HEAD_TYPES, require_choice, require_token_fraction
+from .checks import require_choice, require_token_fraction
+from .heads_config import DEFAULT_NUM_HEADS, HEAD_TYPES
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 2, 2, 2  # operations per weight and token
 
@@ -129,7 +130,7 @@ def caft_step(
     shapes: ModelShapes,
     keys: float,
     head_type: str,
-    num_heads: int = 4,
+    num_heads: int = DEFAULT_NUM_HEADS,
     supervised: float = 1.0,
     aux_token_fraction: float = 1.0,
     gradient_checkpointing: bool = False,

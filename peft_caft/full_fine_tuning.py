@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .backbone import Backbone
+from .checks import require_choice
 from .configured_heads import make_heads
 from .heads import AuxiliaryHeads
 from .objective import AuxiliaryObjective, TrainingPass, begin, finish, heads_are_never_missing
-from .objective_config import ObjectiveConfig, require_choice
+from .objective_config import ObjectiveConfig
 
 NAME = "caft_objective"
 

@@ -10,7 +10,6 @@ import copy
 import hashlib
 import os
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 
-from .artifact import load_weights
 from .backbone import Backbone, Captured
+from .checks import require_choice, require_token_fraction
 from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
 from .heads import AuxiliaryHeads
 from .loss import auxiliary_loss, soft_auxiliary_loss
-from .objective_config import require_choice, require_token_fraction
+from .pretrained_heads import load_weights
 from .recent_losses import RecentLosses
 from .sharded_heads import gather, reshard, scatter
 from .sharding import copy_into, shards_parameters, whole
@@ -269,7 +268,7 @@ class HeadTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.evaluate_before()
-        load_weights(self._whole_heads, Path(resume_from_checkpoint))
+        load_weights(self._whole_heads, resume_from_checkpoint)
         if self.sharded:
             scatter(self._whole_heads, self._heads)
 

@@ -20,13 +20,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from .checks import require_choice, require_token_fraction
 from .data import collator, require_tokenizer_of
 from .engine import engine_name, require_dtype
 from .head_metrics import HeadEvaluation
 from .head_pretraining import TARGETS, HeadPretraining, HeadTrainer
 from .heads import AuxiliaryHeads
 from .hidden_cache import cached_rows, with_hidden_states
-from .objective_config import require_choice, require_token_fraction
 from .provenance import peak_memory_mib, provenance
 from .run_folder import RunFolder, random_states
 from .sharded_heads import sharding_requested

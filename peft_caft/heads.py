@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .backbone import Backbone, Captured
-from .heads_config import HeadsConfig, fingerprint
+from .heads_config import DEFAULT_NUM_HEADS, HeadsConfig, fingerprint
 from .layer_copy import plain_copy
 from .layer_replay import LayerAtRows, replay
 from .pretrained_heads import PretrainedHeads
@@ -88,7 +88,7 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
     def from_base_model(
         cls,
         model: nn.Module,
-        num_heads: int = 4,
+        num_heads: int = DEFAULT_NUM_HEADS,
         head_type: str = "decoder_layer",
         head_input: str = "last_layer_input",
         head_num_layers: int = 1,
@@ -128,10 +128,10 @@ class AuxiliaryHeads(PretrainedHeads, nn.Module):
             base_model_revision=getattr(base.config, "_commit_hash", None),
             base_model_class=type(base).__name__,
         )
-        return cls._build(config, backbone)
+        return cls.from_config(config, backbone)
 
     @classmethod
-    def _build(cls, config: HeadsConfig, backbone: Backbone) -> AuxiliaryHeads:
+    def from_config(cls, config: HeadsConfig, backbone: Backbone) -> AuxiliaryHeads:
         """Heads of the described shape; a ``decoder_layer`` head starts as a copy of the last layer.
 
         Copied rather than constructed: a constructed layer draws from the global generator, leaves the experts of a

@@ -9,8 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from .atomic import write_text
-from .config import CAFTConfig
-from .heads_config import HeadsConfig
+from .heads_config import DEFAULT_NUM_HEADS, HeadsConfig
 from .provenance import listed
 from .tables import evaluation_table
 
@@ -112,7 +111,7 @@ def _description(config: HeadsConfig, base: str) -> list[str]:
 
 def _usage(config: HeadsConfig, repo_id: str | None, base: str) -> list[str]:
     revision = f', revision="{config.base_model_revision}"' if config.base_model_revision and "/" in base else ""
-    fewer = f", num_auxiliary_heads={config.num_heads}" if config.num_heads < CAFTConfig.num_auxiliary_heads else ""
+    fewer = f", num_auxiliary_heads={config.num_heads}" if config.num_heads < DEFAULT_NUM_HEADS else ""
     return [
         "```python",
         "from peft import get_peft_model",

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .objective_config import HEAD_INPUTS, HEAD_TYPES, require_choice
+from .checks import require_choice
 
+HEAD_TYPES = ("residual", "decoder_layer")
+HEAD_INPUTS = ("last_layer_input", "last_hidden_state")
+DEFAULT_NUM_HEADS = 4  # n = 5, as in CAFT's experiments
 FORMAT_VERSION = 1
 FINGERPRINT_ROWS = 16
 FINGERPRINT_TOLERANCE = 0.02  # bf16 and fp16 roundings of one matrix differ by about 0.002, two matrices by about 1

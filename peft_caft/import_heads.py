@@ -26,11 +26,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from .artifact import sha256
 from .backbone import Backbone
+from .checks import require_choice
+from .data import file_sha256
 from .heads import AuxiliaryHeads
+from .heads_config import HEAD_INPUTS
 from .hub_errors import explained
-from .objective_config import HEAD_INPUTS, require_choice
 from .provenance import provenance
 
 HEADS_NAME = "heads.pth"
@@ -75,7 +76,7 @@ def import_heads(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output: {output} exists, expected a new folder. Remove it or choose another one.")
     path = _find(source, revision)
-    record = {"imported_from": "caft-llm", "file": path.name, "file_sha256": sha256(path)}
+    record = {"imported_from": "caft-llm", "file": path.name, "file_sha256": file_sha256(path)}
     if not Path(source).exists():  # the Hub's cache keeps a file under snapshots/COMMIT
         record |= {"repository": source, "revision": path.parent.name}
     heads = heads_of(read_state_dict(path), AutoModelForCausalLM.from_pretrained(model, dtype="auto"), head_input)

@@ -212,7 +212,7 @@ def _misfit_of_heads(config: HeadsConfig, tensors: Tensors, model: str, source: 
     base = _on_meta(model)
     try:
         config.require_base_model(_unembedding(model, base), source)
-        heads = AuxiliaryHeads._build(config, Backbone.of(base))
+        heads = AuxiliaryHeads.from_config(config, Backbone.of(base))
     except (ValueError, TypeError) as error:
         return str(error)
     return _first_difference(tensors.shapes, {name: tuple(t.shape) for name, t in heads.state_dict().items()})

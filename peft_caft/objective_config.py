@@ -7,23 +7,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .checks import require_choice, require_token_fraction
+from .heads_config import DEFAULT_NUM_HEADS, HEAD_INPUTS, HEAD_TYPES
 from .schedule import SCHEDULES
 
-HEAD_TYPES = ("residual", "decoder_layer")
-HEAD_INPUTS = ("last_layer_input", "last_hidden_state")
 TRAIN_HEADS = ("frozen", "lora", "full")
-
-
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}.")
-
-
-def require_token_fraction(value: float, note: str = "") -> None:
-    """Raise a ValueError unless ``value`` can be the share of positions that a step draws."""
-    if not 0 < value <= 1:
-        raise ValueError(f"aux_token_fraction (p): got {value}, expected 0 < p <= 1.{note}")
 
 
 @dataclass
@@ -42,7 +30,7 @@ class ObjectiveConfig:
         },
     )
     num_auxiliary_heads: int = field(
-        default=4,
+        default=DEFAULT_NUM_HEADS,
         metadata={
             "help": "Number of auxiliary heads, n - 1: they predict 2 ... n tokens ahead. With pretrained heads at "
             "most what they hold; fewer takes the first ones."

@@ -15,12 +15,13 @@ from transformers import PretrainedConfig
 
 from .backbone import Backbone
 from .base_config import read_config
+from .checks import require_choice, require_token_fraction
 from .communication import Communication, communication
 from .config import CAFTConfig
 from .flops import ModelShapes, StepFlops, caft_step, lora_step, number_of_experts
+from .heads_config import DEFAULT_NUM_HEADS, HEAD_TYPES
 from .hub_errors import first_line
 from .memory import PLACEMENTS, DeviceMemory, ModelBytes, device_memory
-from .objective_config import HEAD_TYPES, require_choice, require_token_fraction
 from .simulated_step import Batch, StepMemory, model_on_meta, simulate_step
 
 METHODS = ("lora", *HEAD_TYPES)
@@ -42,7 +43,7 @@ class PlanSettings:
     batch_size: int = 8
     supervised: float = 0.5
     aux_token_fraction: float = 1.0
-    num_auxiliary_heads: int = 4
+    num_auxiliary_heads: int = DEFAULT_NUM_HEADS
     head_num_layers: int = 1
     r: int = 8
     target_modules: str = "all-linear"

@@ -9,24 +9,43 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from typing import TypeVar
 
+import torch
 from huggingface_hub import CommitInfo
-from torch import nn
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .heads import AuxiliaryHeads
+from .artifact import HeadsFiles, find_heads, save_artifact
+from .backbone import Backbone
+from .heads_config import HeadsConfig
+from .hub_repository import Destination
+from .publishing import push_heads
+from .sharding import whole
+
+Heads = TypeVar("Heads", bound="PretrainedHeads")
 
 
-class PretrainedHeads:
-    """Mixin of `AuxiliaryHeads`.
+class PretrainedHeads(ABC):
+    """Mixin of `AuxiliaryHeads`, a torch module.
 
     Attributes:
+        config: what the heads are.
         repo_id, commit: where the heads were loaded from, None unless that was a Hub repository.
     """
 
+    config: HeadsConfig
     repo_id: str | None = None
     commit: str | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls: type[Heads], config: HeadsConfig, backbone: Backbone) -> Heads:
+        """Heads of the described shape, whose weights are still to be filled in."""
+
+    @abstractmethod
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """Name -> parameter, of the shapes that `from_config` makes."""
 
     def recorded_as(self, source: str) -> str:
         """What a record calls these heads, which were loaded from ``source``: a path means nothing on another machine."""
@@ -40,13 +59,11 @@ class PretrainedHeads:
         Raises:
             NotADirectoryError: if ``save_directory`` is a file.
         """
-        from .artifact import save_heads
-
-        save_heads(self, save_directory)  # type: ignore[arg-type]
+        save_artifact(save_directory, self.config, self.plain_state_dict())
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Heads],
         pretrained_model_name_or_path: str | os.PathLike,
         base_model: nn.Module,
         *,
@@ -55,7 +72,7 @@ class PretrainedHeads:
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
-    ) -> AuxiliaryHeads:
+    ) -> Heads:
         """Load heads, on the base model's device and in its dtype, without drawing a random number.
 
         Configuration and weights come from one commit, which the heads then hold as ``commit`` (and their repository as
@@ -77,17 +94,22 @@ class PretrainedHeads:
             ValueError: if they are damaged, of an unknown kind or version, or made for another base model.
             TypeError: if ``base_model`` is not a decoder-only causal language model.
         """
-        from .artifact import load_heads
-
-        return load_heads(
-            os.fspath(pretrained_model_name_or_path),
-            base_model,
+        source = os.fspath(pretrained_model_name_or_path)
+        files = find_heads(
+            source,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        config = files.read_config()
+        backbone = Backbone.of(base_model)
+        config.require_base_model(whole(backbone.lm_head.weight), source)
+        heads = cls.from_config(config, backbone)
+        _fill(heads, files)
+        heads.repo_id, heads.commit = files.repo_id, files.commit
+        return heads.eval()
 
     def push_to_hub(
         self,
@@ -120,10 +142,35 @@ class PretrainedHeads:
             FileExistsError: if the repository holds something else, such as heads of another base model.
             FileNotFoundError, PermissionError, ConnectionError: see `peft_caft.hub_errors.explained`.
         """
-        from .hub_repository import Destination
-        from .publishing import push_heads
-
         to = Destination(repo_id, commit_message, private, token, revision, create_pr)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push_heads(folder, to, license=license, force=force)
+
+
+def load_weights(heads: nn.Module, folder: str | os.PathLike) -> None:
+    """Copy the weights of an artifact into heads of the same shape, in place.
+
+    Raises:
+        ValueError: if they are damaged or of other shapes.
+    """
+    files = find_heads(os.fspath(folder))
+    files.read_config()
+    _fill(heads, files)
+
+
+@torch.no_grad()
+def _fill(heads: nn.Module, files: HeadsFiles) -> None:
+    """Copy the weights in place: PEFT's low_cpu_mem_usage would turn newly registered parameters into meta tensors."""
+    own, weights = heads.state_dict(), files.read_weights()
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if got != expected:
+        wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        raise ValueError(
+            f"{files.weights}: {len(wrong)} tensor(s) do not fit the base model's kind of layer; first {wrong[0]!r}: got "
+            f"{got.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}. Use the heads with the base "
+            "model they were made for."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])

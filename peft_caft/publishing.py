@@ -101,7 +101,7 @@ def push_heads(
         write_text(generated / CONFIG_NAME, config.to_json())
         card = source / CARD_NAME
         if card.exists() and card.read_text(encoding="utf-8") != written:
-            _copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, config.license)
+            copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, config.license)
         else:
             if (source / PLOT_NAME).exists():  # also where matplotlib is missing
                 shutil.copyfile(source / PLOT_NAME, generated / PLOT_NAME)
@@ -146,7 +146,7 @@ def push_adapter(
         config.save_pretrained(scratch)
         card = source / CARD_NAME
         if card.exists() and PLACEHOLDER not in card.read_text(encoding="utf-8"):
-            _copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, license)
+            copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, license)
         else:
             settings, summary = (json_or_none(source / name) for name in ("run.json", "summary.json"))
             write_text(generated / CARD_NAME, adapter_card(config, repository.repo_id, license, settings, summary))
@@ -211,7 +211,7 @@ def _heads_config(repo_id: str, revision: str | None, token: str | bool | None) 
     return path, HeadsConfig.from_file(path)
 
 
-def _copy_card(source: Path, target: Path, base_model: str | None, license: str | None) -> None:
+def copy_card(source: Path, target: Path, base_model: str | None, license: str | None) -> None:
     """A card that its owner wrote: only the metadata that the Hub files it by are set."""
     card = ModelCard(source.read_text(encoding="utf-8"))
     known = {"base_model": base_model if base_model and "/" in base_model else None, "license": license}

@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_caft import AuxiliaryHeads, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
 from peft_caft.callback import objective_of
-from peft_caft.objective_config import HEAD_TYPES
+from peft_caft.heads_config import HEAD_TYPES
 
 from . import architectures
 from .architectures import ARCHITECTURES, TARGETS, attentions_of

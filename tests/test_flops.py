@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
 from peft_caft.flops import ModelShapes, caft_step, lora_step
-from peft_caft.objective_config import HEAD_TYPES
+from peft_caft.heads_config import HEAD_TYPES
 
 TOKENS = 64
 TINY = {

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.artifact import sha256
+from peft_caft.data import file_sha256
 from peft_caft.heads_config import HeadsConfig
 from peft_caft.import_heads import heads_of, import_heads, read_state_dict
 
@@ -103,7 +103,7 @@ def test_artifact_says_what_was_imported(kind, tmp_path):
     assert (config.base_model_name_or_path, config.license) == ("org/tiny-llama", "llama3.1")
     assert config.training["imported_from"] == "caft-llm"
     assert config.training["file"] == source.name
-    assert config.training["file_sha256"] == sha256(source)
+    assert config.training["file_sha256"] == file_sha256(source)
     assert config.training["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     card = (tmp_path / "new" / "heads" / "README.md").read_text()
     assert "not trained" not in card

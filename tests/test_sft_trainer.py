@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArg
 
 from peft_caft import AuxiliaryHeads, CAFTCallback, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
 from peft_caft.data import collator, encode, read_jsonl
-from peft_caft.objective_config import HEAD_TYPES
+from peft_caft.heads_config import HEAD_TYPES
 
 from .architectures import MIXTURE
 from .test_trainer import largest_difference, trainable

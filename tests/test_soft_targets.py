@@ -6,8 +6,8 @@ from torch import nn
 
 from peft_caft import AuxiliaryHeads
 from peft_caft.backbone import Backbone
+from peft_caft.heads_config import HEAD_TYPES
 from peft_caft.loss import auxiliary_loss, soft_auxiliary_loss
-from peft_caft.objective_config import HEAD_TYPES
 from peft_caft.soft_cross_entropy import soft_cross_entropy
 from peft_caft.unembedding import CHUNK_SIZES, ChunkSize, Unembedding
 

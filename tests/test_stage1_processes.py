@@ -22,8 +22,8 @@ from peft_caft import AuxiliaryHeads
 from peft_caft.cli import main
 from peft_caft.data import collator
 from peft_caft.head_pretraining import TARGETS, HeadPretraining
+from peft_caft.heads_config import HEAD_TYPES
 from peft_caft.hidden_cache import cached_rows
-from peft_caft.objective_config import HEAD_TYPES
 from peft_caft.sharded_heads import sharding_requested
 from peft_caft.trainer_arguments import trainer_arguments
 

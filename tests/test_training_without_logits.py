@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from peft_caft import CAFTCallback, CAFTConfig
+from peft_caft.heads_config import HEAD_TYPES
 from peft_caft.linear_cross_entropy import linear_cross_entropy
-from peft_caft.objective_config import HEAD_TYPES
 from peft_caft.unembedding import CHUNK_SIZES, ChunkSize
 
 from .tiny_models import ARCHITECTURES, LLAMA_LIKE, PECULIAR, VOCABULARY, tiny_model, tokens
