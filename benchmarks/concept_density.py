@@ -3,7 +3,7 @@
     PYTHONPATH=examples/smollm2_heads python benchmarks/concept_density.py --output benchmarks/concept_density
 
 Terms are counted over ``--rows`` rows of each, and the model is scored on the first ``--scored-rows`` of them: held-out molecules
-(`peft_caft.molecules`), and functions of the standard library and their docstrings, in a fixed random order. Another Python has
+(`peft_caft.demo.molecules`), and functions of the standard library and their docstrings, in a fixed random order. Another Python has
 another library, and so slightly other figures.
 """
 
@@ -18,12 +18,13 @@ from typing import Annotated, Any
 import typer
 from stdlib_functions import Function, stdlib_functions
 
-from peft_caft.atomic import write_text
-from peft_caft.concept_report import report
-from peft_caft.concepts import Concepts, ConceptsSettings, concepts
-from peft_caft.demo_model import embedded_model
-from peft_caft.molecules import write_dataset
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import write_text
+from peft_caft.basics.tables import markdown_table
+from peft_caft.concepts.concepts import concepts
+from peft_caft.concepts.findings import Concepts, ConceptsSettings
+from peft_caft.concepts.report import report
+from peft_caft.demo.molecules import write_dataset
+from peft_caft.hub.embedded_model import embedded_model
 
 UNITS = {"molecules": "chemistry", "functions": "code", "docstrings": "prose"}
 SHORTEST_DOCSTRING = 120  # characters; shorter ones are hardly prose

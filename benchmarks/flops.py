@@ -2,7 +2,7 @@
 
     python benchmarks/flops.py
 
-writes ``flops/table.md`` and ``flops/limit.png`` beside this file. The count is `peft_caft.flops`; n = 5.
+writes ``flops/table.md`` and ``flops/limit.png`` beside this file. The count is `peft_caft.planning.flops`; n = 5.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from matplotlib.ticker import PercentFormatter
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PretrainedConfig
 
-from peft_caft.atomic import replacing, write_text
-from peft_caft.flops import ModelShapes, caft_step, lora_step
-from peft_caft.heads_config import HEAD_TYPES
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import replacing, write_text
+from peft_caft.basics.tables import markdown_table
+from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.planning.flops import ModelShapes, caft_step, lora_step
 
 TOKENS = 512  # of a row; a query meets half of them on average
 SUPERVISED = (1.0, 0.7, 0.5, 0.3)

@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from peft_caft.atomic import write_text
-from peft_caft.data import encode, file_sha256, read_jsonl
-from peft_caft.demo_model import embedded_model
-from peft_caft.provenance import listed, provenance
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import file_sha256, write_text
+from peft_caft.basics.provenance import listed, provenance
+from peft_caft.basics.tables import markdown_table
+from peft_caft.hub.embedded_model import embedded_model
+from peft_caft.training.data import encode, read_jsonl
 
 
 @torch.no_grad()

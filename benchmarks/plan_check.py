@@ -4,7 +4,7 @@
 
 writes ``plan_check/table.md`` beside this file. Each step runs in a process of its own and is measured twice: by the kernel, as
 peak of the resident memory (VmHWM), which also sees what operations allocate inside; and by the bytes of tensors alive
-(`peft_caft.live_memory`). Linux only.
+(`peft_caft.planning.live_memory`). Linux only.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from step_models import GEMMA, LARGE_VOCABULARY, SMOLLM2, random_llama_config
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
-from peft_caft.atomic import write_text
-from peft_caft.base_config import read_config
-from peft_caft.demo_model import embedded_model
-from peft_caft.live_memory import LiveMemory
-from peft_caft.plan import METHODS, PlanSettings
-from peft_caft.simulated_step import Batch, model_on_meta, simulate_step
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import write_text
+from peft_caft.basics.tables import markdown_table
+from peft_caft.hub.embedded_model import embedded_model
+from peft_caft.planning.base_config import read_config
+from peft_caft.planning.live_memory import LiveMemory
+from peft_caft.planning.plan import METHODS, PlanSettings
+from peft_caft.planning.simulated_step import Batch, model_on_meta, simulate_step
 
 SETTINGS = PlanSettings(model="", tokens=512, batch_size=1, supervised=0.5, dtype="float32", device="cpu")
 BATCH = Batch(SETTINGS.batch_size, SETTINGS.tokens, SETTINGS.supervised)

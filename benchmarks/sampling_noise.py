@@ -24,10 +24,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_caft import CAFTConfig
-from peft_caft.atomic import write_text
-from peft_caft.demo_model import embedded_model
-from peft_caft.provenance import listed, provenance
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import write_text
+from peft_caft.basics.provenance import listed, provenance
+from peft_caft.basics.tables import markdown_table
+from peft_caft.hub.embedded_model import embedded_model
 
 HERE = Path(__file__).parent
 HEADS = HERE.parent / "model_cards" / "SmolLM2-135M-Instruct-caft-heads"

@@ -24,14 +24,14 @@ from simulated_fsdp import fake_processes, sharded_step
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.utils import logging
 
-from peft_caft.atomic import replacing, write_text
-from peft_caft.communication import communication
-from peft_caft.memory import ModelBytes
-from peft_caft.plan import GIB, METHODS, Option, Plan, PlanSettings, plan
-from peft_caft.plan_report import METHOD_NAMES
-from peft_caft.provenance import listed, provenance
-from peft_caft.simulated_step import Batch, model_on_meta
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import replacing, write_text
+from peft_caft.basics.provenance import listed, provenance
+from peft_caft.basics.tables import markdown_table
+from peft_caft.planning.communication import communication
+from peft_caft.planning.memory import ModelBytes
+from peft_caft.planning.plan import GIB, METHODS, Option, Plan, PlanSettings, plan
+from peft_caft.planning.report import METHOD_NAMES
+from peft_caft.planning.simulated_step import Batch, model_on_meta
 
 GB = 10**9
 CLAIM = 0.01

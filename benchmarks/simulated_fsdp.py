@@ -1,7 +1,7 @@
 """A training step under FSDP2 over many processes, run in one, on tensors without data: which collectives it calls.
 
 Real are the code of torch's ``fully_shard``, of accelerate's wrapping, and of this package; the process group is torch's fake one,
-in which nothing travels. Used by `scale.py` and by the tests of `peft_caft.communication`.
+in which nothing travels. Used by `scale.py` and by the tests of `peft_caft.planning.communication`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from peft_caft.communication import Communication
-from peft_caft.live_memory import Simulation
-from peft_caft.simulated_step import Batch
+from peft_caft.planning.communication import Communication
+from peft_caft.planning.live_memory import Simulation
+from peft_caft.planning.simulated_step import Batch
 
 GATHERED, REDUCED = "_allgather_base_", "_reduce_scatter_base_"
 
@@ -62,7 +62,7 @@ def sharded_step(model: PeftModel, batch: Batch, checkpointing: bool = False) ->
     """Shard ``model`` as ``accelerate launch`` does with `examples/accelerate/fsdp2.yaml`, and train one step.
 
     Args:
-        model: from `peft_caft.simulated_step.model_on_meta`; it is of no use afterwards.
+        model: from `peft_caft.planning.simulated_step.model_on_meta`; it is of no use afterwards.
         batch: of one device.
         checkpointing: gradient checkpointing.
     """

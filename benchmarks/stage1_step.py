@@ -28,14 +28,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from peft_caft import AuxiliaryHeads
-from peft_caft.atomic import write_text
-from peft_caft.backbone import Backbone
-from peft_caft.data import collator, encode, file_sha256, read_jsonl
-from peft_caft.demo_model import embedded_model
-from peft_caft.head_pretraining import HeadPretraining
-from peft_caft.hidden_cache import cached_rows, with_hidden_states
-from peft_caft.provenance import listed, provenance
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import file_sha256, write_text
+from peft_caft.basics.provenance import listed, provenance
+from peft_caft.basics.tables import markdown_table
+from peft_caft.heads.backbone import Backbone
+from peft_caft.hub.embedded_model import embedded_model
+from peft_caft.training.data import collator, encode, read_jsonl
+from peft_caft.training.head_trainer import HeadPretraining
+from peft_caft.training.hidden_states_cache import cached_rows, with_hidden_states
 
 DECAY = 0.8
 BASELINE = "full logits"

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -29,8 +28,8 @@ from step_models import GEMMA, LARGE_VOCABULARY, SMOLLM2, folder_of, random_llam
 from tqdm import tqdm
 
 import peft_caft
-from peft_caft.atomic import write_text
-from peft_caft.provenance import provenance
+from peft_caft.basics.files import write_text
+from peft_caft.basics.provenance import provenance
 
 HERE = Path(__file__).parent
 AUTHORS_PYTHON = HERE.parent / ".venv-authors" / "bin" / "python"
@@ -225,15 +224,13 @@ def _caft_llm_runs(folder: Path) -> bool:
 
 
 def origin() -> dict[str, Any]:
-    """`provenance`, and a digest of what a step runs: the modules that ``import peft_caft`` imports, and the worker.
+    """`provenance`, and a digest of what a step runs: the rooms that hold the public names, and the worker.
 
     The version stays the same from one commit to the next, and a commit may change nothing that a step runs.
     """
-    package, names = Path(peft_caft.__file__).parent, ["__init__"]
-    for name in names:  # which grows on the way
-        source = (package / f"{name}.py").read_text()
-        names += sorted(set(re.findall(r"^\s*from \.(\w+) import", source, re.MULTILINE)) - set(names))
-    files = [HERE / "step_worker.py", *(package / f"{name}.py" for name in names)]
+    package = Path(peft_caft.__file__).parent
+    files = [HERE / "step_worker.py"]
+    files += sorted(path for room in ("basics", "heads", "method") for path in (package / room).glob("*.py"))
     return {**provenance(), "code_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()}
 
 

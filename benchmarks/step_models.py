@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
-from peft_caft.demo_model import default_cache_dir, embedded_model
+from peft_caft.basics.files import default_cache_dir
+from peft_caft.hub.embedded_model import embedded_model
 
 SMOLLM2, LARGE_VOCABULARY, GEMMA = "SmolLM2-135M", "random Llama, 128k vocabulary", "Gemma 3 270M"
 

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from step import ARMS, BASELINE, SWEPT, ratios
 from step_models import GEMMA, LARGE_VOCABULARY, SMOLLM2, random_llama_config
 
-from peft_caft.atomic import replacing, write_text
-from peft_caft.flops import ModelShapes, caft_step, lora_step
-from peft_caft.provenance import listed
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import replacing, write_text
+from peft_caft.basics.provenance import listed
+from peft_caft.basics.tables import markdown_table
+from peft_caft.planning.flops import ModelShapes, caft_step, lora_step
 
 HERE = Path(__file__).parent
 LABELS = {
@@ -221,7 +221,7 @@ def report(records: dict[str, dict[str, Any]], sweeps: dict[str, Any] | None) ->
         "Made by `make bench` (`benchmarks/step.py`, then `benchmarks/step_results.py`); do not edit.",
         origin(first),
         "*time / LoRA*: PEFT's LoRA with the loss of transformers, which computes the logits of all tokens; in one interleaved "
-        "run, medians of the ratios within a turn. *limit*: the same ratio in counted operations (`peft_caft.flops`); below it is "
+        "run, medians of the ratios within a turn. *limit*: the same ratio in counted operations (`peft_caft.planning.flops`); below it is "
         "who saves more than products of matrices. *time / LoRA on rows*: over a LoRA that computes the logits of supervised "
         "tokens alone with this package's cross entropy, the honest yardstick. *step*: peak of the resident memory in a step "
         "above that of the loaded model with its adapter and heads: activations, gradients, losses and the optimizer's state; "

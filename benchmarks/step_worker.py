@@ -39,7 +39,7 @@ LLAMA_LINEAR = ["o_proj", "v_proj", "k_proj", "down_proj", "gate_proj", "q_proj"
 IMPORTS = {
     "lora": ["peft"],
     "trl": ["peft", "trl.trainer.sft_trainer"],
-    "rows": ["peft", "peft_caft", "peft_caft.linear_cross_entropy"],
+    "rows": ["peft", "peft_caft", "peft_caft.method.linear_cross_entropy"],
     "caft": ["peft_caft"],
     "caft-llm": ["peft", "caft", "transformers.trainer"],
 }
@@ -85,9 +85,9 @@ def rows(base: Any, request: dict) -> tuple:
     """LoRA that computes the logits of supervised tokens alone: what is left when the trunk's output is compacted first."""
     from peft import LoraConfig, get_peft_model
 
-    from peft_caft.backbone import Backbone
-    from peft_caft.linear_cross_entropy import linear_cross_entropy
-    from peft_caft.targets import supervised_rows
+    from peft_caft.heads.backbone import Backbone
+    from peft_caft.method.linear_cross_entropy import linear_cross_entropy
+    from peft_caft.method.targets import supervised_rows
 
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", **LORA))
     trunk = model.get_base_model().base_model

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from peft_caft import CAFTCallback, CAFTConfig
-from peft_caft.data import collator, encode, read_jsonl
+from peft_caft.training.data import collator, encode, read_jsonl
 
 base, heads, data_file, out = sys.argv[1:5]
 tokenizer = AutoTokenizer.from_pretrained(base)

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.atomic import write_text
-from peft_caft.heads_card import PAPER, front_matter
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import write_text
+from peft_caft.basics.tables import markdown_table
+from peft_caft.heads.card import PAPER, front_matter
 
 NOT_TRAINED = "> **Not trained yet.** There are no weights here and no figure below was measured: {what}"
 ORG = "ORG"  # whoever trains them
@@ -249,7 +249,7 @@ def adapter_commands(size: Size) -> list[str]:
     loss = f"--aux-loss-weight {defaults.aux_loss_weight:g} --aux-loss-decay {defaults.aux_loss_decay:g}"
     return [
         "pip install '.[demo]'  # in a checkout of peft-caft",
-        "python -c \"from peft_caft.molecules import completion, write_dataset; write_dataset('molecules', row=completion)\"",
+        "python -c \"from peft_caft.demo.molecules import completion, write_dataset; write_dataset('molecules', row=completion)\"",
         f"peft-caft train --model {size.base} --dtype bfloat16 --heads {ORG}/{size.heads} \\",
         f"    --data molecules/train.jsonl --eval-data molecules/dev.jsonl --max-length 512 {loss} \\",
         f"    --r {LORA.r} --lora-alpha {LORA.lora_alpha} --lora-dropout {LORA.lora_dropout:g} --target-modules all-linear \\",

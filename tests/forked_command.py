@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from peft_caft.cli import main
+from peft_caft.cli.app import main
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["peft_caft.distillation", "peft_caft.head_training", __name__])
+SERVER.set_forkserver_preload(["peft_caft.training.distillation", "peft_caft.training.head_training", __name__])
 
 
 def run_command(arguments: list[str], log: str) -> None:

@@ -14,7 +14,7 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from torch.distributed.fsdp import _init_utils
 
-from peft_caft.cli import main
+from peft_caft.cli.app import main
 
 initialise = AcceleratorState.__init__
 

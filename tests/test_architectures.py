@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_caft import AuxiliaryHeads, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
-from peft_caft.callback import objective_of
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.method.callback import objective_of
 
 from . import architectures
 from .architectures import ARCHITECTURES, TARGETS, attentions_of

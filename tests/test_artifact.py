@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.heads_config import fingerprint
+from peft_caft.heads.config import fingerprint
 
 from .tiny_checkpoint import tiny_llama
 from .tiny_models import tiny_model, tokens

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from peft_caft.bootstrap import mean_estimate, paired_difference, sign_flip_p_value, wilson_interval
+from peft_caft.basics.intervals import mean_estimate, paired_difference, sign_flip_p_value, wilson_interval
 
 
 def test_mean_is_over_defined_values_and_weighed():

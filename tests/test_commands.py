@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_caft import AuxiliaryHeads
-from peft_caft.cli import main
-from peft_caft.data import file_sha256
-from peft_caft.run_folder import RunFolder, last_whole_checkpoint, random_states
-from peft_caft.trainer_arguments import trainer_arguments
+from peft_caft.basics.files import file_sha256
+from peft_caft.basics.run_folder import RunFolder, last_whole_checkpoint, random_states
+from peft_caft.cli.app import main
+from peft_caft.training.arguments import trainer_arguments
 
 from .tiny_checkpoint import save_checkpoint, write_chats
 

@@ -13,11 +13,11 @@ from simulated_fsdp import ShardedStep, fake_processes, sharded_step
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from peft_caft.communication import Communication, Gathered, communication
-from peft_caft.live_memory import Simulation
-from peft_caft.memory import NF4_PACKED, PLACEMENTS, ModelBytes
-from peft_caft.plan import METHODS, PlanSettings
-from peft_caft.simulated_step import Batch, model_on_meta
+from peft_caft.planning.communication import Communication, Gathered, communication
+from peft_caft.planning.live_memory import Simulation
+from peft_caft.planning.memory import NF4_PACKED, PLACEMENTS, ModelBytes
+from peft_caft.planning.plan import METHODS, PlanSettings
+from peft_caft.planning.simulated_step import Batch, model_on_meta
 
 from .tiny_models import CONFIGS, LLAMA_LIKE
 

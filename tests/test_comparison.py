@@ -11,14 +11,14 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from peft_caft import comparison, comparison_plots, comparison_runs
-from peft_caft.bootstrap import paired_difference
-from peft_caft.comparison import choose, compare
-from peft_caft.comparison_plan import read_plan
-from peft_caft.comparison_plots import plot_comparison
-from peft_caft.comparison_report import is_beyond, markdown_report, summarise, summarise_groups
-from peft_caft.run_folder import RunFolder
-from peft_caft.task import Metric
+from peft_caft.basics.intervals import paired_difference
+from peft_caft.basics.run_folder import RunFolder
+from peft_caft.evaluation import comparison, comparison_plots, comparison_runs
+from peft_caft.evaluation.comparison import choose, compare
+from peft_caft.evaluation.comparison_plan import read_plan
+from peft_caft.evaluation.comparison_plots import plot_comparison
+from peft_caft.evaluation.comparison_report import is_beyond, markdown_report, summarise, summarise_groups
+from peft_caft.evaluation.task import Metric
 
 from .forked_command import start
 from .test_commands import peft_caft

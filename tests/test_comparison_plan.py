@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peft_caft.comparison_plan import read_plan
-from peft_caft.comparison_runs import Workplace, final_runs, tuning_runs
-from peft_caft.data import EncodedData
-from peft_caft.equal_flops import ratio
-from peft_caft.flops import ModelShapes
+from peft_caft.evaluation.comparison_plan import read_plan
+from peft_caft.evaluation.comparison_runs import Workplace, final_runs, tuning_runs
+from peft_caft.evaluation.equal_flops import ratio
+from peft_caft.planning.flops import ModelShapes
+from peft_caft.training.data import EncodedData
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PLAN = {

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch._dynamo.utils import counters
 
 from peft_caft import CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
 
 from .tiny_models import tiny_model, tokens
 

@@ -16,15 +16,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_caft.concept_density import Density, density, pieces, recommended_n
-from peft_caft.concept_heads import head_knowledge, unigram_entropy
-from peft_caft.concept_losses import ConceptLosses, place_of
-from peft_caft.concepts import ConceptsSettings
-from peft_caft.data import collator, read_jsonl
-from peft_caft.heads import AuxiliaryHeads
-from peft_caft.term_alignment import AlignedRow, align
-from peft_caft.term_losses import score_tokens
-from peft_caft.terms import prose_terms
+from peft_caft.concepts.alignment import AlignedRow, align
+from peft_caft.concepts.density import Density, density, pieces, recommended_n
+from peft_caft.concepts.findings import ConceptsSettings
+from peft_caft.concepts.head_knowledge import head_knowledge, unigram_entropy
+from peft_caft.concepts.losses import ConceptLosses, place_of
+from peft_caft.concepts.terms import prose_terms
+from peft_caft.concepts.token_scores import score_tokens
+from peft_caft.heads.auxiliary_heads import AuxiliaryHeads
+from peft_caft.training.data import collator, read_jsonl
 
 from .test_commands import peft_caft
 from .tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
@@ -382,7 +382,7 @@ def test_plots_are_not_blank(name, compared):
 
 
 def test_plots_draw_the_figures(rows, monkeypatch):
-    from peft_caft import concept_plots
+    from peft_caft.concepts import plots as concept_plots
 
     figures = []
     monkeypatch.setattr(concept_plots, "save_figure", lambda figure, path: figures.append(figure))
@@ -484,7 +484,7 @@ def test_missing_matplotlib_is_found_out_at_once(files, tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "peft_caft.concept_plots", raising=False)
-    monkeypatch.delitem(sys.modules, "peft_caft.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "peft_caft.concepts.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "peft_caft.basics.plots", raising=False)
     common = ["concepts", "--data", files["data"], "--model", "no-such-model", "--output", str(tmp_path / "out")]
     assert "Run: pip install matplotlib, or pass --no-plots" in peft_caft(*common, expect=1)

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from peft_caft import CAFTConfig, CAFTModel
-from peft_caft.config import caft_field_names
-from peft_caft.registration import register
+from peft_caft.method.config import caft_field_names
+from peft_caft.method.registration import register
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from peft_caft.data import collator, encode, read_jsonl
-from peft_caft.targets import IGNORE_INDEX
+from peft_caft.method.targets import IGNORE_INDEX
+from peft_caft.training.data import collator, encode, read_jsonl
 
 from .tiny_checkpoint import tiny_tokenizer
 

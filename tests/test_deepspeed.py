@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
 
 from . import test_stage1_processes as stage_1
 from . import test_stage2_processes as stage_2

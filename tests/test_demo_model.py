@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_caft import demo_model
-from peft_caft.demo_model import MODEL_NAME, default_cache_dir, embedded_model
+from peft_caft.basics.files import default_cache_dir
+from peft_caft.hub import embedded_model as demo_model
+from peft_caft.hub.embedded_model import MODEL_NAME, embedded_model
 
 FILES = ("config.json", "model.safetensors")
 

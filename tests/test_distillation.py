@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from peft_caft.answers import AnswerReader, rejection
-from peft_caft.data import encode, read_jsonl
-from peft_caft.distillation import DistillationSettings, distill
-from peft_caft.distillation_parts import Parts
-from peft_caft.generation import stop_token_ids
-from peft_caft.prompts import prepare_prompts, read_prompts
+from peft_caft.basics.parts import Parts
+from peft_caft.training.data import encode, read_jsonl
+from peft_caft.training.distillation import DistillationSettings, distill
+from peft_caft.training.distilled_answers import AnswerReader, rejection
+from peft_caft.training.generation import stop_token_ids
+from peft_caft.training.prompts import prepare_prompts, read_prompts
 
 from .forked_command import finish, kill_when
 from .test_stage1_processes import fsdp1_config

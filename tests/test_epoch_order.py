@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from peft_caft.epoch_order import EpochOrder
+from peft_caft.training.epoch_order import EpochOrder
 
 LENGTHS = [3 + (index * 37) % 101 for index in range(1003)]
 

@@ -10,12 +10,12 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_caft import CAFTConfig
-from peft_caft.answer_loss import answer_losses, encode_answers
-from peft_caft.generation import TransformersBackend
-from peft_caft.merging import merge
-from peft_caft.row_results import length_group
-from peft_caft.task import load_task
-from peft_caft.task_building import build_task
+from peft_caft.evaluation.evaluator import length_group
+from peft_caft.evaluation.reference_losses import answer_losses, encode_answers
+from peft_caft.evaluation.task import load_task
+from peft_caft.evaluation.task_building import build_task
+from peft_caft.hub.merging import merge
+from peft_caft.training.generation import TransformersBackend
 
 from .forked_command import finish, kill_when
 from .test_commands import peft_caft
@@ -283,7 +283,7 @@ def test_model_that_computes_all_logits_gives_the_same_losses(files, monkeypatch
     )
     encoded = encode_answers([{"prompt": "b c", "completion": "ethanol"}], tokenizer, [1])
     expected = answer_losses(model, encoded, 0)
-    monkeypatch.setattr("peft_caft.answer_loss._takes_logits_to_keep", lambda model: False)
+    monkeypatch.setattr("peft_caft.evaluation.reference_losses._takes_logits_to_keep", lambda model: False)
     assert answer_losses(model, encoded, 0)[0] == pytest.approx(expected[0], abs=1e-6)
 
 

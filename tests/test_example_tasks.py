@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_caft.data import read_jsonl
-from peft_caft.molecules import Molecule
-from peft_caft.task import answer_of, chat, load_task, prompt_of
-from peft_caft.task_building import build_task
+from peft_caft.demo.molecules import Molecule
+from peft_caft.evaluation.task import answer_of, chat, load_task, prompt_of
+from peft_caft.evaluation.task_building import build_task
+from peft_caft.training.data import read_jsonl
 
 from .tiny_checkpoint import tiny_tokenizer
 

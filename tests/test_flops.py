@@ -13,8 +13,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.flops import ModelShapes, caft_step, lora_step
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.planning.flops import ModelShapes, caft_step, lora_step
 
 TOKENS = 64
 TINY = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_caft import AuxiliaryHeads, CAFTCallback, FullFineTuningConfig, prepare_full_fine_tuning
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
 
 from .reference import reference_loss
 from .tiny_checkpoint import tiny_llama

@@ -5,8 +5,8 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from peft_caft import AuxiliaryHeads
-from peft_caft.backbone import Backbone
-from peft_caft.head_metrics import HeadEvaluation, evaluate_heads
+from peft_caft.heads.backbone import Backbone
+from peft_caft.training.head_metrics import HeadEvaluation, evaluate_heads
 
 from .tiny_checkpoint import tiny_llama, tiny_tokenizer
 from .tiny_models import ARCHITECTURES, PECULIAR, VOCABULARY, tiny_model

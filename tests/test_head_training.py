@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from peft_caft.data import file_sha256
-from peft_caft.head_training import HeadTrainingSettings, train_heads
-from peft_caft.trainer_arguments import trainer_arguments
+from peft_caft.basics.files import file_sha256
+from peft_caft.training.arguments import trainer_arguments
+from peft_caft.training.head_training import HeadTrainingSettings, train_heads
 
 from .tiny_checkpoint import save_checkpoint, write_chats
 

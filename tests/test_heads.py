@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.backbone import Backbone
-from peft_caft.head_training import HeadPretraining
+from peft_caft.heads.backbone import Backbone
+from peft_caft.training.head_training import HeadPretraining
 
 from .tiny_models import PECULIAR, VOCABULARY, WITH_ATTENTION, tiny_model, tokens
 

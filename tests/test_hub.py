@@ -331,8 +331,8 @@ for where in ("adapter", "heads"):
 
 
 PUSH = """
-from peft_caft.hub_repository import Destination
-from peft_caft.publishing import push as push_folder
+from peft_caft.heads.repository import Destination
+from peft_caft.hub.publishing import push as push_folder
 push_folder(folder, Destination(repo_id, token="write-token"), **options).oid
 """
 
@@ -461,11 +461,11 @@ def test_offline_after_download(client, home):
     with Client(client_environment(nowhere, home, HF_HUB_OFFLINE="1"), SETUP) as process:
         assert process.run("heads = load('org/offline'); [seed_of(heads), heads.commit]") == [1, oid]
         assert process.run("seed_of(load('org/offline', revision=oid))", oid=oid) == 1
-        inspect = "from peft_caft.inspection import inspect; inspect('org/never-loaded')"
+        inspect = "from peft_caft.hub.inspection import inspect; inspect('org/never-loaded')"
         with pytest.raises(ClientError, match=r"artifact: 'org/never-loaded'.*not in the local cache"):
             process.run(inspect)
         assert "org/offline at commit" in process.run(
-            "from peft_caft.inspection import inspect; inspect('org/offline').text()"
+            "from peft_caft.hub.inspection import inspect; inspect('org/offline').text()"
         )
         with pytest.raises(ClientError, match=r"FileNotFoundError.*not in the local cache.*Load it once online"):
             process.run("load('org/never-loaded')")

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.data import file_sha256
-from peft_caft.heads_config import HeadsConfig
-from peft_caft.import_heads import heads_of, import_heads, read_state_dict
+from peft_caft.basics.files import file_sha256
+from peft_caft.heads.config import HeadsConfig
+from peft_caft.hub.import_caft_llm import heads_of, import_heads, read_state_dict
 
 from .hub_client import Client, ClientError, client_environment
 from .hub_server import HubServer
@@ -300,7 +300,7 @@ def test_heads_come_from_the_hub_at_one_commit(tmp_path):
     with HubServer() as hub, Client(client_environment(hub.endpoint, tmp_path / "home")) as client:
         client.run(
             "from huggingface_hub import HfApi\n"
-            "from peft_caft.import_heads import import_heads\n"
+            "from peft_caft.hub.import_caft_llm import import_heads\n"
             "api = HfApi(token='write-token')\n"
             "api.create_repo('org/aux-heads')\n"
             "api.upload_file(path_or_fileobj=file, path_in_repo='heads.pth', repo_id='org/aux-heads')",

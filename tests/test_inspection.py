@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.cli import app
-from peft_caft.inspection import inspect
+from peft_caft.cli.app import app
+from peft_caft.hub.inspection import inspect
 
 from .tiny_checkpoint import save_checkpoint
 

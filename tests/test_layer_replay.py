@@ -8,8 +8,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
-from peft_caft.backbone import Backbone
-from peft_caft.layer_replay import LayerAtRows, Selection, replay
+from peft_caft.heads.backbone import Backbone
+from peft_caft.heads.layer_replay import LayerAtRows, Selection, replay
 
 from . import architectures
 from .tiny_models import ARCHITECTURES, VOCABULARY, WITH_ATTENTION, tiny_model, tokens

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from peft_caft import unembedding as module
-from peft_caft.linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
-from peft_caft.live_memory import LiveMemory
-from peft_caft.unembedding import CHUNK_SIZES, ChunkSize, Unembedding, chunk_rows, chunks
+from peft_caft.heads import unembedding as module
+from peft_caft.heads.unembedding import CHUNK_SIZES, ChunkSize, Unembedding, chunk_rows, chunks
+from peft_caft.method.linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
+from peft_caft.planning.live_memory import LiveMemory
 
 VOCABULARY, HIDDEN = 37, 19
 OPTIONS = [{}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 5.0}]

@@ -11,8 +11,8 @@ import yaml
 from llama2 import ORG, SIZES, cards
 from typer.main import get_command
 
-from peft_caft.cli import app
-from peft_caft.trainer_arguments import trainer_arguments
+from peft_caft.cli.app import app
+from peft_caft.training.arguments import trainer_arguments
 
 FOLDER = Path(__file__).parent.parent / "model_cards"
 BASES = {size.name: size.base for size in SIZES}

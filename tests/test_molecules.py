@@ -9,9 +9,8 @@ from rdkit import Chem
 from rdkit.Chem import rdFingerprintGenerator
 from rdkit.Chem.rdMolDescriptors import CalcMolFormula
 
-from peft_caft import molecules
-from peft_caft.data import read_jsonl
-from peft_caft.molecules import (
+from peft_caft.demo import molecules
+from peft_caft.demo.molecules import (
     Molecule,
     Score,
     canonical_smiles,
@@ -24,6 +23,7 @@ from peft_caft.molecules import (
     split_of,
     write_dataset,
 )
+from peft_caft.training.data import read_jsonl
 
 INVALID = ["", "  ", "C1CC", "C(C)(C)(C)(C)C", "ethanol", "CCO is ethanol", "CCO\nCCO", "c1cccc1"]
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from peft_caft.atomic import filling, replacing
-from peft_caft.schedule import gamma
-from peft_caft.targets import supervised_count, supervised_rows
+from peft_caft.basics.files import filling, replacing
+from peft_caft.method.schedule import gamma
+from peft_caft.method.targets import supervised_count, supervised_rows
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Pretr
 from typer.testing import CliRunner
 
 from peft_caft import CAFTModel
-from peft_caft.cli import app
-from peft_caft.communication import Communication
-from peft_caft.live_memory import LiveMemory, Simulation
-from peft_caft.memory import NF4_BYTES, ModelBytes, device_memory
-from peft_caft.plan import METHODS, Option, PlanSettings, plan
-from peft_caft.simulated_step import Batch, StepMemory, model_on_meta, simulate_step
-from peft_caft.unembedding import CHUNK_SIZES, free_bytes
+from peft_caft.cli.app import app
+from peft_caft.heads.unembedding import CHUNK_SIZES, free_bytes
+from peft_caft.planning.communication import Communication
+from peft_caft.planning.live_memory import LiveMemory, Simulation
+from peft_caft.planning.memory import NF4_BYTES, ModelBytes, device_memory
+from peft_caft.planning.plan import METHODS, Option, PlanSettings, plan
+from peft_caft.planning.simulated_step import Batch, StepMemory, model_on_meta, simulate_step
 
 from .tiny_models import CONFIGS, LLAMA_LIKE
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_caft.comparison import compare
-from peft_caft.comparison_plan import read_plan
-from peft_caft.comparison_report import is_beyond
-from peft_caft.task import load_task
+from peft_caft.evaluation.comparison import compare
+from peft_caft.evaluation.comparison_plan import read_plan
+from peft_caft.evaluation.comparison_report import is_beyond
+from peft_caft.evaluation.task import load_task
 
 PLANTED = Path(__file__).parent.parent / "examples" / "planted"
 

@@ -4,8 +4,10 @@ import struct
 
 import pytest
 
-from peft_caft import plots
-from peft_caft.plots import plot_head_accuracy, plot_training
+from peft_caft.basics import plots as look
+from peft_caft.heads.plots import plot_head_accuracy
+from peft_caft.training import plots
+from peft_caft.training.plots import plot_training
 
 LORA = [{"step": step, "loss": 3.0 / step} for step in range(1, 11)]
 CAFT = [
@@ -56,7 +58,7 @@ def test_a_failed_drawing_keeps_the_old_file(tmp_path, monkeypatch):
         file.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(plots.Figure, "savefig", savefig)
+    monkeypatch.setattr(look.Figure, "savefig", savefig)
     with pytest.raises(OSError, match="disk full"):
         plot_training(path, {"LoRA": LORA})
     assert path.read_text() == "old"

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from peft_caft import CAFTConfig
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
 
 from .tiny_checkpoint import tiny_llama
 from .tiny_models import tokens

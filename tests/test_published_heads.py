@@ -11,14 +11,14 @@ from safetensors import safe_open
 from stdlib_functions import stdlib_functions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_caft.artifact import find_heads
-from peft_caft.data import collator, encode
-from peft_caft.demo import published_heads
-from peft_caft.demo_model import embedded_model
-from peft_caft.head_metrics import evaluate_heads
-from peft_caft.heads import AuxiliaryHeads
-from peft_caft.heads_card import heads_card
-from peft_caft.inspection import inspect
+from peft_caft.demo.run import published_heads
+from peft_caft.heads.artifact import find_heads
+from peft_caft.heads.auxiliary_heads import AuxiliaryHeads
+from peft_caft.heads.card import heads_card
+from peft_caft.hub.embedded_model import embedded_model
+from peft_caft.hub.inspection import inspect
+from peft_caft.training.data import collator, encode
+from peft_caft.training.head_metrics import evaluate_heads
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "model_cards" / "SmolLM2-135M-Instruct-caft-heads"

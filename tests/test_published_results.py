@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_caft.comparison_report import markdown_report
+from peft_caft.evaluation.comparison_report import markdown_report
 
 ROOT = Path(__file__).parent.parent
 SUMMARIES = sorted(ROOT.glob("examples/*/results/*/summary.json"))

@@ -10,7 +10,7 @@ from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_caft import AuxiliaryHeads
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
 
 from .test_precision import caft, gradients
 from .tiny_checkpoint import tiny_llama

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_caft.sandbox import OUTPUT_LIMIT, run_program
+from peft_caft.evaluation.sandbox import OUTPUT_LIMIT, run_program
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs the limits of POSIX")
 filtered = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the system call filter of Linux")

@@ -8,8 +8,8 @@ import pytest
 import scale
 from transformers import LlamaConfig
 
-from peft_caft.communication import Communication
-from peft_caft.plan import GIB, METHODS
+from peft_caft.planning.communication import Communication
+from peft_caft.planning.plan import GIB, METHODS
 
 from .test_communication import SIZES, accelerate_wraps_so
 

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from peft_caft import AuxiliaryHeads, CAFTCallback, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
-from peft_caft.data import collator, encode, read_jsonl
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.training.data import collator, encode, read_jsonl
 
 from .architectures import MIXTURE
 from .test_trainer import largest_difference, trainable
@@ -232,7 +232,7 @@ def test_own_loss_function_is_refused(tmp_path):
 
 
 def test_old_trl_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_caft.callback.version", lambda package: "1.8.0")
+    monkeypatch.setattr("peft_caft.method.callback.version", lambda package: "1.8.0")
     with pytest.raises(ValueError, match=r"trl: got version 1\.8\.0, expected 1\.16 or newer"):
         sft_trainer(caft_model(), tmp_path, rows_of_ids(tmp_path)).train()
 

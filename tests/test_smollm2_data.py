@@ -16,7 +16,8 @@ from instruction_prompts import GENERATORS, SHARES, make_prompts, normalised
 from stdlib_functions import in_test, split_name
 from topics import TOPICS
 
-from peft_caft.data import file_sha256, read_jsonl
+from peft_caft.basics.files import file_sha256
+from peft_caft.training.data import read_jsonl
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2_heads"
 SOURCE = '''

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from peft_caft import AuxiliaryHeads
-from peft_caft.backbone import Backbone
-from peft_caft.heads_config import HEAD_TYPES
-from peft_caft.loss import auxiliary_loss, soft_auxiliary_loss
-from peft_caft.soft_cross_entropy import soft_cross_entropy
-from peft_caft.unembedding import CHUNK_SIZES, ChunkSize, Unembedding
+from peft_caft.heads.backbone import Backbone
+from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.heads.unembedding import CHUNK_SIZES, ChunkSize, Unembedding
+from peft_caft.method.loss import auxiliary_loss
+from peft_caft.training.soft_targets import soft_auxiliary_loss, soft_cross_entropy
 
 from .reference import all_logits
 from .tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
@@ -156,7 +156,7 @@ def test_all_heads_draw_the_same_predicted_tokens(monkeypatch):
     """One row of the base model's logits serves every head, so that a fraction of them is computed."""
     seen = []
     monkeypatch.setattr(
-        "peft_caft.loss.soft_cross_entropy",
+        "peft_caft.training.soft_targets.soft_cross_entropy",
         lambda states, rows, teacher, layer: seen.append(len(teacher)) or [s.sum() for s in states],
     )
     model = tiny_model("llama")

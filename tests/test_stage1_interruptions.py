@@ -13,9 +13,10 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from peft_caft import AuxiliaryHeads, hidden_cache
-from peft_caft.data import collator
-from peft_caft.hidden_cache import cached_rows
+from peft_caft import AuxiliaryHeads
+from peft_caft.training import hidden_states_cache as hidden_cache
+from peft_caft.training.data import collator
+from peft_caft.training.hidden_states_cache import cached_rows
 
 from .forked_command import finish, kill_when
 from .tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_chats

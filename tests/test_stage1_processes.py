@@ -19,13 +19,13 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from peft_caft import AuxiliaryHeads
-from peft_caft.cli import main
-from peft_caft.data import collator
-from peft_caft.head_pretraining import TARGETS, HeadPretraining
-from peft_caft.heads_config import HEAD_TYPES
-from peft_caft.hidden_cache import cached_rows
-from peft_caft.sharded_heads import sharding_requested
-from peft_caft.trainer_arguments import trainer_arguments
+from peft_caft.cli.app import main
+from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.training.arguments import trainer_arguments
+from peft_caft.training.data import collator
+from peft_caft.training.engine import sharding_requested
+from peft_caft.training.head_trainer import TARGETS, HeadPretraining
+from peft_caft.training.hidden_states_cache import cached_rows
 
 from .tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_caft import AuxiliaryHeads
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
 
 from .test_stage1_processes import FSDP_ON_CPU, finish, fsdp1_config, in_one_process, kill_when, start, summary
 from .tiny_checkpoint import save_checkpoint, write_chats

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_caft.data import file_sha256, read_jsonl
-from peft_caft.task import Metric, Splits, Task, chat, load_task, share_of_cut_words
-from peft_caft.task_building import build_main, build_task, require_disjoint
+from peft_caft.basics.files import file_sha256
+from peft_caft.evaluation.task import Metric, Splits, Task, chat, load_task, share_of_cut_words
+from peft_caft.evaluation.task_building import build_main, build_task, require_disjoint
+from peft_caft.training.data import read_jsonl
 
 from .tiny_checkpoint import tiny_tokenizer
 
@@ -50,7 +51,9 @@ def test_build_that_fails_leaves_no_record_of_being_whole(tmp_path, monkeypatch)
         build_task(task, tmp_path, {"test": 31})
     assert (tmp_path / "data.json").exists()
     assert (tmp_path / "test.jsonl").read_bytes() == before  # nothing was touched
-    monkeypatch.setattr("peft_caft.task_building.write_text", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        "peft_caft.evaluation.task_building.write_text", lambda *_: (_ for _ in ()).throw(OSError("full"))
+    )
     with pytest.raises(OSError, match="full"):
         build_task(task, tmp_path)
     assert not (tmp_path / "data.json").exists()
@@ -137,7 +140,7 @@ def test_two_tasks_of_one_file_name_and_their_neighbours_do_not_mix(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"neighbour_{name}.py").write_text(f"NAME = {name!r}")
         (tmp_path / name / "task.py").write_text(
-            f"from neighbour_{name} import NAME\nfrom peft_caft.task import Task\n"
+            f"from neighbour_{name} import NAME\nfrom peft_caft.evaluation.task import Task\n"
             "class T(Task):\n    name, metrics, sizes = NAME, (), {}\n"
             "    def build(self, sizes, cache): pass\n    def score(self, rows, answers): return {}\nTASK = T()\n"
         )

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from peft_caft.data import encode
-from peft_caft.term_alignment import BETWEEN, CUT, GAP, SPECIAL, LocatingTokenizer, align
-from peft_caft.terms import UNITS, chemistry_terms, code_terms, guess_unit, is_smiles, prose_terms
+from peft_caft.concepts.alignment import BETWEEN, CUT, GAP, SPECIAL, LocatingTokenizer, align
+from peft_caft.concepts.terms import UNITS, chemistry_terms, code_terms, guess_unit, is_smiles, prose_terms
+from peft_caft.training.data import encode
 
 from .tiny_checkpoint import CHAT_TEMPLATE, WORDS, tiny_tokenizer
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_caft import AuxiliaryHeads, CAFTCallback, CAFTConfig
-from peft_caft.data import collator, encode, read_jsonl
+from peft_caft.training.data import collator, encode, read_jsonl
 
 from .tiny_checkpoint import tiny_llama, tiny_tokenizer, write_chats
 

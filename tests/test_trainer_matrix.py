@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from peft_caft import CAFTCallback, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
-from peft_caft.callback import objective_of
-from peft_caft.data import collator
-from peft_caft.heads_config import HEAD_TYPES
+from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.method.callback import objective_of
+from peft_caft.training.data import collator
 
 from .reference import reference_loss
 from .tiny_checkpoint import WORDS, tiny_llama, tiny_tokenizer

@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from peft_caft import CAFTCallback, CAFTConfig
-from peft_caft.heads_config import HEAD_TYPES
-from peft_caft.linear_cross_entropy import linear_cross_entropy
-from peft_caft.unembedding import CHUNK_SIZES, ChunkSize
+from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.heads.unembedding import CHUNK_SIZES, ChunkSize
+from peft_caft.method.linear_cross_entropy import linear_cross_entropy
 
 from .tiny_models import ARCHITECTURES, LLAMA_LIKE, PECULIAR, VOCABULARY, tiny_model, tokens
 
@@ -60,7 +60,7 @@ def assert_same_with_fast_paths_off(model, tolerance=1e-5, **batch):
 def test_unembedding_is_gathered_once_in_a_pass(monkeypatch):
     """Under ZeRO-3 that is a copy of it from all processes."""
     model, gathered = caft(), []
-    monkeypatch.setattr("peft_caft.backbone.whole", lambda parameter: gathered.append(parameter) or parameter)
+    monkeypatch.setattr("peft_caft.heads.backbone.whole", lambda parameter: gathered.append(parameter) or parameter)
     for passes in (1, 2):  # the first one also verifies the architecture
         model(input_ids=tokens(), labels=half_supervised()).loss.backward()
         assert len(gathered) == passes
@@ -121,7 +121,7 @@ def test_residual_heads_share_products_until_these_are_large(most, together, mon
         sizes.append(len(states))
         return linear_cross_entropy(states, *args)
 
-    monkeypatch.setattr("peft_caft.loss.linear_cross_entropy", recorded)
+    monkeypatch.setattr("peft_caft.method.loss.linear_cross_entropy", recorded)
     monkeypatch.setitem(CHUNK_SIZES, "cpu", ChunkSize(most * VOCABULARY))
     model = caft(head_type="residual")
     assert_same_with_fast_paths_off(model, input_ids=tokens(), labels=half_supervised())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_caft.task import Metric, Row, Scores, Splits, Task, answer_of, chat, share_of_cut_words
-from peft_caft.task_building import build_main
+from peft_caft.evaluation.task import Metric, Row, Scores, Splits, Task, answer_of, chat, share_of_cut_words
+from peft_caft.evaluation.task_building import build_main
 
 WORDS = ("ethanol", "propane", "butane", "pentane", "hexane", "benzene")
 

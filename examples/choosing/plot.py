@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from peft_caft.fine_tuning import FineTuningSettings
-from peft_caft.plots import save_figure, tidy_axes
+from peft_caft.basics.plots import save_figure, tidy_axes
+from peft_caft.training.fine_tuning import FineTuningSettings
 
 RESULTS = Path(__file__).parent / "results"
 PANELS = {

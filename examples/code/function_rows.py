@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from peft_caft.task import Row, chat
+from peft_caft.evaluation.task import Row, chat
 
 # The heads of examples/smollm2_heads learned from its training functions: the same split keeps the test functions unseen by both.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "smollm2_heads"))

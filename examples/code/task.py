@@ -11,9 +11,9 @@ from pathlib import Path
 from function_rows import code_of, humaneval_rows, library_rows, normal_form, program_of
 from transformers import PreTrainedTokenizerBase
 
-from peft_caft.sandbox import run_program
-from peft_caft.task import Metric, Row, Scores, Splits, Task, answer_of
-from peft_caft.task_building import build_main
+from peft_caft.evaluation.sandbox import run_program
+from peft_caft.evaluation.task import Metric, Row, Scores, Splits, Task, answer_of
+from peft_caft.evaluation.task_building import build_main
 
 
 class Code(Task):

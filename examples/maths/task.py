@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from peft_caft.task import Metric, Row, Scores, Splits, Task, answer_of, chat
-from peft_caft.task_building import build_main
+from peft_caft.evaluation.task import Metric, Row, Scores, Splits, Task, answer_of, chat
+from peft_caft.evaluation.task_building import build_main
 
 GENERATORS = ("gsm_symbolic", "leg_counting", "simple_equations", "chain_sum", "basic_arithmetic", "products", "gcd")
 PROBLEMS = 50_000  # of each generator and split, at most

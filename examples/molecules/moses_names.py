@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from peft_caft.molecules import MAX_NAME_LENGTH, MAX_SMILES_LENGTH, Molecule, canonical_smiles
-from peft_caft.output_guard import lock
+from peft_caft.basics.files import lock
+from peft_caft.demo.molecules import MAX_NAME_LENGTH, MAX_SMILES_LENGTH, Molecule, canonical_smiles
 
 FILES = {"train": "train.csv.gz", "test": "test.csv.gz"}  # never test_scaffolds.csv.gz, which stays unseen
 

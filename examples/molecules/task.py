@@ -16,9 +16,9 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from peft_caft.molecules import SYSTEM_PROMPT, Molecule, canonical_smiles, component_molecules
-from peft_caft.task import Metric, Row, Scores, Splits, Task, answer_of, chat, prompt_of, share_of_cut_words
-from peft_caft.task_building import build_main
+from peft_caft.demo.molecules import SYSTEM_PROMPT, Molecule, canonical_smiles, component_molecules
+from peft_caft.evaluation.task import Metric, Row, Scores, Splits, Task, answer_of, chat, prompt_of, share_of_cut_words
+from peft_caft.evaluation.task_building import build_main
 
 SHARES = {"test": 0.07, "dev": 0.10}  # upper ends; a scaffold's number between 0 and 1 decides its split
 # The first number tried with which the forty commonest scaffolds, such as benzene, are in train, where they can teach most.

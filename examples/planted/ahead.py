@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_caft.task import Metric, Row, Scores, Splits, Task
-from peft_caft.task_building import build_main
+from peft_caft.evaluation.task import Metric, Row, Scores, Splits, Task
+from peft_caft.evaluation.task_building import build_main
 
 KINDS = 6
 NOUNS = [f"noun{number}" for number in range(96)]  # noun i is of kind i % KINDS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ahead import Planted
 
-from peft_caft.task_building import build_main
+from peft_caft.evaluation.task_building import build_main
 
 
 class Blind(Planted):

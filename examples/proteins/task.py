@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from peft_caft.task import Metric, Row, Scores, Splits, Task, answer_of, chat
-from peft_caft.task_building import build_main
+from peft_caft.evaluation.task import Metric, Row, Scores, Splits, Task, answer_of, chat
+from peft_caft.evaluation.task_building import build_main
 
 AMINO_ACIDS = frozenset("ACDEFGHIKLMNPQRSTVWY")
 SHARES = {"test": 0.15, "dev": 0.22}  # upper ends; a family's number between 0 and 1 decides its split

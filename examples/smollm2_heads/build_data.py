@@ -29,10 +29,9 @@ from pathlib import Path
 from instruction_prompts import make_prompts
 from stdlib_functions import Function, package_functions, stdlib_functions
 
-from peft_caft.atomic import write_text
-from peft_caft.data import file_sha256
-from peft_caft.provenance import listed, provenance
-from peft_caft.tables import markdown_table
+from peft_caft.basics.files import file_sha256, write_text
+from peft_caft.basics.provenance import listed, provenance
+from peft_caft.basics.tables import markdown_table
 
 # Installed with '.[heads-data]', under Apache-2.0, BSD or MIT, and written by many hands.
 PACKAGES = (

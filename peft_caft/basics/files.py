@@ -1,0 +1,137 @@
+"""Files that are written whole or not at all, by one writer; readers of JSON; hashes; the cache folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    pass
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it is renamed to ``path``, on error it is removed.
+
+    The old file stays whole until the rename, which the file system does in one step.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder; on success its files are renamed, one by one, into ``folder``; on error it goes.
+
+    No file in ``folder`` is ever half written, and one that nobody wrote anew stays.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in sorted(temporary.iterdir()):
+            os.replace(path, target / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one output are not noticed there
+    fcntl = None  # type: ignore[assignment]
+NO_ROOM = 2**20  # bytes: less than that is a full disk
+
+
+def lock(file: IO[bytes], output: Path, wait: bool = False) -> None:
+    """Lock an open file until it is closed or the process ends, however it ends.
+
+    Args:
+        wait: until another process, which holds it, lets go.
+
+    Raises:
+        BlockingIOError: if another process holds it, and so writes ``output``.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise BlockingIOError(
+            f"output: {output} is being written by another process. Wait for it or stop it, or choose another output."
+        ) from error
+
+
+@contextmanager
+def full_disk_explained(output: Path, kept: str) -> Iterator[None]:
+    """Turn what a full disk makes libraries raise into one OSError that says what to do.
+
+    Args:
+        output: file or folder that is written.
+        kept: what is not lost, as ``"All batches that were finished are"``.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full(error, output):
+            raise
+        raise OSError(
+            f"output: the disk of {output} is full. {kept} kept: make room there and run the same command again to go on."
+        ) from error
+
+
+def _is_full(error: Exception, output: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # torch.save and safetensors do not pass the system's error on.
+    folder = next(path for path in (output, *output.absolute().parents) if path.is_dir())
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < NO_ROOM
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def default_cache_dir() -> Path:
+    """Return ``$PEFT_CAFT_CACHE``, else ``$XDG_CACHE_HOME/peft-caft``, else ``~/.cache/peft-caft``."""
+    if chosen := os.environ.get("PEFT_CAFT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-caft"
+
+
+def json_or_none(path: Path) -> dict[str, Any] | None:
+    """What a JSON file holds, None if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

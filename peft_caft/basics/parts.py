@@ -1,0 +1,114 @@
+"""What `peft-caft distill` has finished so far, kept so that a kill at any moment costs at most the batches in work.
+
+Beside the output there is a hidden folder with ``settings.json`` and, for each process, ``part-RANK.jsonl`` with one line
+per finished batch, flushed to the disk. A line without its end is cut off when the run is resumed, and its batch is made
+again. Which process made a batch does not matter, so a run can be resumed with another number of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import json_or_none, lock, write_text
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The finished batches of the run that writes ``output``."""
+
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.parts")
+
+    @property
+    def provenance_path(self) -> Path:
+        return self.output.with_suffix(".provenance.json")
+
+    def begin(self, settings: dict[str, Any], overwrite: bool = False) -> dict[str, Any] | None:
+        """Start a run or take up an interrupted one; for one process alone, while the others wait.
+
+        Returns:
+            the provenance of the finished output if it is there with these settings, else None.
+
+        Raises:
+            FileExistsError: if there is an output, or an interrupted run, of other settings.
+        """
+        advice = "Choose another output, or pass --overwrite to replace it."
+        for part in self._parts():
+            with open(part, "rb+") as file:
+                lock(file, self.output)  # a process of a killed run may live on
+        if overwrite:
+            self.discard()
+            self.provenance_path.unlink(missing_ok=True)
+        finished = json_or_none(self.provenance_path) if self.output.exists() else None
+        if finished is not None and not _changed(settings, finished.get("settings", {})):
+            self.discard()
+            return finished
+        settings_path = self.folder / "settings.json"
+        recorded = json_or_none(settings_path)
+        if recorded is not None:
+            if changed := _changed(settings, recorded):
+                raise FileExistsError(f"output: {self.output} is of an interrupted run with {changed}. {advice}")
+        elif self.output.exists() and not overwrite:
+            changed = _changed(settings, (finished or {}).get("settings", {}))
+            raise FileExistsError(
+                f"output: {self.output} exists{f', made with {changed}' if finished else ''}. {advice}"
+            )
+        else:
+            write_text(settings_path, json.dumps(settings, indent=2) + "\n")
+        for part in self._parts():
+            with open(part, "rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        return None
+
+    def finished(self) -> Iterator[dict[str, Any]]:
+        """The finished batches of all processes, in no order."""
+        for part in self._parts():
+            with open(part, encoding="utf-8") as file:
+                for line in file:
+                    yield json.loads(line)
+
+    @contextmanager
+    def appending(self, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Yield a function that records a finished batch: it is on the disk when the function returns.
+
+        Raises:
+            BlockingIOError: if another run writes the same output.
+        """
+        with open(self.folder / f"part-{rank}.jsonl", "ab") as file:
+            lock(file, self.output)
+
+            def append(batch: dict[str, Any]) -> None:
+                file.write((json.dumps(batch) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+            yield append
+
+    def discard(self) -> None:
+        """Remove everything, in one step as far as another run can see."""
+        trash = self.folder.with_name(f"{self.folder.name}.trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.jsonl"))
+
+
+def _changed(got: dict[str, Any], recorded: dict[str, Any]) -> str | None:
+    """The first setting that differs, in words."""
+    for name in sorted({*got, *recorded}):
+        if got.get(name) != recorded.get(name):
+            return f"other settings; {name}: got {got.get(name)!r}, expected {recorded.get(name)!r} to go on with it"
+    return None

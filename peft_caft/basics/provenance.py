@@ -1,0 +1,110 @@
+"""What an artifact says about how it was made."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PACKAGES = ("peft-caft", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            found[package] = "not installed"
+    return found
+
+
+def listed(versions: dict[str, str]) -> str:
+    """`versions` in a line of text."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def source_name(source: str) -> str:
+    """A model's or artifact's Hub id, or the name of its folder: the path of it means nothing on another machine."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the source tree that this package runs from, None if it is installed from a wheel.
+
+    Cached at the first call, so that a long run records the code it started with.
+    """
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def provenance() -> dict[str, object]:
+    """Versions, commit and machine of this process, for the record beside an artifact."""
+    # A path means nothing on another machine, so only its last part is recorded.
+    arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
+    program = Path(sys.argv[0])
+    is_script = program.suffix == ".py" and program.resolve().parent != Path(__file__).resolve().parents[1] / "cli"
+    started = ["python", program.name] if is_script else ["peft-caft"]
+    return {
+        "command": shlex.join([*started, *arguments]),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "machine": machine(),
+    }
+
+
+def machine() -> str:
+    """System, processor with its number of cores, and GPUs, as "Linux x86_64, 2 x AMD EPYC"."""
+    import torch
+
+    parts = [f"{platform.system()} {platform.machine()}"]
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
+    processor = models[0].partition(":")[2].strip() if models else "cores"
+    parts.append(f"{os.cpu_count()} x {processor}")
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    return ", ".join(parts)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex digest of some numbers of each parameter: a merged adapter leaves the unembedding as it was, but not this."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        values = parameter.detach().flatten()
+        digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def peak_memory_mib() -> float | None:
+    """Largest memory this process has held so far, MiB: of the GPU if it used one, else resident; None on Windows."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

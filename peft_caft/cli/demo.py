@@ -1,0 +1,26 @@
+"""The command ``demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command("demo")
+def demo_command(
+    output_dir: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo-output"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, to see that it runs.")] = False,
+    seed: Annotated[int, typer.Option(help="Of initialisation and order of data.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew instead of resuming.")] = False,
+) -> None:
+    """The whole way on a real model and real data, on a CPU in less than 10 minutes.
+
+    Heads, LoRA, CAFT, merge, generate, and a table and plots to compare.
+    """
+    from ..demo.run import demo
+
+    demo(output_dir, smoke=smoke, seed=seed, overwrite=overwrite)

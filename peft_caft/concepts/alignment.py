@@ -1,0 +1,305 @@
+"""Which supervised token belongs to which term of the answer, by the character offsets that fast tokenizers give.
+
+What is supervised is decided where training data are encoded (`peft_caft.training.data.encode_row`), and there alone: it is run with a
+tokenizer whose token ids remember which characters of which text they stand for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..method.targets import IGNORE_INDEX
+from ..training.data import encode_row
+from ..training.generation import special_token_ids
+from .terms import Span
+
+BETWEEN, SPECIAL, CUT = -1, -2, -3  # what a token is that lies in no term
+GAP = "\n\n"  # between the answers of one row, where it has several
+
+
+class LocatedToken(int):
+    """A token id that knows its characters: ``text[start:end]``."""
+
+    text: str
+    start: int
+    end: int
+
+    @classmethod
+    def at(cls, token_id: int, text: str, span: Span) -> LocatedToken:
+        token = cls(token_id)
+        token.text, (token.start, token.end) = text, span
+        return token
+
+
+class LocatingTokenizer:
+    """A tokenizer that does what the one it is made of does, with ids that are `LocatedToken`.
+
+    Raises:
+        ValueError: if that one gives no offsets.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"tokenizer: got {type(tokenizer).__name__}, expected a fast one, which tells the characters of its tokens. Load it "
+                "with AutoTokenizer, and save it once so that tokenizer.json is in the model's folder."
+            )
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[LocatedToken]]:
+        found = self.tokenizer(text, return_offsets_mapping=True, **kwargs)
+        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        return {"input_ids": [LocatedToken.at(token_id, text, span) for token_id, span in pairs]}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A supervised token that the model predicts.
+
+    Attributes:
+        position: in the row's tokens; at least 1.
+        start, end: its characters in the row's text. Tokens that are parts of one character share it.
+        term: index of its term in the row's terms; or `BETWEEN` (punctuation, white space), `SPECIAL` (such as the end of the
+            answer), or `CUT` (in a term that the maximal length cut off).
+        place: 1 for the first token of its term, and so on; 0 in no term.
+    """
+
+    position: int
+    start: int
+    end: int
+    term: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term all of whose tokens are targets.
+
+    Attributes:
+        text: its characters.
+        targets: indices of its tokens in the row's targets, in order; at least one.
+    """
+
+    text: str
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AlignedRow:
+    """A row of data, encoded as for training, with its terms.
+
+    Attributes:
+        number: line of the file, blank ones not counted, from 1 on.
+        input_ids, labels: as `peft_caft.training.data.encode` gives them.
+        text: the supervised part.
+        targets, terms: in order.
+        shared_tokens: tokens that cover characters of more than one term.
+        overhanging_tokens: tokens of a term that also cover punctuation beside it.
+        swallowed_terms: terms without a token of their own: all of theirs are counted for a neighbour.
+    """
+
+    number: int
+    input_ids: list[int]
+    labels: list[int]
+    text: str
+    targets: list[Target]
+    terms: list[Term]
+    shared_tokens: int
+    overhanging_tokens: int
+    swallowed_terms: int
+
+    @property
+    def encoded(self) -> dict[str, list[int]]:
+        return {"input_ids": self.input_ids, "labels": self.labels}
+
+    def length_of(self, target: Target) -> int:
+        """Tokens of the term that ``target`` is in; 0 if it is in none."""
+        return len(self.terms[target.term].targets) if target.term >= 0 else 0
+
+
+def align(
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    terms_of: Callable[[str], list[Span]],
+    max_length: int,
+) -> list[AlignedRow]:
+    """Encode rows as for training and find the terms of their answers; rows without a target are left out.
+
+    Args:
+        rows: as `peft_caft.training.data.read_jsonl` gives them.
+        tokenizer: a fast one.
+        terms_of: one of `peft_caft.concepts.terms.UNITS`.
+        max_length: longest row in tokens; longer ones lose their end.
+
+    Raises:
+        ValueError: naming the row, as `peft_caft.training.data.encode`; or if no row has a target.
+    """
+    locating, specials = LocatingTokenizer(tokenizer), special_token_ids(tokenizer)
+    if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        specials.discard(tokenizer.unk_token_id)  # it stands for characters
+    aligned = []
+    for number, row in enumerate(tqdm(rows, desc="Aligning terms", unit=" rows", leave=False, mininterval=1), start=1):
+        try:
+            input_ids, labels = encode_row(row, locating)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+        found = _align_row(number, input_ids, labels, specials, terms_of, max_length)
+        if found.targets:
+            aligned.append(found)
+    if not aligned:
+        raise ValueError(
+            f"data: none of {len(rows)} rows has a supervised token within max_length={max_length} tokens, expected at least one. "
+            "Raise max_length or check that the answers are not empty."
+        )
+    return aligned
+
+
+def answer_texts(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The supervised texts of rows, without what the chat template adds: what a unit is guessed from."""
+    texts: list[str] = []
+    for row in rows:
+        if "messages" in row:
+            texts += [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        else:
+            texts.append(row["completion"] if "completion" in row else row["text"])
+    return texts
+
+
+@dataclass
+class _Piece:
+    """A supervised token while its term is looked for; a special one has no characters of its own."""
+
+    position: int
+    start: int
+    end: int
+    special: bool
+    owner: int = BETWEEN
+
+
+def _align_row(
+    number: int,
+    input_ids: list[int],
+    labels: list[int],
+    specials: set[int],
+    terms_of: Callable[[str], list[Span]],
+    max_length: int,
+) -> AlignedRow:
+    text, pieces = _supervised_text(input_ids, labels, specials)
+    spans = _terms_between_specials(text, pieces, terms_of)
+    seams = _find_owners(text, pieces, spans, max_length)
+    owned: list[list[int]] = [[] for _ in spans]  # positions of each term's tokens
+    for piece in pieces:
+        if piece.owner >= 0:
+            owned[piece.owner].append(piece.position)
+    whole = [bool(own) and own[0] > 0 and own[-1] < max_length for own in owned]
+    numbering = dict(zip((index for index, is_whole in enumerate(whole) if is_whole), itertools.count()))
+    targets: list[Target] = []
+    members: list[list[int]] = [[] for _ in numbering]
+    for piece in pieces:
+        if not 0 < piece.position < max_length:  # nothing predicts the first token of a row
+            continue
+        term, place = (SPECIAL if piece.special else piece.owner), 0
+        if term >= 0:
+            term = numbering.get(term, CUT)
+        if term >= 0:
+            members[term].append(len(targets))
+            place = len(members[term])
+        targets.append(Target(piece.position, piece.start, piece.end, term, place))
+    return AlignedRow(
+        number,
+        [int(token) for token in input_ids[:max_length]],
+        [int(label) for label in labels[:max_length]],
+        text[: max((target.end for target in targets), default=0)],
+        targets,
+        [Term(text[slice(*spans[old])], tuple(members[new])) for old, new in numbering.items()],
+        seams.shared,
+        seams.overhanging,
+        sum(index in seams.touched and not own for index, own in enumerate(owned)),
+    )
+
+
+def _supervised_text(input_ids: list[Any], labels: list[int], specials: set[int]) -> tuple[str, list[_Piece]]:
+    """The answers of a row in one text, and their tokens with offsets into it."""
+    text = ""
+    pieces: list[_Piece] = []
+
+    def source(position: int) -> int | None:
+        """What a stretch of tokens has in common; None for a token that was not cut out of a text (an added end)."""
+        if labels[position] == IGNORE_INDEX:
+            return -1
+        return id(input_ids[position].text) if isinstance(input_ids[position], LocatedToken) else None
+
+    for key, positions in itertools.groupby(range(len(labels)), source):
+        if key == -1:
+            continue
+        stretch = list(positions)
+        if key is None:
+            pieces += [_Piece(position, len(text), len(text), True) for position in stretch]
+            continue
+        # A tokenizer's own first or last token has the empty range 0, 0.
+        located = [token for position in stretch if (token := input_ids[position]).end > token.start]
+        if not located:
+            pieces += [_Piece(position, len(text), len(text), True) for position in stretch]
+            continue
+        begin, end = min(token.start for token in located), max(token.end for token in located)
+        text += GAP if text else ""
+        shift = len(text) - begin
+        text += located[0].text[begin:end]
+        last = begin + shift
+        for position in stretch:
+            token = input_ids[position]
+            # The empty range is also that of white space, where a tokenizer trims its offsets.
+            first, last = (token.start + shift, token.end + shift) if token.end > token.start else (last, last)
+            pieces.append(_Piece(position, first, last, int(token) in specials))
+    return text, pieces
+
+
+def _terms_between_specials(text: str, pieces: list[_Piece], terms_of: Callable[[str], list[Span]]) -> list[Span]:
+    spans: list[Span] = []
+    start = 0
+    for first, last in [*((p.start, p.end) for p in pieces if p.special and p.end > p.start), (len(text), len(text))]:
+        spans += [(start + begin, start + end) for begin, end in terms_of(text[start:first])]
+        start = last
+    return spans
+
+
+@dataclass
+class _Seams:
+    """Where tokens and terms do not end together, within the maximal length."""
+
+    shared: int = 0
+    overhanging: int = 0
+    touched: set[int] = field(default_factory=set)  # terms with a token, though it may count for another one
+
+
+def _find_owners(text: str, pieces: list[_Piece], spans: list[Span], max_length: int) -> _Seams:
+    """Give each token to the term that has most of its characters, the earlier one of two alike."""
+    seams, first = _Seams(), 0
+    for piece in pieces:
+        if piece.special or piece.start == piece.end:
+            continue
+        while first < len(spans) and spans[first][1] <= piece.start:
+            first += 1
+        overlaps = {}
+        for index in range(first, len(spans)):
+            start, end = spans[index]
+            if start >= piece.end:
+                break
+            overlaps[index] = min(end, piece.end) - max(start, piece.start)
+        if overlaps:
+            piece.owner = max(overlaps, key=lambda index: overlaps[index])
+        if piece.position < max_length:
+            seams.shared += len(overlaps) > 1
+            characters = sum(not character.isspace() for character in text[piece.start : piece.end])
+            seams.overhanging += bool(overlaps) and sum(overlaps.values()) < characters
+            seams.touched |= overlaps.keys()
+    return seams

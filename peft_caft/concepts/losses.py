@@ -1,0 +1,207 @@
+"""Where a model's loss sits inside terms, and how well it knows whole ones: per model, and two models compared.
+
+A model is one or several runs, from one seed each. Intervals are the bootstrap's over rows and, of several, runs; models are compared on
+the same rows and run by run (`peft_caft.basics.intervals`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..basics.intervals import Estimate, mean_over_seeds, paired_difference
+from .alignment import BETWEEN, SPECIAL, AlignedRow, Target
+from .token_scores import TokenScores
+
+LAST_PLACE = 5  # this one and all after it are one
+PLACES = ("all", "single", "1", "2", "3", "4", "5+", "between", "special")
+PLACE_NAMES = {
+    "all": "all supervised tokens",
+    "single": "the token of a one-token term",
+    "1": "1st of several tokens",
+    "2": "2nd",
+    "3": "3rd",
+    "4": "4th",
+    "5+": "5th and later",
+    "between": "between terms",
+    "special": "special",
+}
+LENGTHS = ("2+", "2", "3", "4", "5+")
+Runs = Sequence[Sequence[TokenScores]]  # of one model: scores of each row, in the order of the rows
+
+
+@dataclass(frozen=True)
+class PlaceLoss:
+    """Cross entropy of the tokens at one place.
+
+    Attributes:
+        place: one of `PLACES`.
+        tokens: how many there are.
+        cross_entropy: mean, nats/token.
+        accuracy: share of tokens that are the most likely one.
+        share_of_loss: of the sum over all supervised tokens.
+    """
+
+    place: str
+    tokens: int
+    cross_entropy: Estimate | None
+    accuracy: Estimate | None
+    share_of_loss: float | None
+
+
+@dataclass(frozen=True)
+class WholeTerms:
+    """How well a model knows the terms of some length.
+
+    Attributes:
+        length: in tokens, one of `LENGTHS`.
+        terms: how many there are.
+        log_probability: mean over terms of the log-probability of all tokens of the term, given what stands before it, nats.
+        accuracy: share of terms all of whose tokens are the most likely ones, given the right ones before.
+    """
+
+    length: str
+    terms: int
+    log_probability: Estimate | None
+    accuracy: Estimate | None
+
+
+@dataclass(frozen=True)
+class ModelConcepts:
+    """One model on one data set."""
+
+    places: list[PlaceLoss]
+    terms: list[WholeTerms]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``model`` minus ``reference``, as in `PlaceLoss` and `WholeTerms`, by place and by length; of so many pairs of runs."""
+
+    reference: str
+    model: str
+    runs: int
+    cross_entropy: dict[str, Estimate | None]
+    log_probability: dict[str, Estimate | None]
+    accuracy: dict[str, Estimate | None]
+
+
+@dataclass(frozen=True)
+class RowValues:
+    """What is averaged: one mean a run and row, and how many tokens or terms of the row it is of.
+
+    Attributes:
+        means: per run, one a row; without meaning where the count is 0.
+        counts: one a row.
+    """
+
+    means: list[list[float]]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, sums: Sequence[Sequence[float]], counts: list[int]) -> RowValues:
+        """Of sums over the tokens or terms of each run and row."""
+        return cls([[float(s) / max(n, 1) for s, n in zip(run, counts, strict=True)] for run in sums], counts)
+
+
+class ConceptLosses:
+    """Makes all figures from the scores of single tokens.
+
+    Args:
+        rows: as `peft_caft.concepts.alignment.align` gives them.
+        resamples: draws of the bootstrap.
+        seed: of these draws.
+    """
+
+    def __init__(self, rows: list[AlignedRow], resamples: int = 1000, seed: int = 0) -> None:
+        self.rows = rows
+        self.resamples, self.seed = resamples, seed
+        self.places = {place: [_targets_at(row, place) for row in rows] for place in PLACES}
+        self.terms = {
+            length: [[term.targets for term in row.terms if _is_of(len(term.targets), length)] for row in rows]
+            for length in LENGTHS
+        }
+
+    def of(self, runs: Runs) -> ModelConcepts:
+        """Figures of one model."""
+        at = {place: self._at(place, runs) for place in PLACES}
+        total = _sum(at["all"][0])
+        places, terms = [], []
+        for place, (losses, hits) in at.items():
+            share = _sum(losses) / total if total else None
+            places.append(PlaceLoss(place, sum(losses.counts), self._mean(losses), self._mean(hits), share))
+        for length in LENGTHS:
+            log_probabilities, whole = self._whole(length, runs)
+            terms.append(WholeTerms(length, sum(whole.counts), self._mean(log_probabilities), self._mean(whole)))
+        return ModelConcepts(places, terms)
+
+    def compare(self, reference: str, reference_runs: Runs, model: str, runs: Runs) -> Comparison:
+        """Paired differences, ``model`` minus ``reference``: of the same rows, and run by run; a single run is paired with all."""
+        pairs = max(len(reference_runs), len(runs))
+        before, after = (list(own) * pairs if len(own) == 1 else own for own in (reference_runs, runs))
+
+        def differences(keys: Sequence[str], values: Callable, index: int) -> dict[str, Estimate | None]:
+            return {key: self._difference(values(key, before)[index], values(key, after)[index]) for key in keys}
+
+        return Comparison(
+            reference,
+            model,
+            pairs,
+            cross_entropy=differences(PLACES, self._at, 0),
+            log_probability=differences(LENGTHS, self._whole, 0),
+            accuracy=differences(LENGTHS, self._whole, 1),
+        )
+
+    def _mean(self, values: RowValues) -> Estimate | None:
+        return mean_over_seeds(values.means, values.counts, resamples=self.resamples, seed=self.seed)
+
+    def _difference(self, first: RowValues, second: RowValues) -> Estimate | None:
+        return paired_difference(first.means, second.means, first.counts, resamples=self.resamples, seed=self.seed)
+
+    def _at(self, place: str, runs: Runs) -> tuple[RowValues, RowValues]:
+        """Cross entropies and hits of the tokens at a place."""
+        places = self.places[place]
+        counts = [len(indices) for indices in places]
+        losses = [[s.cross_entropy[indices].sum() for indices, s in zip(places, run, strict=True)] for run in runs]
+        hits = [[s.correct[indices].sum() for indices, s in zip(places, run, strict=True)] for run in runs]
+        return RowValues.of(losses, counts), RowValues.of(hits, counts)
+
+    def _whole(self, length: str, runs: Runs) -> tuple[RowValues, RowValues]:
+        """Log-probabilities of the terms of a length, and which are right as a whole."""
+        rows = self.terms[length]
+        counts = [len(terms) for terms in rows]
+        log_probabilities = [
+            [-sum(s.cross_entropy[list(term)].sum() for term in terms) for terms, s in zip(rows, run, strict=True)]
+            for run in runs
+        ]
+        whole = [
+            [sum(float(s.correct[list(term)].all()) for term in terms) for terms, s in zip(rows, run, strict=True)]
+            for run in runs
+        ]
+        return RowValues.of(log_probabilities, counts), RowValues.of(whole, counts)
+
+
+def _sum(values: RowValues) -> float:
+    return sum(mean * count for run in values.means for mean, count in zip(run, values.counts, strict=True))
+
+
+def place_of(row: AlignedRow, target: Target) -> str | None:
+    """One of `PLACES` but ``"all"``; None in a term that was cut off."""
+    if target.term in (BETWEEN, SPECIAL):
+        return "between" if target.term == BETWEEN else "special"
+    if target.term < 0:
+        return None
+    if row.length_of(target) == 1:
+        return "single"
+    return str(target.place) if target.place < LAST_PLACE else f"{LAST_PLACE}+"
+
+
+def _targets_at(row: AlignedRow, place: str) -> np.ndarray:
+    indices = [index for index, target in enumerate(row.targets) if place in ("all", place_of(row, target))]
+    return np.array(indices, dtype=np.int64)
+
+
+def _is_of(length: int, group: str) -> bool:
+    return length >= int(group[:-1]) if group.endswith("+") else length == int(group)

@@ -1,0 +1,100 @@
+"""Teacher-forced cross entropy of every supervised token, and whether it is the model's most likely one.
+
+Only supervised positions reach the lm_head, a chunk at a time, so that no more logits are held than in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..heads.backbone import Backbone, base_model_of
+from ..heads.unembedding import target_scores
+from ..method.targets import supervised_rows
+from .alignment import AlignedRow
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What one model makes of the targets of one row.
+
+    Attributes:
+        cross_entropy: nats, float64 ``(targets,)``.
+        correct: whether the target is the most likely token, bool ``(targets,)``.
+    """
+
+    cross_entropy: np.ndarray
+    correct: np.ndarray
+
+
+@torch.inference_mode()
+def score_tokens(
+    model: nn.Module, rows: list[AlignedRow], collate: Callable, batch_size: int = 8, description: str = "Scoring"
+) -> list[TokenScores]:
+    """Scores of each row, in the order of ``rows``.
+
+    Args:
+        model: a transformers causal language model, with or without PEFT adapters, in evaluation mode.
+        rows: aligned with the model's tokenizer.
+        collate: makes a batch of tensors ``(batch, tokens)`` of some rows (`peft_caft.training.data.collator`).
+        batch_size: rows per forward pass.
+        description: of the progress bar.
+    """
+    backbone = Backbone.of(model)
+    plain = base_model_of(model).get_output_embeddings() is backbone.lm_head  # and no copy or adapter in its place
+    order = sorted(
+        range(len(rows)), key=lambda index: -len(rows[index].input_ids)
+    )  # little padding; memory runs out at once
+    scores: dict[int, TokenScores] = {}
+    for start in tqdm(range(0, len(order), batch_size), desc=description, unit=" batches", leave=False):
+        indices = order[start : start + batch_size]
+        batch = collate([rows[index].encoded for index in indices]).to(backbone.lm_head.weight.device)
+        if start == 0:
+            plain = plain and _is_plain(model, backbone, batch)
+        found = _scores_in_chunks(backbone, batch) if plain else _scores_of_logits(model, batch)
+        counts = [len(rows[index].targets) for index in indices]
+        cross_entropies, hits = (values.cpu().split(counts) for values in found)
+        for index, cross_entropy, correct in zip(indices, cross_entropies, hits, strict=True):
+            scores[index] = TokenScores(cross_entropy.double().numpy(), correct.numpy())
+    return [scores[index] for index in range(len(rows))]
+
+
+def _is_plain(model: nn.Module, backbone: Backbone, batch: dict[str, Tensor]) -> bool:
+    """Whether norm and lm_head are all there is after the layers, judged by the logits of the first row's last token."""
+    row = {name: batch[name][:1] for name in ("input_ids", "attention_mask")}
+    with backbone.capture() as records:
+        logits = model(**row, use_cache=False).logits
+    unembedding = backbone.unembedding()
+    own = unembedding.logits(records[-1].last_hidden_state[:, -1:].to(unembedding.weight.dtype))
+    try:
+        backbone.verify(records[-1], "logits", own, logits[:, -1:])
+    except TypeError:
+        return False
+    return True
+
+
+def _scores_in_chunks(backbone: Backbone, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    rows, targets = supervised_rows(batch["labels"], 1)
+    with backbone.capture() as records:
+        backbone.trunk(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    states = records[-1].last_hidden_state.flatten(0, 1)[rows]
+    cross_entropies, hits = target_scores(states, targets, backbone.unembedding())
+    return cross_entropies, hits[:, 0]
+
+
+def _scores_of_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same by the model's own logits, one row of the batch at a time: for models that do more at their output."""
+    found = []
+    for index in range(len(batch["labels"])):
+        row = {name: values[index : index + 1] for name, values in batch.items()}
+        positions, targets = supervised_rows(row["labels"], 1)
+        logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], use_cache=False).logits
+        log_probs = logits[0, positions].float().log_softmax(dim=1)
+        found.append((-log_probs.gather(1, targets[:, None])[:, 0], log_probs.argmax(dim=1) == targets))
+    cross_entropies, hits = zip(*found, strict=True)
+    return torch.cat(cross_entropies), torch.cat(hits)

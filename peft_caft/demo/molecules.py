@@ -1,0 +1,303 @@
+"""Chemical name -> SMILES: a real task where concepts are long (one ring or group is many tokens), and its metrics.
+
+The pairs come from the wwPDB chemical component dictionary inside the PyPI package biotite: each component has a
+name, atoms, bonds and coordinates, from which RDKit writes the SMILES. Only components first dated before 2024 are
+used; the later ones stay unseen.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rdkit
+from rdkit import Chem, DataStructs, rdBase
+from rdkit.Chem import rdFingerprintGenerator
+
+from ..basics.files import default_cache_dir, write_text
+
+FIRST_UNUSED_YEAR = 2024
+MAX_SMILES_LENGTH = 80  # characters
+MAX_NAME_LENGTH = 150  # characters
+CACHE_VERSION = 1  # raise when the rules below change, so that no older cache is read
+SPLITS = ("train", "dev", "test")
+SYSTEM_PROMPT = "Write the SMILES of the named molecule."
+
+# Metals are left out: the dictionary draws coordination as covalent bonds, which no SMILES reader agrees on.
+ELEMENTS = {"B": 5, "C": 6, "N": 7, "O": 8, "F": 9, "SI": 14, "P": 15, "S": 16, "CL": 17, "SE": 34, "BR": 35, "I": 53}
+HYDROGENS = {"H", "D"}
+# What stays in capitals in a name that is otherwise lower case: (2R,3aS) and (E), locants as in N-, S- or L-, and 2H.
+CAPITALS = re.compile(
+    r"(?<=\()\d*'*[a-d]?[rsez](?:,\d*'*[a-d]?[rsez])*(?=\))|(?<![a-z])[nosdlr](?=\d*[-,'])|(?<=\d)h(?![a-z])"
+)
+BOND_TYPES = {"SING": Chem.BondType.SINGLE, "DOUB": Chem.BondType.DOUBLE, "TRIP": Chem.BondType.TRIPLE}
+
+
+@dataclass(frozen=True)
+class Molecule:
+    """One component of the dictionary."""
+
+    name: str  # cleaned, printable ASCII
+    smiles: str  # RDKit's canonical SMILES, with stereochemistry
+    component: str  # id in the dictionary, e.g. "ATP"
+    year: int  # when the component was first dated
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well predicted SMILES match the references."""
+
+    n: int  # number of predictions
+    valid: float  # fraction that RDKit reads
+    exact: float  # fraction with the reference's canonical SMILES
+    tanimoto: float | None  # mean Morgan similarity (radius 2, 2048 bits) of the valid ones; None if none is valid
+
+
+def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
+    """Return every usable (name, SMILES) pair, sorted by year and component; names and SMILES are unique.
+
+    The first call reads the dictionary (about half a minute) and caches the pairs as JSONL.
+
+    Args:
+        cache_dir: folder of the cache; `default_cache_dir()` if None.
+
+    Raises:
+        ModuleNotFoundError: biotite, which brings the dictionary, is not installed.
+    """
+    try:
+        import biotite
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The molecules come with the Python package 'biotite', which is not installed. Install it with "
+            "`pip install 'peft-caft[demo]'` under Python 3.11 or newer.",
+            name="biotite",
+        ) from error
+
+    cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    cache = cache_dir / f"molecules-v{CACHE_VERSION}-biotite{biotite.__version__}-rdkit{rdkit.__version__}.jsonl"
+    if not cache.is_file():
+        molecules = _without_duplicates(sorted(_read_dictionary(), key=lambda m: (m.year, m.component)))
+        write_text(cache, "".join(json.dumps(asdict(molecule)) + "\n" for molecule in molecules))
+    with cache.open(encoding="utf-8") as lines:
+        return [Molecule(**json.loads(line)) for line in lines]
+
+
+def split_of(molecule: Molecule) -> str:
+    """Return the split that a molecule belongs to for ever: ``"train"`` (90 %), ``"dev"`` or ``"test"`` (5 % each).
+
+    A hash of the SMILES *without* stereochemistry decides, so stereoisomers, which differ by a few characters in
+    name and SMILES, never end on both sides.
+    """
+    flat = Chem.MolToSmiles(Chem.MolFromSmiles(molecule.smiles), isomericSmiles=False)
+    percentile = int.from_bytes(hashlib.sha256(flat.encode()).digest()[:8], "big") % 100
+    return "test" if percentile < 5 else "dev" if percentile < 10 else "train"
+
+
+def chat(molecule: Molecule) -> dict[str, list[dict[str, str]]]:
+    """Return ``{"messages": [system, user, assistant]}``: the user gives the name, the assistant only the SMILES.
+
+    A chat, not a plain prompt: the auxiliary heads of an instruct model were trained on its own chat answers, and the
+    template supplies the end-of-turn token. The short system message replaces the default one of SmolLM2's template,
+    which is longer and says nothing about the task.
+    """
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": molecule.name},
+            {"role": "assistant", "content": molecule.smiles},
+        ]
+    }
+
+
+def completion(molecule: Molecule) -> dict[str, str]:
+    """Return ``{"prompt", "completion"}`` for a base model that has no chat template."""
+    return {"prompt": f"{SYSTEM_PROMPT}\n{molecule.name}\n", "completion": molecule.smiles}
+
+
+def write_dataset(
+    folder: Path, cache_dir: Path | None = None, row: Callable[[Molecule], dict[str, Any]] = chat
+) -> dict[str, int]:
+    """Write ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` into ``folder``; return the rows of each.
+
+    Rows, made by ``row`` (`chat` or `completion`), are in a fixed random order (that of a hash of the component), so the
+    first N are a fair sample.
+    """
+    rows: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for molecule in sorted(
+        component_molecules(cache_dir), key=lambda m: hashlib.sha256(m.component.encode()).digest()
+    ):
+        rows[split_of(molecule)].append(json.dumps(row(molecule)) + "\n")
+    for split, lines in rows.items():
+        write_text(Path(folder) / f"{split}.jsonl", "".join(lines))
+    return {split: len(lines) for split, lines in rows.items()}
+
+
+def canonical_smiles(smiles: str) -> str | None:
+    """Return RDKit's canonical form of a SMILES (surrounding white space is ignored), or None if it is invalid."""
+    smiles = smiles.strip()
+    # RDKit reads "CCO is ethanol" as CCO with a title, and "" as a molecule without atoms.
+    if not smiles or any(character.isspace() for character in smiles):
+        return None
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
+    return None if molecule is None else Chem.MolToSmiles(molecule)
+
+
+def is_valid(smiles: str) -> bool:
+    """Whether RDKit reads ``smiles`` as a molecule."""
+    return canonical_smiles(smiles) is not None
+
+
+def exact_match(prediction: str, reference: str) -> bool:
+    """Whether both are valid and the same molecule, stereochemistry included."""
+    canonical = canonical_smiles(prediction)
+    return canonical is not None and canonical == canonical_smiles(reference)
+
+
+def score(predictions: Sequence[str], references: Sequence[str]) -> Score:
+    """Compare predicted SMILES with the references, pair by pair.
+
+    Raises:
+        ValueError: if the lengths differ, nothing is given, or a reference is invalid.
+    """
+    if len(predictions) != len(references) or not references:
+        raise ValueError(
+            f"predictions and references: got {len(predictions)} and {len(references)}, expected the same number, at "
+            "least one. Pass one prediction for each reference."
+        )
+    fingerprints = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048)
+    exact, similarities = 0, []
+    for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        target = canonical_smiles(reference)
+        if target is None:
+            raise ValueError(f"references[{index}]: got {reference!r}, expected a valid SMILES. Fix or drop the row.")
+        predicted = canonical_smiles(prediction)
+        if predicted is None:
+            continue
+        exact += predicted == target
+        bits = [fingerprints.GetFingerprint(Chem.MolFromSmiles(smiles)) for smiles in (predicted, target)]
+        similarities.append(DataStructs.TanimotoSimilarity(*bits))
+    n = len(references)
+    tanimoto = sum(similarities) / len(similarities) if similarities else None
+    return Score(n=n, valid=len(similarities) / n, exact=exact / n, tanimoto=tanimoto)
+
+
+def clean_name(name: str, component: str) -> str | None:
+    """Return a component's name in one common style, or None if it is useless.
+
+    Markup becomes plain text: ``~{N}`` and ``N~2~`` lose their tildes, ``$l^{4}`` becomes ``lambda4``. The old names,
+    all in capitals, become lower case. Useless is what is too long, the component's own id, a code without any word,
+    or broken over two lines, which hides whether a space stood there.
+    """
+    name = name.strip().strip("\"'").replace('"', "''")
+    name = re.sub(r"\$l\^\{(\d)\}", r"lambda\1", re.sub(r"~\{(\w+)\}", r"\1", name)).replace("~", "")
+    if name == name.upper():
+        name = CAPITALS.sub(_capitalise_last_letters, name.lower())
+    has_word = re.search("[A-Za-z]{4}", name)
+    usable = has_word and name.isascii() and name.isprintable() and len(name) <= MAX_NAME_LENGTH
+    return name if usable and name.upper() != component.upper() else None
+
+
+def _capitalise_last_letters(descriptors: re.Match) -> str:
+    return ",".join(descriptor[:-1] + descriptor[-1].upper() for descriptor in descriptors[0].split(","))
+
+
+def _without_duplicates(molecules: Iterable[Molecule]) -> Iterator[Molecule]:
+    """Keep the first of those that share a SMILES or a name."""
+    seen: set[str] = set()
+    for molecule in molecules:
+        keys = {molecule.smiles, molecule.name.lower()}
+        if not keys & seen:
+            yield molecule
+        seen |= keys
+
+
+def _read_dictionary() -> Iterator[Molecule]:
+    from biotite.structure.info import get_ccd
+
+    def columns(category: str, *names: str) -> list[np.ndarray]:
+        return [dictionary[category][name].as_array() for name in names]
+
+    def coordinates(pattern: str) -> np.ndarray:
+        axes = [dictionary["chem_comp_atom"][pattern.format(axis)] for axis in "xyz"]
+        return np.stack([axis.as_array(masked_value=np.nan) for axis in axes], axis=1)
+
+    dictionary = get_ccd()
+    components = columns("chem_comp", "id", "name", "pdbx_initial_date", "pdbx_release_status")
+    owner_of_atom, *atoms = columns("chem_comp_atom", "comp_id", "atom_id", "type_symbol", "charge")
+    owner_of_bond, *bonds = columns("chem_comp_bond", "comp_id", "atom_id_1", "atom_id_2", "value_order")
+    # Nearly all components have ideal coordinates of every atom, most of the others measured ones.
+    ideal, measured = coordinates("pdbx_model_Cartn_{}_ideal"), coordinates("model_Cartn_{}")
+    atom_rows, bond_rows = _rows_of_each(owner_of_atom), _rows_of_each(owner_of_bond)
+    nothing = slice(0, 0)
+    for component, name, date, status in zip(*(column.tolist() for column in components), strict=True):
+        year, name = int(date[:4]), clean_name(name, component)
+        if year >= FIRST_UNUSED_YEAR or status != "REL" or name is None:
+            continue
+        rows = atom_rows.get(component, nothing)
+        names, elements, charges = (column[rows].tolist() for column in atoms)
+        smiles = _smiles(
+            names,
+            elements,
+            charges,
+            bonds=zip(*(column[bond_rows.get(component, nothing)].tolist() for column in bonds), strict=True),
+            coordinates=ideal[rows] if np.isfinite(ideal[rows]).all() else measured[rows],
+        )
+        if smiles is not None:
+            yield Molecule(name, smiles, component, year)
+
+
+def _rows_of_each(owners: np.ndarray) -> dict[str, slice]:
+    """Map each component to its rows, which lie together in the dictionary."""
+    starts = np.flatnonzero(np.append(True, owners[1:] != owners[:-1]))
+    bounds = [*starts.tolist(), len(owners)]
+    return {owners[start].item(): slice(start, stop) for start, stop in itertools.pairwise(bounds)}
+
+
+def _smiles(
+    names: list[str],
+    elements: list[str],
+    charges: list[int],
+    bonds: Iterable[tuple[str, str, str]],
+    coordinates: np.ndarray,
+) -> str | None:
+    """Return the canonical SMILES of a component, or None if it is too long, or not a complete organic molecule.
+
+    Args:
+        names: unique name of each atom, hydrogens included.
+        elements: symbol of each atom, in capitals.
+        charges: formal charge of each atom.
+        bonds: (atom name, atom name, bond order) of each bond.
+        coordinates: float array of shape ``(atoms, 3)`` in angstrom, NaN where unknown; they hold the stereochemistry.
+    """
+    heavy = [row for row, element in enumerate(elements) if element not in HYDROGENS]
+    if not heavy or len(heavy) > MAX_SMILES_LENGTH or not all(elements[row] in ELEMENTS for row in heavy):
+        return None
+    if np.isnan(coordinates[heavy]).any():
+        return None
+    molecule, index = Chem.RWMol(), {}
+    for row in heavy:
+        atom = Chem.Atom(ELEMENTS[elements[row]])
+        atom.SetFormalCharge(charges[row])
+        index[names[row]] = molecule.AddAtom(atom)
+    for first, second, order in bonds:
+        if first in index and second in index:
+            molecule.AddBond(index[first], index[second], BOND_TYPES[order])
+    with rdBase.BlockLogs():
+        if Chem.SanitizeMol(molecule, catchErrors=True) != Chem.SanitizeFlags.SANITIZE_NONE:
+            return None
+    # RDKit fills free valences with hydrogens: another number of them means missing atoms or radicals.
+    if sum(atom.GetTotalNumHs() for atom in molecule.GetAtoms()) != len(elements) - len(heavy):
+        return None
+    conformer = Chem.Conformer(len(heavy))
+    conformer.SetPositions(coordinates[heavy])
+    molecule.AddConformer(conformer)
+    Chem.AssignStereochemistryFrom3D(molecule)
+    smiles = Chem.MolToSmiles(molecule)
+    # For a few cages, such as adamantanes, RDKit's canonical SMILES changes when read again.
+    return smiles if len(smiles) <= MAX_SMILES_LENGTH and canonical_smiles(smiles) == smiles else None

@@ -1,0 +1,262 @@
+"""``peft-caft compare``: fine-tune several arms from the same seeds and order of data, and say how sure their differences are.
+
+First each arm's learning rate is chosen, from a seed of its own and by the cross entropy of the dev answers; the choice is written
+down in ``choice.json``. Only then are the test rows read: nothing that they say can change it. Every run is in a folder of its own, a
+finished one is not done again and an interrupted one goes on. Several processes, such as one per GPU, may carry out one comparison: each
+takes runs that no other one has.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from ..basics.files import file_sha256, write_text
+from ..basics.provenance import provenance, source_name
+from ..basics.run_folder import RunFolder
+from ..training.data import encode, read_jsonl
+from ..training.fine_tuning import FineTuningSettings
+from .comparison_plan import Arm, ComparisonPlan
+from .comparison_report import markdown_report, summarise, summarise_groups
+from .comparison_runs import Run, Workplace, final_runs, read_json, read_rows, require_paired, tuning_runs
+from .comparison_values import SPLITS
+from .equal_flops import equal_flops
+from .report import metrics_of
+from .task import Task, load_task
+from .task_building import RECORD_NAME, build_task
+
+CHOICE_NAME = "choice.json"
+REPORT_NAME = "comparison.md"
+SECONDS_BETWEEN_LOOKS = 5.0  # where all runs that are left are other processes'
+
+
+def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
+    """Carry out a plan; an interrupted comparison goes on.
+
+    Returns:
+        what ``summary.json`` holds: tuning, choice, means, differences with intervals, provenance.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ModuleNotFoundError, TypeError, ValueError, OSError: as the message says.
+        ChildProcessError: if runs failed; the others are done.
+    """
+    output = Path(output)
+    task = load_task(plan.task)
+    metrics_of(task)  # refuses a name that is taken, before any work
+    folder = RunFolder(output)
+    with folder.held(wait=True):
+        if overwrite:
+            _discard(output)
+        data = _data(plan, task, output)
+        data_sha256 = {split: file_sha256(path) for split, path in data.items()}
+        record = {"plan": plan.record(), "task_sha256": file_sha256(plan.task), "data_sha256": data_sha256}
+        if folder.summary_path.exists() and read_json(output / "run.json") == record:
+            return read_json(folder.summary_path)
+        folder.begin(record)
+        place = Workplace(plan, output, data["train"], data["dev"], _more_steps(plan, data["train"], output))
+    chosen = _chosen(place)
+    _test(place, chosen, data["test"])
+    with folder.held(wait=True):
+        if not folder.summary_path.exists():
+            found = _summary(place, task, chosen, data_sha256)
+            write_text(output / REPORT_NAME, markdown_report(found))
+            _plot(output, found)
+            folder.finish(found)
+    return read_json(folder.summary_path)
+
+
+def choose(losses: dict[float, float]) -> float:
+    """The learning rate with the lowest dev cross entropy; runs that diverged to no number cannot win.
+
+    Raises:
+        ValueError: if all did.
+    """
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise ValueError(
+            f"learning_rates: got dev cross entropies {losses}, expected at least one number. Add smaller learning rates."
+        )
+    return min(finite, key=lambda rate: (finite[rate], rate))
+
+
+def _chosen(place: Workplace) -> dict[str, float]:
+    """By arm; once written, a choice stays."""
+    path = place.output / CHOICE_NAME
+    if not path.exists():
+        losses: dict[str, dict[float, float]] = {}
+
+        def tune(run: Run) -> None:
+            losses.setdefault(run.arm.name, {})[run.learning_rate] = place.dev_loss(run)
+
+        _carry_out("Choosing learning rates on dev", place, tuning_runs(place.plan), "dev", tune)
+        chosen = {
+            arm.name: choose(losses[arm.name]) if arm.name in losses else arm.learning_rates[0]
+            for arm in place.plan.arms
+        }
+        # In the plan's order, so that processes that share the runs write the same.
+        dev = {
+            arm.name: [list(pair) for pair in sorted(losses[arm.name].items())]
+            for arm in place.plan.arms
+            if arm.name in losses
+        }
+        choice = {"chosen": chosen, "dev_cross_entropy": dev, "seed": place.plan.tuning_seed}
+        write_text(path, json.dumps(choice, indent=2) + "\n")
+    return read_json(path)["chosen"]
+
+
+def _test(place: Workplace, chosen: dict[str, float], data: Path) -> None:
+    """Train with what was chosen and answer the test rows: the only place where these are read."""
+
+    def test(run: Run) -> None:
+        place.train_run(run)
+        place.evaluate_run(run, data, "test")
+
+    runs = final_runs(place.plan, chosen)
+    _carry_out("Training and testing", place, runs, "test", test)
+    for seed in place.plan.seeds:
+        require_paired([place.output / run.path for run in runs if run.seed == seed])
+
+
+def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: Callable[[Run], None]) -> None:
+    """All runs, one after the other; one that fails does not keep the others from their turn. Those that other processes do are waited for.
+
+    Raises:
+        ChildProcessError: naming those that failed.
+    """
+    failed: list[tuple[Run, Exception]] = []
+    started, before = time.perf_counter(), sum(place.is_done(run, split) for run in runs)
+    waiting = runs
+    while waiting:
+        elsewhere = []
+        for run in sorted(waiting, key=lambda run: not place.is_done(run, split)):
+            try:
+                with RunFolder(place.output / run.path).held():
+                    seconds, done = time.perf_counter() - started, sum(place.is_done(run, split) for run in runs)
+                    bar = tqdm.format_meter(done, len(runs), seconds, ncols=72, unit=" runs", initial=before)
+                    print(f"\n{what}: {run.describe()}\n{bar}", flush=True)
+                    work(run)
+            except BlockingIOError:
+                elsewhere.append(run)
+            except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
+                failed.append((run, error))
+                print(f"Failed: {error}", flush=True)
+        if len(elsewhere) == len(waiting):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        elif elsewhere:
+            print(f"\n{what}: {len(elsewhere)} runs are other processes'", flush=True)
+        waiting = elsewhere
+    if failed:
+        _, cause = failed[0]
+        raise ChildProcessError(
+            f"{len(failed)} of {len(runs)} runs failed ({', '.join(str(run.path) for run, _ in failed)} in {place.output}); the first: "
+            f"{type(cause).__name__}: {cause} The others are finished: run the same command again when it is mended."
+        ) from cause
+
+
+def _data(plan: ComparisonPlan, task: Task, output: Path) -> dict[str, Path]:
+    folder = output / "data" if plan.data is None else Path(plan.data)
+    if plan.data is None and not (folder / RECORD_NAME).is_file():
+        build_task(task, folder, plan.sizes)
+    files = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    for split, path in files.items():
+        rows = len(read_jsonl(path, plan.sizes[split]))
+        if rows < plan.sizes[split]:
+            raise ValueError(
+                f"sizes.{split}: got {plan.sizes[split]:,}, expected at most {rows:,}, which {path} has. Lower it, or build more rows."
+            )
+    return files
+
+
+def _more_steps(plan: ComparisonPlan, train: Path, output: Path) -> dict[str, float]:
+    """How many times as long arms with ``flops_of`` train; kept, because counting loads the model."""
+    path = output / "equal_flops.json"
+    arms = [arm for arm in plan.arms if arm.flops_of is not None]
+    if arms and not path.exists():
+        ratios = {arm.name: equal_flops(plan, plan.arm(str(arm.flops_of)), train) for arm in arms}
+        write_text(path, json.dumps(ratios, indent=2) + "\n")
+    return read_json(path) if arms else {}
+
+
+def _summary(place: Workplace, task: Task, chosen: dict[str, float], data_sha256: dict[str, str]) -> dict[str, Any]:
+    plan, results, costs, commits = place.plan, {}, {}, set()
+    tokens = _tokens_of_an_epoch(place)
+    for arm in plan.arms:
+        folders = [place.output / run.path for run in final_runs(plan, chosen) if run.arm == arm]
+        results[arm.name] = [read_rows(folder / "test") for folder in folders]
+        summaries = [read_json(folder / "adapter" / "summary.json") for folder in folders]
+        costs[arm.name] = _costs(summaries, tokens)
+        commits |= {summary["git_commit"] for summary in summaries}
+    return {
+        "task": task.name,
+        "model": source_name(plan.model),
+        "sizes": plan.sizes,
+        "seeds": list(plan.seeds),
+        "data_sha256": data_sha256,
+        "arms": {
+            arm.name: {"label": arm.label, "learning_rate": chosen[arm.name]} | _settings(arm) | costs[arm.name]
+            for arm in plan.arms
+        },
+        "times_the_steps": place.more_steps,
+        "tuning": read_json(place.output / CHOICE_NAME),
+        "metrics": summarise(metrics_of(task), results),
+        "groups": summarise_groups(metrics_of(task), results),
+        "git_commits_of_runs": sorted(map(str, commits)),
+        **provenance(),
+    }
+
+
+def _settings(arm: Arm) -> dict[str, Any]:
+    settings = dict(arm.settings)
+    if heads := settings.get("heads"):
+        settings["heads"] = source_name(heads)
+    return {"settings": settings, "training": arm.training, "adapt_heads": arm.adapt_heads}
+
+
+def _tokens_of_an_epoch(place: Workplace) -> int:
+    rows = read_jsonl(place.train, place.plan.sizes["train"])
+    max_length = place.plan.arms[0].settings.get("max_length", FineTuningSettings.max_length)  # of all arms
+    return encode(rows, AutoTokenizer.from_pretrained(place.plan.model), max_length).tokens
+
+
+def _costs(summaries: list[dict[str, Any]], tokens: int) -> dict[str, float]:
+    """Means over seeds."""
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    epochs = mean([max(entry["epoch"] for entry in summary["log_history"]) for summary in summaries])
+    return {
+        "steps": mean([max(entry["step"] for entry in summary["log_history"]) for summary in summaries]),
+        "epochs": epochs,
+        "train_seconds": mean([summary["train_seconds"] for summary in summaries]),
+        "tokens": round(epochs * tokens),
+    }
+
+
+def _plot(output: Path, found: dict[str, Any]) -> None:
+    from .comparison_plots import plot_comparison
+
+    plot_comparison(output / "comparison.png", found)
+
+
+def _discard(output: Path) -> None:
+    """What a comparison made there, and nothing else.
+
+    Raises:
+        BlockingIOError: if another process carries it out.
+    """
+    for lock in output.glob("runs/*/*/*/.lock"):
+        with RunFolder(lock.parent).held():
+            pass
+    for name in ("runs", "heads", "data"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (CHOICE_NAME, "equal_flops.json", "run.json", "summary.json", REPORT_NAME, "comparison.png"):
+        (output / name).unlink(missing_ok=True)

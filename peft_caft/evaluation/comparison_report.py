@@ -1,0 +1,225 @@
+"""What a comparison found, as numbers and as Markdown: means by arm, and paired differences to the first one with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..basics.intervals import Values, excludes_zero, mean_over_seeds, paired_difference, too_narrow_by
+from ..basics.provenance import listed
+from ..basics.tables import markdown_table
+from .report import SMALL_GROUP, natural_order
+from .task import Metric
+
+Results = dict[str, list[list[dict[str, Any]]]]  # by arm and seed: the lines of rows.jsonl
+
+
+def summarise(metrics: Sequence[Metric], results: Results) -> dict[str, Any]:
+    """By metric and arm, the first arm first: means, each seed's mean, and the difference to the first arm.
+
+    Args:
+        metrics: those that no row defines are left out.
+        results: all of the same rows and seeds.
+
+    Raises:
+        ValueError: if the rows are not the same.
+    """
+    _require_same_rows(results)
+    return {metric.name: found for metric in metrics if (found := _metric(metric, results))}
+
+
+def summarise_groups(metrics: Sequence[Metric], results: Results) -> dict[str, Any]:
+    """By group of rows and its value: the number of rows, and what `summarise` says of them."""
+    values: dict[str, dict[str, list[int]]] = {}
+    (first, *_) = results.values()
+    for index, row in enumerate(first[0]):
+        for group, value in row["groups"].items():
+            values.setdefault(group, {}).setdefault(value, []).append(index)
+    return {
+        group: {
+            value: {
+                "rows": len(rows),
+                "metrics": summarise(
+                    metrics, {arm: [[own[i] for i in rows] for own in seeds] for arm, seeds in results.items()}
+                ),
+            }
+            for value, rows in sorted(by_value.items(), key=lambda item: natural_order(item[0]))
+            if len(rows) >= SMALL_GROUP
+        }
+        for group, by_value in sorted(values.items())
+    }
+
+
+def _metric(metric: Metric, results: Results) -> dict[str, Any] | None:
+    (first, *_), found = results.values(), {}
+    weights = [float(len(row["answer_losses"])) for row in first[0]] if metric.per_token else None
+    tables = {arm: [[row["scores"][metric.name] for row in rows] for rows in seeds] for arm, seeds in results.items()}
+    reference = next(iter(tables.values()))
+    for arm, table in tables.items():
+        level = mean_over_seeds(table, weights)
+        if level is not None:
+            difference = None if table is reference else paired_difference(reference, table, weights)
+            found[arm] = {
+                "mean": asdict(level),
+                "by_seed": [_mean(values, weights) for values in table],
+                "difference": difference and asdict(difference),
+            }
+    if not found:
+        return None
+    described = {"meaning": metric.meaning, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
+    return described | {"arms": found}
+
+
+def _mean(values: Values, weights: Sequence[float] | None) -> float | None:
+    pairs = [(v, w) for v, w in zip(values, weights or [1.0] * len(values), strict=True) if v is not None]
+    total = sum(w for _, w in pairs)
+    return sum(v * w for v, w in pairs) / total if total else None
+
+
+def _require_same_rows(results: Results) -> None:
+    first, rows = next(iter(results)), [row["reference"] for row in next(iter(results.values()))[0]]
+    for arm, seeds in results.items():
+        for number, own in enumerate(seeds, start=1):
+            if [row["reference"] for row in own] != rows:
+                raise ValueError(
+                    f"rows: those of {arm!r}, run {number}, are not those of {first!r}, run 1, expected the same test rows in the same order. "
+                    "Remove the evaluation that does not belong to this comparison."
+                )
+
+
+def is_beyond(difference: dict[str, Any] | None) -> bool:
+    """Whether a difference's interval excludes 0."""
+    return difference is not None and excludes_zero(difference["low"], difference["high"])
+
+
+def markdown_report(found: dict[str, Any]) -> str:
+    """The report for people."""
+    labels = {name: arm["label"] for name, arm in found["arms"].items()}
+    first, seeds = next(iter(labels.values())), len(found["seeds"])
+    rows = found["sizes"]
+    lines = [
+        f"# {', '.join(labels.values())} on {found['task']}",
+        "",
+        f"{found['model']}; {rows['train']:,} rows to train on, {rows['test']:,} to test on, seeds {_joined(found['seeds'])}. All arms "
+        "of a seed start from the same adapter and see the same rows in the same order. In brackets 95 % intervals by the bootstrap over "
+        "seeds and rows.",
+        "",
+        markdown_table(*_means(found, labels)),
+    ]
+    if len(labels) > 1:
+        lines += [
+            "",
+            f"## Difference to {first}",
+            "",
+            "Paired by seed and row; a star marks an interval without 0.",
+            "",
+            markdown_table(*_differences(found, labels)),
+        ]
+    lines += ["", "| metric | of what | better |", "|---|---|---|"]
+    for name, metric in found["metrics"].items():
+        lines.append(f"| {name} | {metric['meaning']} | {'higher' if metric['higher_is_better'] else 'lower'} |")
+    if len(labels) > 1:
+        lines += _groups(found, labels)
+    lines += ["", *_tuning(found, labels), "", *_caveats(found, labels, seeds), ""]
+    made = f"{found['machine']}; {listed(found['versions'])}; commit {found['git_commit']}"
+    if found["git_commits_of_runs"] != [str(found["git_commit"])]:
+        made += f", runs of commit {', '.join(found['git_commits_of_runs'])}"
+    return "\n".join([*lines, f"{made}.", ""])
+
+
+def _means(found: dict[str, Any], labels: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    table = []
+    for name, label in labels.items():
+        arm = found["arms"][name]
+        cells = [_cell(metric, name, "mean") for metric in found["metrics"].values()]
+        costs = [
+            f"{arm['steps']:,.0f}",
+            f"{arm['epochs']:.2f}",
+            f"{arm['train_seconds']:,.0f}",
+            f"{arm['tokens']:,.0f}",
+        ]
+        table.append([label, f"{arm['learning_rate']:g}", *cells, *costs])
+    return ["", "learning rate", *found["metrics"], "steps", "epochs", "training (s)", "tokens"], table
+
+
+def _differences(found: dict[str, Any], labels: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    names = list(labels)[1:]
+    table = [
+        [labels[name], *(_cell(metric, name, "difference") for metric in found["metrics"].values())] for name in names
+    ]
+    return ["", *found["metrics"]], table
+
+
+def _groups(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    """A table of differences for each way to group rows that tells some apart."""
+    lines: list[str] = []
+    first, *others = labels
+    for group, by_value in found["groups"].items():
+        if len(by_value) < 2:
+            continue
+        table = [
+            [
+                value,
+                f"{own['rows']:,}",
+                labels[name],
+                *(_cell(own["metrics"].get(m), name, "difference") for m in found["metrics"]),
+            ]
+            for value, own in by_value.items()
+            for name in others
+        ]
+        header = [group, "rows", "", *found["metrics"]]
+        lines += ["", f"## Difference to {labels[first]} by {group}", "", markdown_table(header, table)]
+    return lines
+
+
+def _cell(metric: dict[str, Any] | None, arm: str, what: str) -> str:
+    value = metric and metric["arms"].get(arm, {}).get(what)
+    if metric is None or value is None:
+        return "-"
+    sign = "+" if what == "difference" else ""
+    form = f"{{:{sign}.1%}}" if metric["unit"] == "share" else f"{{:{sign}.3f}}"
+    text = form.format(value["mean"])
+    if value["low"] is not None and value["low"] < value["high"]:  # where all rows agree, no width means nothing
+        text += f" ({form.format(value['low'])} to {form.format(value['high'])})"
+    return text + (" *" if what == "difference" and is_beyond(value) else "")
+
+
+def _tuning(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    dev = found["tuning"]["dev_cross_entropy"]
+    if not dev:
+        return ["Learning rates were given, one for each arm."]
+    rates = sorted({rate for of_rate in dev.values() for rate, _ in of_rate})
+    table = []
+    for name, of_rate in dev.items():
+        losses = dict(map(tuple, of_rate))
+        chosen = found["tuning"]["chosen"][name]
+        edge = " (edge)" if len(losses) > 1 and chosen in (min(losses), max(losses)) else ""
+        cells = [("-" if rate not in losses else f"{losses[rate]:.4f}") + edge * (rate == chosen) for rate in rates]
+        table.append([labels[name], *cells, f"{chosen:g}"])
+    return [
+        "## Learning rates",
+        "",
+        f"Cross entropy (nats/token) of the answers of {found['sizes']['dev']:,} dev rows, from seed {found['tuning']['seed']}, which is "
+        "tested on nothing. No test row was read before the choice. (edge): the chosen one is the smallest or largest of those tried.",
+        "",
+        markdown_table(["", *(f"{rate:g}" for rate in rates), "chosen"], table),
+    ]
+
+
+def _caveats(found: dict[str, Any], labels: dict[str, str], seeds: int) -> list[str]:
+    lines = [
+        f"{labels[name]} trains {times:.3f} times as long: that many times LoRA's operations are CAFT's, both with the logits of "
+        "supervised tokens alone."
+        for name, times in found["times_the_steps"].items()
+    ]
+    if seeds == 1:
+        lines.append("With one seed the intervals say nothing about other seeds.")
+    else:
+        lines.append(f"With {seeds} seeds an interval is too narrow by up to {too_narrow_by(seeds):.0%}.")
+    lines.append("Intervals are of one difference each: of twenty that are 0, one is beyond its own by chance.")
+    return lines
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,94 @@
+"""Values of a comparison's plan, checked one by one: every error names the field, what it is and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..training.arguments import trainer_arguments
+
+SPLITS = ("train", "dev", "test")
+SET_BY_PLAN = ("model", "data", "output", "eval_data", "eval_rows", "max_rows", "task", "adapter", "seed")
+SET_BY_RUN = ("learning_rate", "seed", "data_seed", "output_dir")
+
+
+def mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: got {values!r}, expected a mapping (key: value).")
+    for key in values:
+        if known is not None and key not in known:
+            raise ValueError(f"{where}: got the key {key!r}, expected some of {', '.join(known)}.")
+    return dict(values)
+
+
+def text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{where}: got {value!r}, expected a text.")
+    return value
+
+
+def number(where: str, value: Any) -> float:
+    try:
+        return float(value)  # YAML takes 1e-4, without a point, for a text
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: got {value!r}, expected a number.") from None
+
+
+def rate_values(where: str, values: Any) -> tuple[float, ...]:
+    rates = tuple(number(where, value) for value in values) if isinstance(values, list) else ()
+    if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
+        raise ValueError(
+            f"{where}: got {values!r}, expected a list of different numbers above 0, such as [1e-4, 3e-4]."
+        )
+    return rates
+
+
+def seed_values(where: str, values: Any) -> tuple[int, ...]:
+    wrong = not isinstance(values, list) or not values or any(type(seed) is not int or seed < 0 for seed in values)
+    if wrong or len(set(values)) < len(values):
+        raise ValueError(
+            f"{where}: got {values!r}, expected different whole numbers of at least 0, such as [1, 2, 3]."
+        )
+    return tuple(values)
+
+
+def size_values(values: Any) -> dict[str, int]:
+    sizes = mapping("sizes", values, SPLITS)
+    for split in SPLITS:
+        if type(sizes.get(split)) is not int or sizes[split] < 1:
+            raise ValueError(f"sizes.{split}: got {sizes.get(split)!r}, expected a number of rows.")
+    return sizes
+
+
+def settings_values(where: str, values: Any, cls: type) -> dict[str, Any]:
+    types = {field.name: str(field.type) for field in fields(cls) if field.name not in SET_BY_PLAN}
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    found = mapping(where, values, tuple(types))
+    for name, value in found.items():
+        kind, _, optional = types[name].partition(" | ")
+        if kind == "float" and isinstance(value, str):
+            found[name] = value = number(f"{where}.{name}", value)
+        fits = isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
+        if not fits and not (optional and value is None):
+            raise ValueError(f"{where}.{name}: got {value!r}, expected {types[name].replace(' | ', ' or ')}.")
+    return found
+
+
+def training_values(
+    where: str, values: Any, defaults: dict[str, Any], set_by_run: tuple[str, ...] = SET_BY_RUN
+) -> dict[str, Any]:
+    found = mapping(where, values)
+    for name in found:
+        if name in set_by_run:
+            raise ValueError(f"{where}.{name}: the plan sets it by seeds and learning rates, expected other fields.")
+    try:
+        trainer_arguments("", defaults, options=options_of(found))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return found
+
+
+def options_of(training: dict[str, Any]) -> list[str]:
+    """Fields of TrainingArguments as options on a command line, where they are parsed."""
+    return [word for name, value in training.items() for word in (f"--{name}", str(value))]

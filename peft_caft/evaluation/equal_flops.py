@@ -1,0 +1,48 @@
+"""How many steps of LoRA cost what one step of CAFT costs, counted from the model, the heads and the training rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..planning.flops import ModelShapes, caft_step, lora_step
+from ..training.data import EncodedData, encode, read_jsonl
+from ..training.fine_tuning import FineTuningSettings
+from .comparison_plan import Arm, ComparisonPlan
+
+
+def equal_flops(plan: ComparisonPlan, arm: Arm, train: Path) -> float:
+    """CAFT's operations a token over LoRA's; both compute logits of supervised tokens alone.
+
+    LoRA as transformers runs it computes all logits. What it would save is counted for it all the same: skipping them is no merit of
+    the method, and so LoRA gets more steps rather than fewer. Heads that are trained along cost more than is counted here.
+
+    Args:
+        arm: of method ``"caft"``.
+        train: file of its rows.
+    """
+    settings = FineTuningSettings(model=plan.model, data=str(train), output="", **arm.settings)
+    rows = read_jsonl(train, plan.sizes["train"])
+    data = encode(rows, AutoTokenizer.from_pretrained(plan.model), settings.max_length)
+    model: Any = settings.prepare(AutoModelForCausalLM.from_pretrained(plan.model, dtype=settings.loading_dtype))
+    heads = model.base_model.auxiliary_heads["default"].config
+    return ratio(
+        ModelShapes.of(model),
+        data,
+        heads.head_type,
+        min(settings.num_auxiliary_heads, heads.num_heads),
+        heads.head_num_layers,
+        settings.aux_token_fraction,
+    )
+
+
+def ratio(
+    shapes: ModelShapes, data: EncodedData, head_type: str, num_heads: int, head_num_layers: int, fraction: float
+) -> float:
+    """See `equal_flops`; a query of a row of N tokens meets N / 2 keys on average."""
+    keys = sum(len(row["input_ids"]) ** 2 for row in data.rows) / data.tokens / 2
+    supervised = data.supervised_tokens / data.tokens
+    caft = caft_step(shapes, keys, head_type, num_heads, supervised, fraction, head_num_layers=head_num_layers)
+    return caft.total / lora_step(shapes, keys, supervised).total

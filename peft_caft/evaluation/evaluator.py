@@ -1,0 +1,100 @@
+"""What is written down of each row that a model answered: a line of ``rows.jsonl``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..training.generation import TransformersBackend, special_token_ids
+from .reference_losses import PromptAndAnswer, answer_losses
+from .report import common_scores
+from .task import Row, Scores, Task, answer_of
+
+LENGTHS = (1, 4, 8, 16, 32, 64, 128)  # tokens of a reference: upper ends of the groups
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Answers and scores batches of rows.
+
+    Attributes:
+        generates: whether the model answers; without, there is the cross entropy of the references alone.
+    """
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    backend: TransformersBackend
+    generates: bool = True
+
+    def results(self, rows: list[Row], encoded: list[PromptAndAnswer], seed: int) -> list[dict[str, Any]]:
+        """One result per row.
+
+        Args:
+            rows: of one batch.
+            encoded: their tokens.
+            seed: of the sampling.
+
+        Returns:
+            ``reference`` and ``answer``, None if there is none; ``generated_tokens``; ``scores`` by metric, None where undefined;
+            ``groups`` that the row belongs to; ``answer_losses``, the cross entropy of each token of the reference, nats.
+        """
+        losses = answer_losses(self.backend.model, encoded, self.backend.pad_token_id)
+        if self.generates:
+            answers = self.backend.answers([row.prompt for row in encoded], seed)
+            texts: list[str | None] = [self._text(ids) for ids in answers]
+            scores = self._scores(rows, [str(text) for text in texts])
+            ended: list[bool | None] = [ids[-1] in self.backend.sampling.stop_token_ids for ids in answers]
+        else:
+            answers, texts, ended = [[] for _ in rows], [None] * len(rows), [None] * len(rows)
+            scores = {metric.name: [None] * len(rows) for metric in self.task.metrics}
+        return [
+            {
+                "reference": answer_of(row),
+                "answer": text,
+                "generated_tokens": len(answers[position]),
+                "scores": {name: values[position] for name, values in scores.items()}
+                | common_scores(own, ended[position]),
+                "groups": self.task.groups(row, self.tokenizer) | {"tokens of the reference": length_group(len(own))},
+                "answer_losses": [round(loss, 6) for loss in own],
+            }
+            for position, (row, text, own) in enumerate(zip(rows, texts, losses, strict=True))
+        ]
+
+    def _scores(self, rows: list[Row], answers: list[str]) -> Scores:
+        """`Task.score`, checked: a task is a user's own, and its mistakes are to be told from ours."""
+        try:
+            scores = self.task.score(rows, answers)
+        except KeyError as error:
+            raise ValueError(
+                f"task: {self.task.name!r} asked for {error}, which a row does not have. Build the data with the task's own file."
+            ) from error
+        names = sorted(metric.name for metric in self.task.metrics)
+        if sorted(scores) != names or any(len(values) != len(rows) for values in scores.values()):
+            got = {name: len(values) for name, values in scores.items()}
+            raise ValueError(
+                f"task: score of {self.task.name!r} gave {got}, expected {len(rows)} values for each of {names}. Mend the task's file."
+            )
+        return {name: [_number(value) for value in values] for name, values in scores.items()}
+
+    def _text(self, ids: list[int]) -> str:
+        """The answer without special tokens; what stands after one of them is another turn."""
+        ends = special_token_ids(self.tokenizer)
+        end = next((position for position, token in enumerate(ids) if token in ends), len(ids))
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def length_group(tokens: int) -> str:
+    """``"1"``, ``"2 to 4"``, ``"5 to 8"`` ... or ``"over 128"``."""
+    lower = 0
+    for upper in LENGTHS:
+        if tokens <= upper:
+            return f"{lower + 1} to {upper}" if upper > lower + 1 else f"{upper}"
+        lower = upper
+    return f"over {lower}"

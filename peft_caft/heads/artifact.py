@@ -1,0 +1,161 @@
+"""Auxiliary heads on disk and on the Hub: ``config.json``, ``model.safetensors`` and a model card.
+
+``config.json`` holds the hash of the weights it belongs to. A save writes the new configuration first under a pending
+name, then replaces the weights, then the configuration: whenever it is cut off, one configuration on disk matches the
+weights on disk, and a reader takes that one. The old card goes before the old weights, so that none describes others.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..basics.file_names import CARD_NAME, CONFIG_NAME, PLOT_NAME, WEIGHTS_NAME
+from ..basics.files import file_sha256, replacing, write_text
+from ..basics.hub_errors import explained
+from .card import write_card
+from .config import HeadsConfig
+
+PENDING_CONFIG_NAME = ".config.json.pending"
+
+
+def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weights: dict[str, Tensor]) -> None:
+    """Write the artifact; the configuration then holds the hash of its weights.
+
+    Args:
+        save_directory: folder; it is made if there is none.
+        config: what the heads are.
+        weights: name -> tensor, on any device.
+
+    Raises:
+        NotADirectoryError: if ``save_directory`` is a file.
+    """
+    folder = Path(save_directory)
+    if folder.is_file():
+        raise NotADirectoryError(f"save_directory: got the file {folder}, expected a folder to write heads into.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _finish_interrupted_save(folder)
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+            temporary,
+            metadata={"format": "pt"},
+        )
+        config.weights_sha256 = file_sha256(temporary)
+        write_text(folder / PENDING_CONFIG_NAME, config.to_json())
+        for describing_the_old in (CARD_NAME, PLOT_NAME):
+            (folder / describing_the_old).unlink(missing_ok=True)
+    write_text(folder / CONFIG_NAME, config.to_json())
+    (folder / PENDING_CONFIG_NAME).unlink(missing_ok=True)
+    write_card(folder, config)
+
+
+def _finish_interrupted_save(folder: Path) -> None:
+    """Give weights whose save was cut off the configuration that belongs to them, before the next save replaces it."""
+    pending, weights = folder / PENDING_CONFIG_NAME, folder / WEIGHTS_NAME
+    if not pending.is_file() or not weights.is_file():
+        return
+    try:
+        belongs = HeadsConfig.from_file(pending).weights_sha256 == file_sha256(weights)
+    except ValueError:  # another version of this package left it: the save that starts now replaces it anyway
+        return
+    if belongs:
+        os.replace(pending, folder / CONFIG_NAME)
+
+
+@dataclass(frozen=True)
+class HeadsFiles:
+    """Where an artifact's two files lie on this machine, and where they came from."""
+
+    config: Path
+    weights: Path
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def read_config(self) -> HeadsConfig:
+        """The configuration that belongs to the weights on disk; see the module's docstring.
+
+        Raises:
+            ValueError: if it is not one of heads, or the weights are damaged.
+        """
+        return _config_of_weights(self.config, self.weights)
+
+    def read_weights(self) -> dict[str, Tensor]:
+        """Name -> tensor, on the CPU.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        try:
+            return load_file(self.weights)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.weights}: damaged or truncated, not a readable safetensors file ({error}). Download or save the heads again."
+            ) from error
+
+
+def find_heads(source: str, field: str = "heads", revision: str | None = None, **hub: Any) -> HeadsFiles:
+    """The files of heads in a folder or on the Hub, both from one commit.
+
+    Args:
+        source: folder, or repository id.
+        field: the argument that named the heads, for messages.
+        revision: branch, tag or commit on the Hub.
+        hub: further arguments of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: see `hub_errors.explained`.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        files = HeadsFiles(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+        interrupted = files.weights.is_file() and (folder / PENDING_CONFIG_NAME).is_file()  # the very first save
+        for path in (files.config, files.weights):
+            if not path.is_file() and not interrupted:
+                raise FileNotFoundError(
+                    f"{field}: no {path.name} in {source!r}, expected a folder written by AuxiliaryHeads.save_pretrained."
+                    " Train heads with `peft-caft train-heads`, or give a Hub repository id."
+                )
+        return files
+    with explained(field, source, revision):
+        config = Path(_download(field, source, CONFIG_NAME, revision, hub))
+        # The cache keeps a file under snapshots/COMMIT. Someone may push between the two downloads.
+        commit = config.parent.name
+        weights = Path(_download(field, source, WEIGHTS_NAME, commit, hub))
+    return HeadsFiles(config, weights, source, commit)
+
+
+def _download(field: str, repo_id: str, name: str, revision: str | None, hub: dict) -> str:
+    try:
+        return hf_hub_download(repo_id, name, revision=revision, **hub)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{field}: no {name} in the Hub repository {repo_id!r} (revision {revision or 'main'}). Expected a repository "
+            "that holds auxiliary heads, not an adapter or a model."
+        ) from error
+
+
+def _config_of_weights(config_path: Path, weights_path: Path) -> HeadsConfig:
+    pending = config_path.with_name(PENDING_CONFIG_NAME)
+    config = HeadsConfig.from_file(config_path if config_path.is_file() else pending)
+    if config.weights_sha256 is None:
+        return config
+    digest = file_sha256(weights_path)
+    if config.weights_sha256 != digest and pending.is_file():
+        config = HeadsConfig.from_file(pending)
+    if config.weights_sha256 != digest:
+        raise ValueError(
+            f"{weights_path}: damaged. Its sha256 is {digest}, expected {config.weights_sha256} as "
+            f"recorded in {config_path.name}. Save the heads again, or download them again (force_download=True)."
+        )
+    return config

@@ -1,0 +1,242 @@
+"""`AuxiliaryHeads`: the heads that predict tokens t+2 ... t+n from a hidden state at t.
+
+A head holds only its own parameters. The final norm and the unembedding are the base model's, frozen and shared, and
+come from a `Backbone` at run time.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .backbone import Backbone, Captured
+from .config import DEFAULT_NUM_HEADS, HeadsConfig, fingerprint
+from .layer_copy import plain_copy
+from .layer_replay import LayerAtRows, replay
+from .pretrained import PretrainedHeads
+from .sharding import gathered, whole
+
+
+class ResidualBlock(nn.Module):
+    """``x + SiLU(W x)`` with W ``(hidden, hidden)`` zero at first, so that it starts as the identity.
+
+    The block of Medusa (arXiv 2401.10774), without its bias unless imported heads need one.
+    """
+
+    def __init__(self, hidden_size: int, device: torch.device, dtype: torch.dtype, bias: bool = False) -> None:
+        super().__init__()
+        # Made on the meta device and filled directly: nn.Linear's initialisation would draw from the global generator,
+        # and PEFT's low_cpu_mem_usage turns every registered parameter into a meta tensor.
+        self.linear = nn.Linear(hidden_size, hidden_size, bias=bias, device="meta")
+        for name, parameter in list(self.linear.named_parameters()):
+            zeros = torch.zeros(parameter.shape, device=device, dtype=dtype)
+            self.linear._parameters[name] = nn.Parameter(zeros)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states + nn.functional.silu(self.linear(states))
+
+
+class ResidualHead(nn.Sequential):
+    """A stack of residual blocks; each token on its own."""
+
+    def states(self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True) -> Tensor:
+        return self(hidden.flatten(0, 1)[rows])
+
+
+class DecoderLayerHead(nn.Sequential):
+    """A stack of layers of the base model's own kind, called with the mask and positions of its last layer.
+
+    Keys and values are needed of all positions, but queries and all that follows only of ``rows``. So the last layer runs
+    for these alone where that is possible (see `LayerAtRows`), and for all positions elsewhere.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self._at_rows = LayerAtRows()
+
+    def states(self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True) -> Tensor:
+        *earlier, last = self
+        for layer in earlier:
+            hidden = replay(layer, hidden, captured)
+        if skip_queries and (states := self._at_rows(last, hidden, rows, captured)) is not None:
+            return states
+        return replay(last, hidden, captured).flatten(0, 1)[rows]
+
+
+class AuxiliaryHeads(PretrainedHeads):
+    """n - 1 auxiliary heads of one base model; ``heads[0]`` predicts 2 tokens ahead, ``heads[-1]`` n.
+
+    From the input x of the last decoder layer, head k computes ``lm_head(final_norm(head_k(x)))``; from the last hidden
+    state, which is already normed, ``lm_head(head_k(x))``. Norm and unembedding are the base model's and are neither
+    held nor saved here.
+
+    Make them with `from_base_model`, load them with `from_pretrained`.
+    """
+
+    def __init__(self, config: HeadsConfig, heads: list[ResidualHead | DecoderLayerHead]) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = nn.ModuleList(heads)
+
+    @classmethod
+    def from_base_model(
+        cls,
+        model: nn.Module,
+        num_heads: int = DEFAULT_NUM_HEADS,
+        head_type: str = "decoder_layer",
+        head_input: str = "last_layer_input",
+        head_num_layers: int = 1,
+        residual_bias: bool = False,
+    ) -> AuxiliaryHeads:
+        """Fresh heads for ``model``, on its device and in its dtype. They predict nothing useful until trained.
+
+        Args:
+            model: a transformers causal language model, with or without PEFT adapters (which are left out).
+            num_heads: n - 1.
+            head_type: ``"residual"`` (starts as the identity) or ``"decoder_layer"`` (copies of the last layer, so
+                that with ``head_input="last_layer_input"`` every head starts with the model's own next-token logits).
+            head_input: ``"last_layer_input"`` or ``"last_hidden_state"``.
+            head_num_layers: blocks or layers per head.
+            residual_bias: give residual blocks a bias, as other packages' have.
+
+        Raises:
+            TypeError: if the model is not a decoder-only causal language model.
+            ValueError: if an argument is out of range.
+        """
+        backbone = Backbone.of(model)
+        base = backbone.model
+        config = HeadsConfig(
+            head_type=head_type,
+            head_input=head_input,
+            num_heads=num_heads,
+            head_num_layers=head_num_layers,
+            residual_bias=residual_bias,
+            final_norm=head_input == "last_layer_input",
+            hidden_size=backbone.hidden_size,
+            vocab_size=backbone.vocab_size,
+            unembedding_fingerprint=fingerprint(whole(backbone.lm_head.weight)) or [],
+            # A local folder is named by its last part: the path means nothing on another machine.
+            base_model_name_or_path=Path(base.name_or_path).name
+            if os.path.isdir(base.name_or_path)
+            else base.name_or_path or None,
+            base_model_revision=getattr(base.config, "_commit_hash", None),
+            base_model_class=type(base).__name__,
+        )
+        return cls.from_config(config, backbone)
+
+    @classmethod
+    def from_config(cls, config: HeadsConfig, backbone: Backbone) -> AuxiliaryHeads:
+        """Heads of the described shape; a ``decoder_layer`` head starts as a copy of the last layer.
+
+        Copied rather than constructed: a constructed layer draws from the global generator, leaves the experts of a
+        mixture empty, and might be of another attention kind than the mask that the last layer is called with.
+        """
+        weight = backbone.lm_head.weight
+
+        def block() -> nn.Module:
+            if config.head_type == "residual":
+                return ResidualBlock(config.hidden_size, weight.device, weight.dtype, config.residual_bias)
+            with gathered(backbone.last_layer.parameters()):
+                return plain_copy(backbone.last_layer, weight.dtype)
+
+        head_class = ResidualHead if config.head_type == "residual" else DecoderLayerHead
+        stacks = [[block() for _ in range(config.head_num_layers)] for _ in range(config.num_heads)]
+        return cls(config, [head_class(*stack) for stack in stacks])
+
+    def train(self, mode: bool = True) -> AuxiliaryHeads:
+        """Frozen heads stay in evaluation mode: their dropout would add noise and draw from the global generator."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+    def require_fits(self, backbone: Backbone, source: str = "given") -> None:
+        """Raise a ValueError if these heads were made for another base model (see `HeadsConfig`)."""
+        self.config.require_base_model(whole(backbone.lm_head.weight), source)
+
+    def keep_first(self, count: int, source: str = "given") -> None:
+        """Drop all but the first ``count`` heads.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        if count > len(self.heads):
+            raise ValueError(
+                f"num_auxiliary_heads: got {count}, expected at most {len(self.heads)}, which is what the heads "
+                f"{source!r} hold. Set num_auxiliary_heads={len(self.heads)} or use heads trained for more tokens."
+            )
+        self.heads = self.heads[:count]
+        self.config.num_heads = count
+
+    def states(
+        self, index: int, captured: Captured, rows: Tensor, backbone: Backbone, skip_queries: bool = True
+    ) -> Tensor:
+        """Final states of one head, ready for the unembedding.
+
+        Args:
+            index: 0 for the head that predicts 2 tokens ahead.
+            captured: record of the base model's forward pass over ``(batch, tokens)``.
+            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens`` positions.
+            backbone: whose final norm to use.
+            skip_queries: let decoder-layer heads compute the selected positions alone where they can.
+
+        Returns:
+            ``(selected, hidden)`` in the dtype of the hidden states.
+        """
+        hidden = getattr(captured, self.config.head_input)
+        head = self.heads[index]
+        # Heads kept in fp32 for training run in the base model's half precision, as under mixed precision.
+        mixed = hidden.dtype in (torch.bfloat16, torch.float16) and next(head.parameters()).dtype == torch.float32
+        with torch.autocast(hidden.device.type, dtype=hidden.dtype) if mixed else nullcontext():
+            states = head.states(hidden, rows, captured, skip_queries)
+        states = states.to(hidden.dtype)
+        return backbone.normed(states) if self.config.final_norm else states
+
+    @torch.no_grad()
+    def logits(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Logits of every head at every position, for inspection and evaluation; no gradient.
+
+        Args:
+            model: the base model, or a PEFT model around it, whose active adapters then take part.
+            input_ids: int64 ``(batch, tokens)``.
+            attention_mask: ``(batch, tokens)``, 1 for tokens and 0 for padding.
+            position_ids: int64 ``(batch, tokens)``.
+
+        Returns:
+            one ``(batch, tokens, vocabulary)`` tensor per head; entry i is about token t + i + 2.
+
+        Raises:
+            ValueError: if the heads were made for another base model.
+        """
+        backbone = Backbone.of(model)
+        self.require_fits(backbone)
+        with backbone.capture() as records:
+            backbone.trunk(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            )
+        rows = torch.arange(input_ids.numel(), device=input_ids.device)
+        shape = (*input_ids.shape, backbone.vocab_size)
+        unembedding = backbone.unembedding(records[-1])
+        states = (self.states(index, records[-1], rows, backbone) for index in range(len(self.heads)))
+        return [unembedding.logits(s.to(unembedding.weight.dtype)).view(shape) for s in states]
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """The heads' parameters, with LoRA inside the heads (``train_heads="lora"``) merged into them."""
+        if not any(isinstance(module, BaseTunerLayer) for module in self.modules()):
+            return self.state_dict()
+        merged = copy.deepcopy(self)
+        for name, module in list(merged.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                parent, _, child = name.rpartition(".")
+                setattr(merged.get_submodule(parent), child, module.get_base_layer())
+        return merged.state_dict()

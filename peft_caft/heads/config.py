@@ -1,0 +1,161 @@
+"""`HeadsConfig`: what auxiliary heads are, which base model they belong to and how they came to be (config.json)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..basics.checks import require_choice
+
+HEAD_TYPES = ("residual", "decoder_layer")
+HEAD_INPUTS = ("last_layer_input", "last_hidden_state")
+DEFAULT_NUM_HEADS = 4  # n = 5, as in CAFT's experiments
+FORMAT_VERSION = 1
+FINGERPRINT_ROWS = 16
+FINGERPRINT_TOLERANCE = 0.02  # bf16 and fp16 roundings of one matrix differ by about 0.002, two matrices by about 1
+
+
+@dataclass
+class HeadsConfig:
+    """Description of an `AuxiliaryHeads` artifact, kept in its ``config.json``.
+
+    Attributes:
+        head_type: ``"residual"`` or ``"decoder_layer"``.
+        head_input: ``"last_layer_input"`` or ``"last_hidden_state"``.
+        num_heads: number of heads, n - 1; head k = 2 ... n predicts the token k ahead.
+        head_num_layers: blocks or layers per head.
+        final_norm: whether the base model's final norm stands between head and unembedding.
+        residual_bias: whether residual blocks are ``x + SiLU(W x + b)``, as those of caft-llm are.
+        hidden_size, vocab_size: sizes of the base model's unembedding.
+        unembedding_fingerprint: a few numbers that tell this unembedding from others, see `fingerprint`.
+        base_model_name_or_path, base_model_revision, base_model_class: where the base model came from.
+        license: identifier on the Hub, such as ``"apache-2.0"``; None if nobody said.
+        training: provenance of stage 1 (data, settings, versions, per-head metrics); empty for untrained heads.
+        weights_sha256: hash of ``model.safetensors``, set when saving.
+    """
+
+    head_type: str
+    head_input: str
+    num_heads: int
+    head_num_layers: int
+    final_norm: bool
+    hidden_size: int
+    vocab_size: int
+    unembedding_fingerprint: list[float]
+    residual_bias: bool = False
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_model_class: str | None = None
+    license: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version: got {self.format_version!r}, expected {FORMAT_VERSION}. These heads were written by "
+                "another version of peft-caft; install that version or make the heads again."
+            )
+        require_choice("head_type", self.head_type, HEAD_TYPES)
+        require_choice("head_input", self.head_input, HEAD_INPUTS)
+        for name in ("num_heads", "head_num_layers", "hidden_size", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1.")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> HeadsConfig:
+        """Read a heads ``config.json``.
+
+        Raises:
+            ValueError: if it is not JSON, not a heads configuration, or of an unknown format version or head type.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not valid JSON ({error}). Download or save the heads again.") from error
+        known = {f.name for f in dataclasses.fields(cls)}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+        if isinstance(values, dict) and "model_type" in values and "head_type" not in values:
+            raise ValueError(
+                f"{path}: that of a whole model ({values['model_type']}), not the configuration of auxiliary heads. Heads and adapters are "
+                "what is meant here; a whole model, such as `peft-caft merge` and `peft-caft train --method caft_full` write, is published by "
+                "its own push_to_hub or `hf upload`."
+            )
+        if not isinstance(values, dict) or not required <= set(values):
+            missing = sorted(required - set(values)) if isinstance(values, dict) else sorted(required)
+            raise ValueError(
+                f"{path}: not the configuration of auxiliary heads, {', '.join(missing)} missing. Expected a folder "
+                "that AuxiliaryHeads.save_pretrained wrote."
+            )
+        if values.get("format_version") == FORMAT_VERSION and set(values) - known:
+            raise ValueError(f"{path}: unknown field(s) {', '.join(sorted(set(values) - known))}.")
+        try:
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def require_base_model(self, unembedding: Tensor, source: str) -> None:
+        """Check that these heads were made for the model with this unembedding ``(vocabulary, hidden)``.
+
+        Raises:
+            ValueError: naming the field, what the base model has and what the heads expect.
+        """
+        made_for = f"made for {self.base_model_name_or_path or 'another base model'}"
+        advice = "Load that base model, or train heads for this one with `peft-caft train-heads`."
+        vocab_size, hidden_size = unembedding.shape
+        for name, got in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+            expected = getattr(self, name)
+            if got != expected:
+                raise ValueError(
+                    f"{name}: got {got} in the base model, expected {expected} by the heads {source!r} ({made_for}). {advice}"
+                )
+        got_fingerprint = fingerprint(unembedding)
+        if got_fingerprint is None:
+            return
+        if len(self.unembedding_fingerprint) != len(got_fingerprint):
+            raise ValueError(
+                f"unembedding_fingerprint: got {len(self.unembedding_fingerprint)} numbers in the heads {source!r}, "
+                f"expected {len(got_fingerprint)}. Download or save the heads again."
+            )
+        distance = max(abs(a - b) for a, b in zip(got_fingerprint, self.unembedding_fingerprint, strict=True))
+        if not distance <= FINGERPRINT_TOLERANCE:
+            raise ValueError(
+                f"unembedding_fingerprint: got {got_fingerprint[:3]}... from the base model's lm_head, expected "
+                f"{self.unembedding_fingerprint[:3]}... by the heads {source!r} ({made_for}), largest difference "
+                f"{distance:.3f} > {FINGERPRINT_TOLERANCE}. Same sizes, but another model. {advice}"
+            )
+
+
+@torch.no_grad()
+def fingerprint(unembedding: Tensor) -> list[float] | None:
+    """Sixteen numbers, of the order of one, that tell one unembedding from another, whatever dtype it is loaded in.
+
+    Each is the cosine between an evenly spaced row and a fixed wave, so that the rounding of fp16 or bf16 moves it far
+    less than another model would; a hash of the bytes would not survive a change of dtype.
+
+    Args:
+        unembedding: ``(vocabulary, hidden)``, any floating dtype.
+
+    Returns:
+        the numbers, rounded to 4 digits, or None for a tensor without data (meta device).
+    """
+    if unembedding.is_meta:
+        return None
+    vocabulary, hidden = unembedding.shape
+    picked = torch.linspace(0, vocabulary - 1, FINGERPRINT_ROWS).long().to(unembedding.device)
+    rows = unembedding[picked].cpu().double()  # some devices have no double
+    wave = torch.cos(torch.arange(hidden, dtype=torch.float64) ** 2)
+    cosines = (rows @ wave) / (rows.norm(dim=1) * wave.norm()).clamp_min(1e-12)
+    # A row of ordinary size has a cosine of about 1 / sqrt(hidden) with the wave: scale it to the order of one.
+    return [round(value, 4) for value in (cosines * hidden**0.5).clamp(-8, 8).tolist()]

@@ -1,0 +1,176 @@
+"""The methods of `AuxiliaryHeads` that every pretrained thing has: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
+
+They stand on ``HfApi`` and ``hf_hub_download`` and not on huggingface_hub's ``ModelHubMixin``: that loads configuration and
+weights without knowing their commit, uploads a folder in several commits where Xet is at work (huggingface_hub 2), and
+returns no commit.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from typing import TypeVar
+
+import torch
+from huggingface_hub import CommitInfo
+from torch import Tensor, nn
+
+from .artifact import HeadsFiles, find_heads, save_artifact
+from .backbone import Backbone
+from .config import HeadsConfig
+from .publishing import push_heads
+from .repository import Destination
+from .sharding import whole
+
+Heads = TypeVar("Heads", bound="PretrainedHeads")
+
+
+class PretrainedHeads(nn.Module, ABC):
+    """Base class of `AuxiliaryHeads`.
+
+    Attributes:
+        config: what the heads are.
+        repo_id, commit: where the heads were loaded from, None unless that was a Hub repository.
+    """
+
+    config: HeadsConfig
+    repo_id: str | None = None
+    commit: str | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls: type[Heads], config: HeadsConfig, backbone: Backbone) -> Heads:
+        """Heads of the described shape, whose weights are still to be filled in."""
+
+    @abstractmethod
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """Name -> parameter, of the shapes that `from_config` makes."""
+
+    def recorded_as(self, source: str) -> str:
+        """What a record calls these heads, which were loaded from ``source``: a path means nothing on another machine."""
+        return f"{self.repo_id}@{self.commit}" if self.repo_id else os.path.basename(os.path.normpath(source))
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write ``config.json``, ``model.safetensors``, a model card and, if they were evaluated, a plot.
+
+        A save that is interrupted leaves the old heads or the new ones, whole.
+
+        Raises:
+            NotADirectoryError: if ``save_directory`` is a file.
+        """
+        save_artifact(save_directory, self.config, self.plain_state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Heads],
+        pretrained_model_name_or_path: str | os.PathLike,
+        base_model: nn.Module,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Heads:
+        """Load heads, on the base model's device and in its dtype, without drawing a random number.
+
+        Configuration and weights come from one commit, which the heads then hold as ``commit`` (and their repository as
+        ``repo_id``).
+
+        Args:
+            pretrained_model_name_or_path: folder, or repository id on the Hub.
+            base_model: the model that the heads were made for, with or without PEFT adapters.
+            revision: branch, tag or commit on the Hub.
+            token: Hub token; True or None takes the stored one, False none.
+            cache_dir: Hub cache folder.
+            local_files_only: take what the cache holds and never ask the Hub.
+            force_download: download again what the cache holds.
+
+        Raises:
+            FileNotFoundError: if there are no heads, or not at this revision, or not for this token.
+            PermissionError: if the token is unknown or may not read them.
+            ConnectionError: if the Hub cannot be reached or fails, and the cache does not hold them.
+            ValueError: if they are damaged, of an unknown kind or version, or made for another base model.
+            TypeError: if ``base_model`` is not a decoder-only causal language model.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        files = find_heads(
+            source,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        config = files.read_config()
+        backbone = Backbone.of(base_model)
+        config.require_base_model(whole(backbone.lm_head.weight), source)
+        heads = cls.from_config(config, backbone)
+        _fill(heads, files)
+        heads.repo_id, heads.commit = files.repo_id, files.commit
+        return heads.eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+        force: bool = False,
+    ) -> CommitInfo:
+        """Publish the heads in one commit; the repository is made if there is none.
+
+        Args:
+            repo_id: ``"organisation/name"``.
+            commit_message: what the history shows.
+            private: visibility of a repository that is made; None takes the owner's default.
+            token: Hub token; True or None takes the stored one.
+            revision: branch to commit to; it is made if there is none.
+            create_pr: open a pull request instead of changing the branch.
+            license: Hub identifier such as ``"apache-2.0"``; None keeps the one in the heads' configuration.
+            force: publish even over other things than heads of the same base model.
+
+        Returns:
+            the commit; its ``oid`` is the revision to load exactly these heads with.
+
+        Raises:
+            FileExistsError: if the repository holds something else, such as heads of another base model.
+            FileNotFoundError, PermissionError, ConnectionError: see `peft_caft.basics.hub_errors.explained`.
+        """
+        to = Destination(repo_id, commit_message, private, token, revision, create_pr)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_heads(folder, to, license=license, force=force)
+
+
+def load_weights(heads: nn.Module, folder: str | os.PathLike) -> None:
+    """Copy the weights of an artifact into heads of the same shape, in place.
+
+    Raises:
+        ValueError: if they are damaged or of other shapes.
+    """
+    files = find_heads(os.fspath(folder))
+    files.read_config()
+    _fill(heads, files)
+
+
+@torch.no_grad()
+def _fill(heads: nn.Module, files: HeadsFiles) -> None:
+    """Copy the weights in place: PEFT's low_cpu_mem_usage would turn newly registered parameters into meta tensors."""
+    own, weights = heads.state_dict(), files.read_weights()
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if got != expected:
+        wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        raise ValueError(
+            f"{files.weights}: {len(wrong)} tensor(s) do not fit the base model's kind of layer; first {wrong[0]!r}: got "
+            f"{got.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}. Use the heads with the base "
+            "model they were made for."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])

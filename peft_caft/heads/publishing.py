@@ -1,0 +1,85 @@
+"""Heads on the Hub: published in one commit, with their card."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..basics.file_names import (
+    CARD_NAME,
+    CONFIG_NAME,
+    PLOT_NAME,
+    WEIGHTS_NAME,
+)
+from ..basics.files import write_text
+from .artifact import find_heads
+from .card import heads_card, write_card
+from .repository import Destination, Repository
+
+
+def push_heads(
+    folder: str | os.PathLike,
+    to: Destination,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    force: bool = False,
+) -> CommitInfo:
+    """Publish the heads in a folder; arguments and errors as in `push`."""
+    source = Path(folder)
+    config = find_heads(str(source), "folder").read_config()
+    written = heads_card(config, has_plot=(source / PLOT_NAME).exists())
+    if base_model is not None:
+        config = dataclasses.replace(config, base_model_name_or_path=require_hub_id("base_model", base_model, "It"))
+    config = dataclasses.replace(config, license=license or config.license)
+    repository = Repository.open(to)
+    if not force:
+        repository.require_heads_of_same_base(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        generated = Path(scratch)
+        write_text(generated / CONFIG_NAME, config.to_json())
+        card = source / CARD_NAME
+        if card.exists() and card.read_text(encoding="utf-8") != written:
+            copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, config.license)
+        else:
+            if (source / PLOT_NAME).exists():  # also where matplotlib is missing
+                shutil.copyfile(source / PLOT_NAME, generated / PLOT_NAME)
+            write_card(generated, config, repository.repo_id)
+        return repository.commit(
+            (generated, source), (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME), "Auxiliary heads", alone=force
+        )
+
+
+def require_hub_id(name: str, value: str, advice: str) -> str:
+    """``value`` if it can be a repository id and is no folder here.
+
+    Raises:
+        ValueError: otherwise; what would be published names this machine.
+    """
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        is_id = False
+    else:
+        is_id = not os.path.isdir(value)
+    if not is_id:
+        raise ValueError(
+            f"{name}: got {value!r}, expected a repository id on the Hub such as 'org/name': a path of this machine means "
+            f"nothing to others. {advice}"
+        )
+    return value
+
+
+def copy_card(source: Path, target: Path, base_model: str | None, license: str | None) -> None:
+    """A card that its owner wrote: only the metadata that the Hub files it by are set."""
+    card = ModelCard(source.read_text(encoding="utf-8"))
+    known = {"base_model": base_model if base_model and "/" in base_model else None, "license": license}
+    card.data = ModelCardData(**card.data.to_dict() | {name: value for name, value in known.items() if value})
+    write_text(target, str(card))

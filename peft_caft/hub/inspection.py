@@ -1,0 +1,265 @@
+"""What an artifact on disk or on the Hub is, heads or adapter, and whether it fits a base model (``peft-caft inspect``).
+
+Weights are looked at through the headers of safetensors files. Of the base model only the unembedding is read; its shapes
+come from its configuration, on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CONFIG_NAME
+from ..basics.hub_errors import explained
+from ..basics.tables import markdown_table
+from ..heads.artifact import find_heads
+from ..heads.auxiliary_heads import AuxiliaryHeads
+from ..heads.backbone import Backbone
+from ..heads.card import evaluation_table, evaluations_of, training_lines
+from ..heads.config import HeadsConfig
+from ..method.config import CAFTConfig
+
+
+@dataclass
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        facts: what the artifact is, in the order in which a person would ask.
+        training: provenance of heads, as lines of Markdown.
+        evaluations: figures of heads before and after training, as recorded in their configuration.
+        misfit: why it does not fit the given base model; None if it does, or if none was given.
+    """
+
+    facts: dict[str, str]
+    training: list[str] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    misfit: str | None = None
+
+    def text(self) -> str:
+        """For a terminal; also valid Markdown."""
+        parts = [markdown_table(["", ""], [[name, value] for name, value in self.facts.items()])]
+        if self.training:
+            parts.append("Training\n\n" + "\n".join(self.training))
+        parts += [f"Held-out {e['name']}, before -> after training\n\n{evaluation_table(e)}" for e in self.evaluations]
+        return "\n\n".join(parts)
+
+    def to_json(self) -> str:
+        return json.dumps({"facts": self.facts, "misfit": self.misfit, "config": self.record}, indent=2)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The header of a safetensors file."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: set[str]
+    size: int  # bytes of the file
+
+    @classmethod
+    def of(cls, path: Path) -> Tensors:
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+                return cls(shapes, {s.get_dtype() for s in slices.values()}, path.stat().st_size)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: damaged or truncated, not a readable safetensors file ({error}). Download or save it again."
+            ) from error
+
+    def facts(self) -> dict[str, str]:
+        count = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        dtypes = ", ".join(sorted(self.dtypes))
+        return {
+            "parameters": f"{count:,} in {len(self.shapes)} tensors, {dtypes}, {self.size / 2**20:,.1f} MiB on disk"
+        }
+
+
+def inspect(artifact: str, model: str | None = None, revision: str | None = None) -> Inspection:
+    """Describe heads or an adapter, and compare it with a base model if one is given.
+
+    Args:
+        artifact: folder, or repository id on the Hub.
+        model: base model, folder or Hub id.
+        revision: branch, tag or commit of the artifact on the Hub.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: if there is no such artifact or it cannot be had.
+        ValueError: if it is damaged.
+    """
+    try:
+        adapter_config = _file(artifact, ADAPTER_CONFIG_NAME, revision)
+    except (FileNotFoundError, ConnectionError):  # the Hub is not to be asked, or cannot be reached
+        if not isinstance(try_to_load_from_cache(artifact, CONFIG_NAME, revision=revision), str):
+            raise
+        adapter_config = None
+    if adapter_config is not None:
+        if not Path(artifact).is_dir():
+            revision = adapter_config.parent.name  # the cache keeps a file under snapshots/COMMIT
+        return _inspect_adapter(artifact, adapter_config, model, revision)
+    if _file(artifact, CONFIG_NAME, revision) is None:
+        raise FileNotFoundError(
+            f"artifact: neither {ADAPTER_CONFIG_NAME} nor {CONFIG_NAME} in {artifact!r}, expected a folder or repository of "
+            "heads (peft-caft train-heads) or of an adapter (peft-caft train)."
+        )
+    return _inspect_heads(artifact, model, revision)
+
+
+def _file(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a folder or repository, None if it is not there."""
+    if Path(source).is_dir():
+        path = Path(source, name)
+        return path if path.is_file() else None
+    with explained("artifact", source, revision):
+        try:
+            return Path(hf_hub_download(source, name, revision=revision))
+        except LocalEntryNotFoundError:  # not in the cache, and the Hub was not to be asked
+            raise
+        except EntryNotFoundError:
+            return None
+
+
+def _inspect_heads(source: str, model: str | None, revision: str | None) -> Inspection:
+    files = find_heads(source, "artifact", revision)
+    config, tensors = files.read_config(), Tensors.of(files.weights)
+    bias = " with bias" if config.residual_bias else ""
+    facts = {
+        "kind": f"{config.num_heads} auxiliary heads, for 2 to {config.num_heads + 1} tokens ahead",
+        "each head": f"{config.head_num_layers} x {config.head_type}{bias}, reads {config.head_input}, "
+        f"{'with' if config.final_norm else 'without'} the base model's final norm after it",
+        **tensors.facts(),
+        "weights": "sha256 not recorded" if config.weights_sha256 is None else "sha256 as recorded in config.json",
+        "base model": f"{config.base_model_name_or_path or 'unknown'}, revision {config.base_model_revision or 'unknown'}, "
+        f"{config.base_model_class or 'class unknown'}, hidden size {config.hidden_size:,}, vocabulary "
+        f"{config.vocab_size:,}",
+        "licence": config.license or "not stated",
+        "format version": str(config.format_version),
+    }
+    if files.commit is not None:
+        facts["from"] = f"{files.repo_id} at commit {files.commit}"
+    if not config.training:
+        facts["training"] = "none: these heads know nothing of the base model yet"
+    misfit = None if model is None else _misfit_of_heads(config, tensors, model, source)
+    return _judged(
+        Inspection(
+            facts, training_lines(config.training), evaluations_of(config), json.loads(config.to_json()), misfit
+        ),
+        model,
+    )
+
+
+def _inspect_adapter(source: str, config_path: Path, model: str | None, revision: str | None) -> Inspection:
+    weights = _file(source, ADAPTER_WEIGHTS_NAME, revision)
+    if weights is None:
+        raise FileNotFoundError(
+            f"artifact: no {ADAPTER_WEIGHTS_NAME} in {source!r}, expected one beside {ADAPTER_CONFIG_NAME}. Pickled weights "
+            "(.bin) are not read; save the adapter again with PeftModel.save_pretrained."
+        )
+    folder, tensors = str(config_path.parent), Tensors.of(weights)
+    is_caft = _file(source, CAFT_CONFIG_NAME, revision) is not None
+    adapter = json.loads(config_path.read_text(encoding="utf-8"))
+    if adapter.get("peft_type") != "LORA":
+        raise ValueError(
+            f"peft_type: got {adapter.get('peft_type')!r} in {config_path.name} of {source!r}, expected 'LORA', as CAFT and LoRA "
+            "adapters have."
+        )
+    lora = LoraConfig.from_pretrained(folder)
+    targets = (
+        lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules or []))
+    )
+    facts = {
+        "kind": f"LoRA adapter, trained with {'CAFT' if is_caft else 'something else than CAFT'}; plain PEFT loads it",
+        "LoRA": f"rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}, on {targets}",
+        **tensors.facts(),
+        "base model": f"{lora.base_model_name_or_path or 'unknown'}, revision {lora.revision or 'unknown'}",
+    }
+    record = {"adapter_config": adapter}
+    if is_caft:
+        caft = CAFTConfig.from_pretrained(folder)
+        heads_commit = caft.heads_revision or caft.heads_commit or "not recorded"
+        facts |= {
+            "heads": f"{caft.heads}, revision {heads_commit}" if caft.heads else "fresh ones, not pretrained",
+            "auxiliary loss": f"{caft.num_auxiliary_heads} heads ({caft.head_type}, {caft.head_input}, {caft.train_heads}), "
+            f"beta {caft.aux_loss_weight:g}, alpha {caft.aux_loss_decay:g}, gamma {caft.aux_loss_schedule}",
+        }
+        record["caft_config"] = json.loads((Path(folder) / CAFT_CONFIG_NAME).read_text(encoding="utf-8"))
+    misfit = None if model is None else _misfit_of_adapter(lora, tensors, model)
+    return _judged(Inspection(facts, record=record, misfit=misfit), model)
+
+
+def _judged(found: Inspection, model: str | None) -> Inspection:
+    if model is not None:
+        found.facts["fits the model"] = f"{Path(model).name}: " + (
+            "yes" if found.misfit is None else f"NO. {found.misfit}"
+        )
+    return found
+
+
+def _misfit_of_heads(config: HeadsConfig, tensors: Tensors, model: str, source: str) -> str | None:
+    base = _on_meta(model)
+    try:
+        config.require_base_model(_unembedding(model, base), source)
+        heads = AuxiliaryHeads.from_config(config, Backbone.of(base))
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return _first_difference(tensors.shapes, {name: tuple(t.shape) for name, t in heads.state_dict().items()})
+
+
+def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str) -> str | None:
+    try:
+        with torch.device("meta"):
+            peft_model = get_peft_model(_on_meta(model), lora)
+    except ValueError as error:  # target modules that the model lacks
+        return str(error)
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    # Where embedding or lm_head are adapted, PEFT saves the base model's own beside the adapter.
+    own = {name: shape for name, shape in tensors.shapes.items() if ".base_layer." not in name}
+    return _first_difference(own, {name: tuple(t.shape) for name, t in expected.items()})
+
+
+def _first_difference(got: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str | None:
+    wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+    if not wrong:
+        return None
+    name = wrong[0]
+    return (
+        f"{len(wrong)} tensor(s) differ; first {name!r}: got {got.get(name, 'nothing')}, the base model needs "
+        f"{expected.get(name, 'nothing')}."
+    )
+
+
+def _on_meta(model: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _unembedding(model: str, base: PreTrainedModel) -> Tensor:
+    """The unembedding ``(vocabulary, hidden)`` out of the model's safetensors files, or else out of the whole model."""
+    unembedding = base.get_output_embeddings().weight
+    names = [name for name, p in base.named_parameters(remove_duplicate=False) if p is unembedding]  # two where tied
+    index = cached_file(model, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    files = dict.fromkeys(names, "model.safetensors")
+    if index is not None:
+        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    for name in names:
+        path = cached_file(model, files[name], _raise_exceptions_for_missing_entries=False) if name in files else None
+        if path is None:
+            continue
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 (not a mapping)
+                return file.get_tensor(name)
+    return AutoModelForCausalLM.from_pretrained(model, dtype="auto").get_output_embeddings().weight.detach()

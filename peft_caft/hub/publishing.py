@@ -1,0 +1,161 @@
+"""Heads and adapters on the Hub: separate repositories, of which an adapter's names its heads by id and commit.
+
+Everything is published in one commit on top of the state that was looked at, so that a reader finds the old files or the
+new ones, and a push that someone else made meanwhile is never overwritten unseen. Only files known by name are uploaded:
+a run's folder also holds checkpoints, pickled arguments and paths of this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, hf_hub_download
+from peft import LoraConfig
+
+from ..basics.file_names import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CAFT_CONFIG_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+)
+from ..basics.files import json_or_none, write_text
+from ..basics.hub_errors import explained
+from ..heads.artifact import find_heads
+from ..heads.config import HeadsConfig
+from ..heads.publishing import copy_card, push_heads, require_hub_id
+from ..heads.repository import Destination, Repository
+from ..method.config import CAFTConfig
+from .adapter_card import PLACEHOLDER, adapter_card
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def push(
+    folder: str | os.PathLike,
+    to: Destination,
+    *,
+    heads: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    force: bool = False,
+) -> CommitInfo:
+    """Publish a folder of heads or of an adapter, whichever it is.
+
+    Args:
+        heads: for an adapter whose heads were a local folder: ``"org/name"`` or ``"org/name@revision"`` of those heads.
+        base_model: Hub id of the base model, if the folder names a local one.
+        license: Hub identifier such as ``"apache-2.0"``.
+        force: publish over something else too, whose heads or adapter files go; and adapters with other heads than those
+            that they were trained with.
+
+    Raises:
+        FileNotFoundError: if the folder holds neither; or see `hub_errors.explained`.
+        FileExistsError: if the repository holds something else.
+        ValueError: if what would be published is damaged or names paths of this machine.
+        PermissionError, ConnectionError: see `hub_errors.explained`.
+    """
+    has_heads, has_adapter = (Path(folder, name).is_file() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+    if has_adapter:
+        return push_adapter(folder, to, heads=heads, base_model=base_model, license=license, force=force)
+    if not has_heads:
+        raise FileNotFoundError(
+            f"folder: neither {CONFIG_NAME} (of heads) nor {ADAPTER_CONFIG_NAME} in {os.fspath(folder)!r}, expected a folder "
+            "that `peft-caft train-heads`, `peft-caft train` or save_pretrained wrote."
+        )
+    if heads is not None:
+        raise ValueError(
+            f"heads: got {heads!r} for a folder of heads, expected it with an adapter alone. Leave it out."
+        )
+    return push_heads(folder, to, base_model=base_model, license=license, force=force)
+
+
+def push_adapter(
+    folder: str | os.PathLike,
+    to: Destination,
+    *,
+    heads: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    force: bool = False,
+) -> CommitInfo:
+    """Publish the adapter in a folder; arguments and errors as in `push`."""
+    source = Path(folder)
+    if not (source / ADAPTER_WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(
+            f"folder: no {ADAPTER_WEIGHTS_NAME} in {str(source)!r}, expected a saved adapter. Save it again."
+        )
+    is_caft = (source / CAFT_CONFIG_NAME).is_file()
+    config = (CAFTConfig if is_caft else LoraConfig).from_pretrained(str(source))
+    base = base_model or config.base_model_name_or_path or ""
+    config.base_model_name_or_path = require_hub_id(
+        "base_model", base, "Give the model's id on the Hub with --base-model (base_model=). The adapter"
+    )
+    if isinstance(config, CAFTConfig):
+        _name_heads(config, heads, to.token, force)
+    elif heads is not None:
+        raise ValueError(
+            f"heads: got {heads!r}, but the adapter has no {CAFT_CONFIG_NAME}: it was trained without heads."
+        )
+    repository = Repository.open(to)
+    if not force:
+        repository.require_adapter_of_same_base(config.base_model_name_or_path)
+    with tempfile.TemporaryDirectory() as scratch:
+        generated = Path(scratch)
+        config.save_pretrained(scratch)
+        card = source / CARD_NAME
+        if card.exists() and PLACEHOLDER not in card.read_text(encoding="utf-8"):
+            copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, license)
+        else:
+            settings, summary = (json_or_none(source / name) for name in ("run.json", "summary.json"))
+            write_text(generated / CARD_NAME, adapter_card(config, repository.repo_id, license, settings, summary))
+        names = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, *TOKENIZER_FILES)
+        return repository.commit(
+            (generated, source), names, "CAFT adapter" if is_caft else "LoRA adapter", alone=force
+        )
+
+
+def _name_heads(config: CAFTConfig, given: str | None, token: str | bool | None, force: bool) -> None:
+    """Make the configuration name its heads by repository and commit."""
+    trained_with = config.heads
+    if trained_with is None:
+        if given is not None:
+            raise ValueError(f"heads: got {given!r}, but the adapter was trained with fresh heads. Leave it out.")
+        return
+    if given is not None:
+        repo_id, _, revision = given.partition("@")
+    else:
+        repo_id, revision = trained_with, config.heads_commit or config.heads_revision or ""
+    advice = f"Publish the heads first, `peft-caft push {trained_with} ORG/NAME`, then give --heads ORG/NAME@COMMIT (heads=)."
+    require_hub_id("heads", repo_id, advice)
+    path, published = _heads_config(repo_id, revision or None, token)
+    if given is not None and not force:
+        if Path(trained_with).is_dir():
+            used = find_heads(trained_with).read_config()
+        else:
+            _, used = _heads_config(trained_with, config.heads_commit or config.heads_revision, token)
+        if used.weights_sha256 != published.weights_sha256:
+            raise ValueError(
+                f"heads: {given!r} holds other weights (sha256 {published.weights_sha256}) than {trained_with!r} "
+                f"({used.weights_sha256}), which the adapter was trained with. Give the revision that holds those, or "
+                "--force (force=True)."
+            )
+    config.heads, config.heads_revision, config.heads_commit = repo_id, path.parent.name, path.parent.name
+
+
+def _heads_config(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, HeadsConfig]:
+    """The configuration of heads on the Hub, and where it lies: under snapshots/COMMIT of the cache."""
+    with explained("heads", repo_id, revision):
+        path = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, token=token))
+    return path, HeadsConfig.from_file(path)

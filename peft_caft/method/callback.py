@@ -1,0 +1,144 @@
+"""`CAFTCallback`: tells the schedule the optimizer step, logs the auxiliary losses, and guards against silence."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..basics.files import replacing
+from ..heads.sharding import copy_into, refuse_fsdp1, whole
+from .objective import AuxiliaryObjective
+
+OLDEST_TRL = (1, 16)
+TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
+
+
+class CAFTCallback(TrainerCallback):
+    """Add to ``transformers.Trainer(..., callbacks=[CAFTCallback()])`` or TRL's ``SFTTrainer`` when training a CAFT model.
+
+    Logs ``caft/gamma``, ``caft/aux_loss`` and ``caft/loss_head_2`` ... ``caft/loss_head_n`` (nats/token, means since
+    the last log of this process) into the trainer's log history. With ``train_heads`` other than ``"frozen"`` the
+    trained parameters of the heads are kept in every checkpoint, so that a resumed run goes on where it was.
+
+    Raises:
+        RuntimeError: at the end of a training step in which no auxiliary loss was computed, or if the checkpoint to
+            resume from lacks the trained heads.
+        TypeError: if the model has no CAFT adapter.
+        ValueError: if TRL is too old, or its loss is another one than the next-token loss, or FSDP1 shards the model.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        refuse_fsdp1(kwargs["model"])
+        _refuse_other_objectives(args)
+        trained = _trained_head_parameters(objective_of(kwargs["model"]))
+        if state.global_step > 0 and trained:
+            _restore(trained, _checkpoint(args, state) / TRAINED_HEADS_NAME)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = objective_of(kwargs["model"])
+        model.set_training_progress(state.global_step, state.max_steps)
+        self._computed_before = model._progress.computed
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = objective_of(kwargs["model"])
+        if model._auxiliary_loss_enabled and model._progress.computed == self._computed_before:
+            raise RuntimeError(
+                f"step {state.global_step} ended without an auxiliary loss, expected one in every training forward: "
+                "the model saw no labels, or its adapters are disabled. `label_smoothing_factor` (got "
+                f"{args.label_smoothing_factor}, expected 0) and `compute_loss_func` make Trainer strip the labels; "
+                "leave both unset. To train without the auxiliary loss on purpose, use "
+                "`model.auxiliary_loss_enabled(False)` or CAFTConfig(aux_loss_weight=0)."
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        objective_of(kwargs["model"]).forget_training_progress()  # the next run has a length of its own
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        model = objective_of(kwargs["model"])
+        losses = model._progress.recent.read(model._active_config().aux_loss_decay)
+        metrics = {"gamma": float(model.gamma)} | losses
+        metrics = {f"caft/{name}": value for name, value in metrics.items()}
+        logs.update(metrics)  # for the callbacks after this one
+        state.log_history[-1].update(metrics)  # Trainer.log has copied the logs there already
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trained = _trained_head_parameters(objective_of(kwargs["model"]))
+        tensors = {name: whole(parameter).detach().cpu().contiguous() for name, parameter in trained.items()}
+        if trained and state.is_world_process_zero:
+            with replacing(_checkpoint(args, state) / TRAINED_HEADS_NAME) as temporary:
+                save_file(tensors, temporary)
+
+
+def _refuse_other_objectives(args: TrainingArguments) -> None:
+    """Refuse settings of TRL's SFTTrainer with which CAFT would not train, or would train something else."""
+    if type(args).__name__ != "SFTConfig":
+        return
+    if args.loss_type == "dft":
+        raise ValueError(
+            "loss_type: got 'dft', expected 'nll'. DFT weighs tokens by their probability, and the auxiliary loss is defined "
+            "beside the next-token loss. Set SFTConfig(loss_type='nll'), or train LoRA."
+        )
+    if tuple(int(part) for part in version("trl").split(".")[:2]) < OLDEST_TRL:
+        raise ValueError(
+            f"trl: got version {version('trl')}, expected {'.'.join(map(str, OLDEST_TRL))} or newer: older ones need Triton, or the logits "
+            "of all tokens, which CAFT does not compute. Run: pip install --upgrade trl"
+        )
+
+
+def objective_of(model: nn.Module) -> AuxiliaryObjective:
+    """The CAFT tuner inside a (wrapped) PEFT model, or what `prepare_full_fine_tuning` has attached to a model.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, AuxiliaryObjective):
+            return module
+    raise TypeError(
+        f"model: got {type(model).__name__} without a CAFT adapter, expected one made by get_peft_model(model, "
+        "CAFTConfig(...)), or by prepare_full_fine_tuning. Remove CAFTCallback to train another kind of model."
+    )
+
+
+def _trained_head_parameters(model: AuxiliaryObjective) -> dict[str, Tensor]:
+    return {name: p for name, p in model.auxiliary_heads.named_parameters() if p.requires_grad}
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir, f"checkpoint-{state.global_step}")
+
+
+def _restore(trained: dict[str, Tensor], path: Path) -> None:
+    if not path.is_file():
+        raise RuntimeError(
+            f"{path}: not found, expected the trained auxiliary heads of the checkpoint to resume from. The run before "
+            "trained with another `train_heads`, without CAFTCallback, or in another output_dir; start anew or resume "
+            "with the same settings."
+        )
+    saved = load_file(path)
+    if saved.keys() != trained.keys():
+        raise RuntimeError(f"{path}: holds other parameters than this run trains. Resume with the same settings.")
+    for name, parameter in trained.items():
+        copy_into(parameter, saved[name])

@@ -1,0 +1,222 @@
+"""`ObjectiveConfig`: the settings of the objective of concept-aware fine-tuning, whatever it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from peft import LoraConfig
+from peft.utils import PeftType, TaskType
+
+from ..basics.checks import require_choice, require_token_fraction
+from ..basics.file_names import CAFT_CONFIG_NAME
+from ..basics.files import write_text
+from ..heads.config import DEFAULT_NUM_HEADS, HEAD_INPUTS, HEAD_TYPES
+from .registration import peft_type
+from .schedule import SCHEDULES
+
+TRAIN_HEADS = ("frozen", "lora", "full")
+
+
+@dataclass
+class ObjectiveConfig:
+    """Fields that `CAFTConfig` and `FullFineTuningConfig` share; the objective is given there."""
+
+    heads: str | None = field(
+        default=None,
+        metadata={"help": "Hub repository id or local folder of pretrained auxiliary heads; None makes fresh ones."},
+    )
+    heads_revision: str | None = field(default=None, metadata={"help": "Git revision of the heads on the Hub."})
+    heads_commit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Set when heads are loaded from the Hub: the commit they came from. A record, never an input."
+        },
+    )
+    num_auxiliary_heads: int = field(
+        default=DEFAULT_NUM_HEADS,
+        metadata={
+            "help": "Number of auxiliary heads, n - 1: they predict 2 ... n tokens ahead. With pretrained heads at "
+            "most what they hold; fewer takes the first ones."
+        },
+    )
+    head_type: Literal["residual", "decoder_layer"] = field(
+        default="decoder_layer",
+        metadata={"help": "Fresh heads only: x + SiLU(W x), or a copy of the base model's last decoder layer."},
+    )
+    head_num_layers: int = field(default=1, metadata={"help": "Fresh heads only: blocks or layers per head."})
+    head_input: Literal["last_layer_input", "last_hidden_state"] = field(
+        default="last_layer_input",
+        metadata={"help": "Fresh heads only: what a head reads, before the last layer or after the final norm."},
+    )
+    aux_loss_weight: float = field(default=0.01, metadata={"help": "beta: weight of all auxiliary losses together."})
+    aux_loss_decay: float = field(default=0.8, metadata={"help": "alpha: head k weighs alpha^(k-1)."})
+    aux_loss_schedule: Literal["reflected_sine", "sine", "linear", "linear_decay", "constant"] = field(
+        default="reflected_sine", metadata={"help": "gamma: course of the auxiliary weight over the run."}
+    )
+    total_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "S: optimizer steps of the run, for loops without CAFTCallback. Unless `set_training_progress` "
+            "is called, every training forward then counts as one step."
+        },
+    )
+    train_heads: Literal["frozen", "lora", "full"] = field(
+        default="frozen", metadata={"help": "Whether the heads only carry gradient, get LoRA themselves, or train."}
+    )
+    aux_token_fraction: float = field(
+        default=1.0,
+        metadata={"help": "p: share of the positions, drawn anew each step, that the heads see; weighted by 1/p."},
+    )
+
+    def require_valid_objective(self) -> None:
+        """Raise a ValueError that names the first of these fields that is out of range."""
+        if self.heads is not None:
+            self.heads = os.fspath(self.heads)  # a Path would not go into JSON
+        require_choice("head_type", self.head_type, HEAD_TYPES)
+        require_choice("head_input", self.head_input, HEAD_INPUTS)
+        require_choice("aux_loss_schedule", self.aux_loss_schedule, tuple(SCHEDULES))
+        require_choice("train_heads", self.train_heads, TRAIN_HEADS)
+        self._require_at_least_one("num_auxiliary_heads", " (n = num_auxiliary_heads + 1, so n >= 2)")
+        self._require_at_least_one("head_num_layers")
+        if self.total_steps is not None:
+            self._require_at_least_one("total_steps")
+        if not 0 <= self.aux_loss_weight < math.inf:
+            raise ValueError(
+                f"aux_loss_weight (beta): got {self.aux_loss_weight}, expected 0 (plain LoRA) or more, and finite."
+            )
+        if not 0 < self.aux_loss_decay <= 1:
+            raise ValueError(f"aux_loss_decay (alpha): got {self.aux_loss_decay}, expected 0 < alpha <= 1.")
+        require_token_fraction(self.aux_token_fraction, " To switch the auxiliary loss off, set aux_loss_weight=0.")
+
+    def _require_at_least_one(self, name: str, note: str = "") -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1{note}.")
+
+
+CAFT_CONFIG_FORMAT_VERSION = 1
+
+
+@dataclass
+class CAFTConfig(ObjectiveConfig, LoraConfig):
+    """Configuration of concept-aware fine-tuning (CAFT, https://arxiv.org/abs/2506.07833) with LoRA adapters.
+
+    Every field of [`~peft.LoraConfig`] keeps its meaning. The training loss is
+
+        L = CE_1 + beta * gamma(s) * sum_{k=2..n} alpha^(k-1) * CE_k
+
+    where CE_k is the cross entropy of the head that predicts token t+k from the hidden state at t, and CE_1 the
+    model's own next-token loss. Only ``CAUSAL_LM`` models have such a loss, so ``task_type`` is set to it.
+
+    On disk a CAFT adapter is a plain LoRA adapter (``adapter_config.json`` says ``LORA``), with the fields below in
+    ``caft_config.json`` beside it: it loads wherever a LoRA adapter loads, without this package.
+
+    Raises:
+        ValueError: if a field is out of range; the message names it, what came and what was expected.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        if self.task_type not in (None, TaskType.CAUSAL_LM):
+            raise ValueError(
+                f"task_type: got {self.task_type!r}, expected 'CAUSAL_LM' (or None). CAFT predicts future tokens, which "
+                "only a causal language model does; use LoraConfig for other tasks."
+            )
+        # PeftModel.forward without a task type calls the base model directly and bypasses the tuner.
+        self.task_type: TaskType = TaskType.CAUSAL_LM
+        self.require_valid_objective()
+
+    @property
+    def init_weights(self) -> Any:
+        """Alias of ``init_lora_weights``: the name under which ``PeftModel.save_pretrained`` (peft 0.21) resets it for
+        every method but LORA when it converts a PiSSA-like adapter.
+        """
+        return self.init_lora_weights
+
+    @init_weights.setter
+    def init_weights(self, value: Any) -> None:
+        self.init_lora_weights = value
+
+    def to_lora_config(self) -> LoraConfig:
+        """The same adapter as a plain ``LoraConfig``, without the CAFT fields; nothing is copied deeply."""
+        lora = object.__new__(LoraConfig)
+        lora.__dict__.update({k: v for k, v in self.__dict__.items() if k not in caft_field_names()})
+        lora.peft_type = PeftType.LORA
+        return lora
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` as an ordinary LoRA adapter's, and ``caft_config.json`` beside it."""
+        self.to_lora_config().save_pretrained(save_directory, **kwargs)
+        caft = {"format_version": CAFT_CONFIG_FORMAT_VERSION} | {n: getattr(self, n) for n in caft_field_names()}
+        write_text(Path(save_directory) / CAFT_CONFIG_NAME, json.dumps(caft, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> CAFTConfig:
+        """Read a CAFT adapter's two configuration files from a folder or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: folder, or repository id on the Hub.
+            subfolder: folder inside it.
+            kwargs: what ``huggingface_hub.hf_hub_download`` takes (``revision``, ``token``, ``cache_dir``, ...).
+
+        Raises:
+            FileNotFoundError: if there is no ``caft_config.json``: the adapter is a plain LoRA adapter.
+            ValueError: if the format version or a field is unknown.
+        """
+        hub_kwargs, _, _ = cls._split_kwargs(kwargs)
+        lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        caft = _read_caft_config(str(pretrained_model_name_or_path), subfolder, hub_kwargs)
+        shared = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
+        return cls(**{**shared, "peft_type": peft_type(), **caft})
+
+
+def caft_field_names() -> list[str]:
+    """Names of the fields that `CAFTConfig` adds to ``LoraConfig``."""
+    return [f.name for f in dataclasses.fields(ObjectiveConfig)]
+
+
+def _read_caft_config(source: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    folder = Path(source, subfolder or "")
+    path = folder / CAFT_CONFIG_NAME
+    if not folder.is_dir():
+        try:
+            path = Path(hf_hub_download(source, CAFT_CONFIG_NAME, subfolder=subfolder, **hub_kwargs))
+        except (EntryNotFoundError, HFValidationError) as error:
+            raise _not_a_caft_adapter(source) from error
+    if not path.is_file():
+        raise _not_a_caft_adapter(source)
+    try:
+        caft = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(caft, dict):
+            raise TypeError(f"a {type(caft).__name__} instead of an object")
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Save the adapter again.") from error
+    version = caft.pop("format_version", None)
+    if version != CAFT_CONFIG_FORMAT_VERSION:
+        raise ValueError(
+            f"format_version in {path}: got {version!r}, expected {CAFT_CONFIG_FORMAT_VERSION}. The adapter was "
+            "written by another version of peft-caft; install that version."
+        )
+    unknown = sorted(set(caft) - set(caft_field_names()))
+    if unknown:
+        raise ValueError(f"{path}: unknown field(s) {', '.join(unknown)}; known: {', '.join(caft_field_names())}.")
+    return caft
+
+
+def _not_a_caft_adapter(source: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{CAFT_CONFIG_NAME} not found in {source!r}: this is not a CAFT adapter, or a plain LoRA one. To go on "
+        "training a LoRA adapter with CAFT, pass a CAFTConfig with the same r, lora_alpha and target_modules as "
+        "`config` to PeftModel.from_pretrained(..., is_trainable=True)."
+    )

@@ -1,0 +1,168 @@
+"""Full fine-tuning with the objective of CAFT: all parameters of the base model train, and it stays the plain model that it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..basics.checks import require_choice
+from ..heads.auxiliary_heads import AuxiliaryHeads
+from ..heads.backbone import Backbone
+from .config import ObjectiveConfig
+from .configured_heads import make_heads
+from .objective import AuxiliaryObjective, TrainingPass, begin, finish, heads_are_never_missing
+
+NAME = "caft_objective"
+
+
+@dataclass
+class FullFineTuningConfig(ObjectiveConfig):
+    """Configuration of full fine-tuning with the objective of CAFT (https://arxiv.org/abs/2506.07833).
+
+    The loss, and the fields that it shares with `CAFTConfig`, are explained there. ``train_heads`` is ``"frozen"`` or ``"full"``.
+
+    Raises:
+        ValueError: if a field is out of range; the message names it, what came and what was expected.
+    """
+
+    freeze_unembedding: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the lm_head as it is, which the heads share; with tied embeddings the input embedding too. "
+            "Otherwise it learns from all losses."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        require_choice("train_heads", self.train_heads, ("frozen", "full"))
+        self.require_valid_objective()
+
+
+class FullFineTuning(AuxiliaryObjective, nn.Module):
+    """The objective, attached to a model; made by `prepare_full_fine_tuning`.
+
+    It is a submodule of the model, works by hooks on its forward, and has no part in its state dict: class, weights and
+    ``save_pretrained`` of the model are the plain ones. Where the model is in training mode and is called with labels and
+    gradients, its loss includes the auxiliary loss, and its outputs hold no logits unless the call asks for them, as
+    `CAFTModel.forward` explains.
+
+    Attributes:
+        config: as given; says what the heads really are.
+        auxiliary_heads: the heads.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: FullFineTuningConfig) -> None:
+        self._begin_objective()
+        super().__init__()
+        self._backbone = Backbone.of(model)
+        self.config = config
+        self.auxiliary_heads = make_heads(config, model)
+        self.auxiliary_heads.requires_grad_(config.train_heads == "full")
+        lm_head = self._backbone.lm_head
+        if config.freeze_unembedding:
+            lm_head.requires_grad_(False)
+        self._register_gamma(lm_head.weight.device)
+        self.register_load_state_dict_post_hook(heads_are_never_missing)
+        self._pass: TrainingPass | None = None
+        self._precision: dict[str, Any] = {}
+        # Hooks, and not another forward: whoever wraps or replaces the model's forward later (accelerate, TRL) stays within them.
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            self._backbone.trunk.register_forward_pre_hook(self._note_precision),
+        ]
+        self.train(model.training)
+
+    def detach_from(self, model: nn.Module) -> None:
+        """Take the objective and its hooks off ``model``."""
+        for hook in self._hooks:
+            hook.remove()
+        model._keys_to_ignore_on_save -= self.keys_in(model)
+        delattr(model, NAME)
+
+    def keys_in(self, model: nn.Module) -> set[str]:
+        """Names of this module's parameters in ``model``."""
+        return {name for name, _ in model.named_parameters() if name.startswith(f"{NAME}.")}
+
+    def _active_config(self) -> FullFineTuningConfig:
+        return self.config
+
+    def heads_for_training(self) -> AuxiliaryHeads:
+        return self.auxiliary_heads
+
+    def _output_is_the_base_models(self) -> bool:
+        return True
+
+    def _note_precision(self, trunk: nn.Module, args: tuple) -> None:
+        # accelerate switches autocast on inside of the model's hooks; the losses are computed as the model is.
+        device_type = self.gamma.device.type
+        self._precision = {
+            "device_type": device_type,
+            "dtype": torch.get_autocast_dtype(device_type),
+            "enabled": torch.is_autocast_enabled(device_type),
+        }
+
+    @torch.compiler.disable(recursive=False)
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._pass = self._training_pass(kwargs)
+        if self._pass is None:
+            return args, kwargs
+        # The model's switch has reached the heads, whose layers are not run as a whole.
+        for layer in self.auxiliary_heads.modules():
+            if getattr(layer, "gradient_checkpointing", False):
+                layer.gradient_checkpointing = False
+        return args, begin(self._pass)
+
+    @torch.compiler.disable(recursive=False)
+    def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+        training_pass, self._pass = self._pass, None
+        if training_pass is None:
+            return outputs
+        if outputs is None:  # the model raised an error
+            return training_pass.close()
+        with torch.autocast(**self._precision):
+            return finish(training_pass, outputs, model.forward, args)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Nothing, so that the model's state dict is the plain one: heads are an artifact of their own."""
+        return kwargs.get("destination", {})
+
+
+def prepare_full_fine_tuning(model: PreTrainedModel, config: FullFineTuningConfig) -> PreTrainedModel:
+    """Attach the objective of CAFT to a causal language model of which all parameters are to be trained.
+
+    The model itself is returned, ready for ``Trainer`` or TRL's ``SFTTrainer`` with `CAFTCallback`. ``save_pretrained`` and the
+    checkpoints of a trainer are those of the plain model. `FullFineTuning.detach_from` undoes it; a bare loop tells the schedule
+    with ``model.caft_objective.set_training_progress(step, total_steps)``.
+
+    Args:
+        model: from ``AutoModelForCausalLM.from_pretrained``, in fp32 or bf16 on any device.
+        config: of the objective.
+
+    Raises:
+        TypeError: if the model is not a decoder-only causal language model, or has adapters.
+        ValueError: if it has the objective already, or parameters that cannot be trained.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise TypeError(
+            f"model: got {type(model).__name__} with adapters, expected a plain transformers model. Use get_peft_model(model, "
+            "CAFTConfig(...)) to train adapters, or merge_and_unload() them first."
+        )
+    if hasattr(model, NAME):
+        raise ValueError(f"model: has a {NAME} already, expected none. Call model.{NAME}.detach_from(model) first.")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "model: got a quantised one, whose weights cannot be trained. Load it unquantised, or train adapters on it with "
+            "get_peft_model(model, CAFTConfig(...))."
+        )
+    objective = FullFineTuning(model, config)
+    model.add_module(NAME, objective)
+    # For engines that collect parameters without asking for a state dict (DeepSpeed's ZeRO-3).
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *objective.keys_in(model)}
+    return model

@@ -1,0 +1,45 @@
+"""Going on with a saved CAFT adapter, as CAFT: PEFT itself reads it as the plain LoRA adapter that it is on disk."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from .model import CAFTConfig
+
+
+def load_adapter(
+    model: nn.Module,
+    adapter: str | os.PathLike,
+    adapter_name: str = "default",
+    is_trainable: bool = True,
+    **kwargs: Any,
+) -> PeftModel:
+    """Load a saved CAFT adapter for further CAFT training.
+
+    Args:
+        model: the base model, or a CAFT ``PeftModel`` to which the adapter is added (inactive) under ``adapter_name``.
+        adapter: folder, or Hub repository id.
+        adapter_name: name of the adapter in the model.
+        is_trainable: False loads it for inference, without its heads.
+        kwargs: for ``hf_hub_download`` (``revision``, ``token``, ...).
+
+    Returns:
+        the PEFT model.
+
+    Raises:
+        FileNotFoundError: if the adapter is not a CAFT adapter.
+    """
+    source = os.fspath(adapter)
+    config = CAFTConfig.from_pretrained(source, **kwargs)
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(
+            model, source, adapter_name=adapter_name, config=config, is_trainable=is_trainable, **kwargs
+        )
+    config.inference_mode = not is_trainable
+    model.add_adapter(adapter_name, config)
+    model.load_adapter(source, adapter_name, is_trainable=is_trainable, **kwargs)
+    return model

@@ -1,0 +1,98 @@
+"""Training by TRL's SFTTrainer, which makes the loss itself.
+
+It calls the model with ``fused_lm_head=True``, gets a log-probability for every label, and takes
+
+    loss = -sum(log_probs) / num_items_in_batch
+
+So the auxiliary loss cannot be added to a loss here. Its gradient travels in ``log_probs``: their values stay what they are, and
+whatever factor they are multiplied with on the way to the loss, the auxiliary loss gets too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..heads.backbone import Backbone, Captured
+from ..heads.sharding import is_sharded
+from .linear_cross_entropy import linear_cross_entropy
+
+
+def asks_for_log_probs(kwargs: dict[str, Any]) -> bool:
+    """Whether the caller makes its loss of log-probabilities."""
+    return bool(kwargs.get("fused_lm_head"))
+
+
+@dataclass
+class LogProbsPass:
+    """A forward pass of the base model that returned log-probabilities; what `NextToken` is for one that returned a loss.
+
+    Attributes:
+        outputs: what the model returned, with ``log_probs``, fp32 ``(batch, tokens - 1)``, 0 where there is no label, and
+            ``label_mask``, bool of that shape.
+        captured: what the heads need of it.
+        labels: int64 ``(batch, tokens)``, unshifted.
+        supervised: number of next-token targets.
+        divisor: 1, since the trainer divides; fp32 scalar.
+    """
+
+    outputs: Any
+    captured: Captured
+    labels: Tensor
+    supervised: int
+    divisor: Tensor
+
+    @torch.no_grad()
+    def verify(self, backbone: Backbone) -> None:
+        """`Backbone.verify` by all log-probabilities."""
+        if not self.supervised and not is_sharded(backbone.lm_head):  # else all processes must gather it together
+            return
+        states, mask = self.captured.last_hidden_state, self.outputs.label_mask
+        targets = self.labels[:, 1:].to(states.device)[mask.to(states.device)]
+        _, losses = linear_cross_entropy(
+            states[:, :-1][mask.to(states.device)], targets, backbone.unembedding(self.captured)
+        )
+        backbone.verify(self.captured, "log-probabilities", -losses, self.outputs.log_probs[mask].to(losses.device))
+
+    def with_auxiliary(self, total: Tensor) -> Any:
+        """The outputs with the gradient of ``total`` in the log-probabilities, and ``total`` in the loss that is their mean."""
+        total = total.to(self.outputs.log_probs.device)
+        log_probs = _CarryingGradient.apply(self.outputs.log_probs, total, self.outputs.label_mask)
+        loss = self.outputs.loss + total / max(1, self.supervised)
+        return type(self.outputs)(**dict(self.outputs) | {"log_probs": log_probs, "loss": loss})
+
+
+def log_probs_pass(backbone: Backbone, kwargs: dict[str, Any]) -> Generator[dict[str, Any], Any, LogProbsPass]:
+    """A call of the base model with labels for a caller that wants log-probabilities, as `next_token_pass` is for a loss."""
+    with backbone.capture() as records:
+        outputs = yield kwargs
+    one = torch.ones((), device=outputs.log_probs.device)
+    return LogProbsPass(outputs, records[-1], kwargs["labels"], int(outputs.label_mask.sum()), one)
+
+
+class _CarryingGradient(torch.autograd.Function):
+    """Returns ``log_probs`` as they are; backward, ``total`` gets the negative of what each of them gets."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, total: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        factors = grad[mask]
+        if not len(factors):
+            return grad, grad.new_zeros(()), None
+        if bool((factors != factors[0]).any()):
+            raise ValueError(
+                "log_probs: the trainer's loss weighs tokens differently, expected the mean of their negative "
+                "log-probabilities (in TRL loss_type='nll'; got for instance 'dft'), which the auxiliary loss is defined "
+                "beside. Set loss_type='nll', or wrap the step in auxiliary_loss_enabled(False)."
+            )
+        return grad, -factors[0], None

@@ -1,0 +1,149 @@
+"""The auxiliary loss of CAFT: sum over heads of alpha^(k-1) * CE_k (arXiv 2506.07833, equation of the objective)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..heads.auxiliary_heads import AuxiliaryHeads
+from ..heads.backbone import Backbone, Captured
+from ..heads.sharding import is_sharded
+from ..heads.unembedding import chunk_size_on
+from .linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
+from .targets import sample_rows, supervised_rows
+
+
+@dataclass
+class AuxiliaryLoss:
+    """The auxiliary loss of one batch, and what it is made of.
+
+    Attributes:
+        total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar, fp32, nats, differentiable.
+        sums: one fp32 scalar per head without graph, nats; estimates of the full sum when positions are sampled.
+            ``sums[i]`` belongs to the head that predicts i + 2 tokens ahead.
+        counts: number of positions that each sum is about (before sampling).
+    """
+
+    total: Tensor
+    sums: list[Tensor]
+    counts: list[int]
+
+
+@torch.compiler.disable
+def auxiliary_loss(
+    heads: AuxiliaryHeads,
+    backbone: Backbone,
+    captured: Captured,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    decay: float,
+    weight: Tensor | float = 1.0,
+    fraction: float = 1.0,
+    sampling_seed: int = 0,
+    fast_paths: bool = True,
+) -> AuxiliaryLoss:
+    """Cross entropies of all heads on one batch.
+
+    Only rows with a target reach a residual head and the unembedding; of a decoder-layer head all rows take part as keys and
+    values. Frozen heads are differentiated at once, one after the other, and leave nothing but the gradient of their input, and
+    of final norm and unembedding where these are trained.
+
+    Args:
+        heads: the auxiliary heads.
+        backbone: of the base model that made ``captured``.
+        captured: hidden states ``(batch, tokens, hidden)``.
+        labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
+        attention_mask, position_ids: as the model got them, see `supervised_rows`.
+        decay: alpha.
+        weight: of all heads together: in the objective beta * gamma over the number of next-token targets.
+        fraction: p; with p < 1 each position takes part with probability p and weighs 1/p, which leaves the
+            expectation of loss and gradient unchanged.
+        sampling_seed: seed of that draw, which no other random number depends on.
+        fast_paths: False computes the same in the plainest way: all logits of a head, decoder layers for all positions, and
+            gradients by autograd in the backward pass.
+    """
+    unembedding = backbone.unembedding(captured)
+    weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=labels.device))
+    cross_entropy = linear_cross_entropy if fast_paths else plain_cross_entropy
+    hidden: Tensor = getattr(captured, heads.config.head_input)
+    at_once = fast_paths and _can_be_differentiated_at_once(heads, captured, hidden)
+    shared = [*unembedding.trained, *_trained_norm(heads, backbone)]
+    if at_once:
+        leaf = hidden.detach().requires_grad_()
+        captured = replace(captured, **{heads.config.head_input: leaf})
+    rows, targets, counts = [], [], []
+    for index in range(len(heads.heads)):
+        head_rows, head_targets = supervised_rows(labels, index + 2, attention_mask, position_ids)
+        counts.append(len(head_rows))
+        if fraction < 1:
+            kept = sample_rows(head_rows, fraction, labels.numel(), sampling_seed)
+            head_rows, head_targets = head_rows[kept], head_targets[kept]
+        rows.append(head_rows)
+        targets.append(head_targets)
+    sums: list[Tensor] = []
+    grads: list[Tensor] = []
+    total = hidden.new_zeros((), dtype=unembedding.logits_dtype)
+    for group in _computed_together(heads, rows, unembedding.weight):
+        states = torch.cat([heads.states(i, captured, rows[i], backbone, fast_paths) for i in group])
+        sizes = [len(rows[i]) for i in group]
+        weights = torch.cat([(weight * (decay ** (i + 1) / fraction)).expand(len(rows[i])) for i in group])
+        loss, losses = cross_entropy(states, torch.cat([targets[i] for i in group]), unembedding, weights)
+        sums += [part.sum() / fraction for part in losses.split(sizes)]
+        if at_once:
+            group_grads = torch.autograd.grad(loss, [leaf, *shared])
+            grads = (
+                [grad.add_(more) for grad, more in zip(grads, group_grads, strict=True)] if grads else [*group_grads]
+            )
+            loss = loss.detach()
+        total = total + loss
+    total = _Differentiated.apply(total, grads, hidden, *shared) if at_once else total
+    return AuxiliaryLoss(total * power_of_two, sums, counts)
+
+
+def _computed_together(heads: AuxiliaryHeads, rows: list[Tensor], weight: Tensor) -> list[list[int]]:
+    """Decoder layers one by one, for their memory; residual heads in groups that fill two chunks of logits, for large products."""
+    groups: list[list[int]] = []
+    together = 2 * chunk_size_on(weight.device).enough(weight.shape[0]) if heads.config.head_type == "residual" else 0
+    for index in range(len(rows)):
+        if groups and sum(len(rows[i]) for i in groups[-1]) < together:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _can_be_differentiated_at_once(heads: AuxiliaryHeads, captured: Captured, hidden: Tensor) -> bool:
+    """Whether a part of a backward pass is possible here, and the heads and what their layers are called with are constants."""
+    if is_sharded(heads):
+        return False
+    arguments = (*captured.layer_args, *captured.layer_kwargs.values())
+    flat = [part for value in arguments for part in (value if isinstance(value, tuple) else (value,))]
+    others = [*heads.parameters(), *(t for t in flat if isinstance(t, Tensor))]
+    return torch.is_grad_enabled() and hidden.requires_grad and not any(tensor.requires_grad for tensor in others)
+
+
+def _trained_norm(heads: AuxiliaryHeads, backbone: Backbone) -> list[Tensor]:
+    """Parameters of the final norm that get a gradient from the heads."""
+    if not heads.config.final_norm or backbone.final_norm is None:
+        return []
+    return [parameter for parameter in backbone.final_norm.parameters() if parameter.requires_grad]
+
+
+class _Differentiated(torch.autograd.Function):
+    """A loss whose gradients are known: ``total`` forward, ``grads`` of ``inputs`` times the incoming gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> Any:
+        # A 0-dim factor does not change the dtype.
+        return None, None, *(grad * grad_total for grad in ctx.saved_tensors)

@@ -1,0 +1,217 @@
+"""`CAFTModel`: LoRA's tuner plus auxiliary heads and their loss."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.utils import PeftType
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from torch import Tensor, nn
+
+from ..heads.auxiliary_heads import AuxiliaryHeads
+from ..heads.backbone import Backbone
+from .config import CAFTConfig
+from .configured_heads import add_lora, make_heads
+from .objective import HEADS_PREFIX, AuxiliaryObjective, heads_are_never_missing, run
+from .registration import register
+
+
+class CAFTModel(AuxiliaryObjective, LoraModel):
+    """Concept-aware fine-tuning of a causal language model with LoRA (https://arxiv.org/abs/2506.07833).
+
+    Made by ``get_peft_model(model, CAFTConfig(...))``. In training mode, with labels and gradients, its forward adds
+
+        beta * gamma(s) * sum_{k=2..n} alpha^(k-1) * CE_k
+
+    to the model's own loss CE_1. Every CE_k is divided by the same number as CE_1, the next-token targets of the batch
+    or ``num_items_in_batch`` if the trainer passes it. In evaluation, with the adapter disabled, or after
+    ``merge_and_unload``, it is a plain LoRA model.
+
+    The heads live in this tuner, one set per adapter, and never in the base model or in the saved adapter. They see
+    the base model's own final norm and unembedding even where an adapter changes those (``modules_to_save``): no
+    auxiliary gradient reaches a trained copy of the lm_head.
+
+    Attributes:
+        auxiliary_heads: `AuxiliaryHeads` per adapter name; adapters loaded for inference have none.
+        gamma: fp32 scalar buffer, not saved: the weight of the auxiliary loss at the current optimizer step.
+    """
+
+    # Makes PEFT's inject_adapter_in_model, which would drop the heads with the tuner, refuse CAFT.
+    uses_shared_state = True
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self._begin_objective()
+        super().__init__(model, *args, **kwargs)
+        self.register_load_state_dict_post_hook(heads_are_never_missing)
+
+    # Heads: made with the adapter, follow it when it is switched, frozen, cast or deleted.
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the LoRA layers of an adapter, and its heads unless it is loaded for inference."""
+        config = self.peft_config[adapter_name]
+        backbone = self._backbone or Backbone.of(model)
+        heads = None if config.inference_mode else make_heads(config, model)
+        if config.modules_to_save and any(name.split(".")[-1] == "lm_head" for name in config.modules_to_save):
+            warnings.warn(
+                "modules_to_save=['lm_head']: the trained copy of the lm_head learns from the next-token loss alone. "
+                "The auxiliary heads keep using the base model's frozen lm_head, so no auxiliary gradient reaches it.",
+                stacklevel=2,
+            )
+        # Two conversions of peft.utils.transformers_weight_conversion (mixture-of-experts models) test for LORA.
+        config.peft_type = PeftType.LORA
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            config.peft_type = PeftType.CAFT
+        if "gamma" not in self._buffers:
+            self._register_gamma(backbone.lm_head.weight.device)
+            self.auxiliary_heads = nn.ModuleDict()
+        self._backbone = backbone
+        if heads is not None:
+            if config.train_heads == "lora":
+                add_lora(heads, config, adapter_name)
+            self.auxiliary_heads[adapter_name] = heads
+        self._set_heads_trainable()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._set_heads_trainable(inference_mode)
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._set_heads_trainable()
+        if not requires_grad:
+            for name in set(names) & set(self.auxiliary_heads):
+                self.auxiliary_heads[name].requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.auxiliary_heads:
+            del self.auxiliary_heads[adapter_name]
+        self._set_heads_trainable()  # if it was active, PEFT has activated another one
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        for module in self.auxiliary_heads.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(enabled)
+        self._set_heads_trainable(inference_mode=not enabled)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self.auxiliary_heads:
+            heads = self.auxiliary_heads[adapter_name]
+            if self.peft_config[adapter_name].train_heads == "full":
+                heads.float()
+            cast_adapter_dtype(heads, adapter_name, autocast_adapter_dtype)
+
+    def _set_heads_trainable(self, inference_mode: bool = False) -> None:
+        if "auxiliary_heads" not in self._modules:
+            return  # called by BaseTuner before the first heads exist
+        for name, heads in self.auxiliary_heads.items():
+            active = name in self.active_adapters and not inference_mode
+            mode = self.peft_config[name].train_heads if active else "frozen"
+            for parameter_name, parameter in heads.named_parameters():
+                is_lora = self.prefix in parameter_name
+                parameter.requires_grad_(mode == "full" or (mode == "lora" and is_lora))
+            heads.train(self.training)
+
+    # The loss.
+
+    def _active_config(self) -> CAFTConfig:
+        active = self.active_adapters
+        if len(active) != 1:
+            raise ValueError(
+                f"active adapters: got {active}, expected exactly one while training with CAFT. Choose it with "
+                "set_adapter(name), or wrap the step in auxiliary_loss_enabled(False)."
+            )
+        return self.peft_config[active[0]]
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward; in training with ``labels`` its loss includes the auxiliary loss.
+
+        Then it computes no logits, and those of the output are None, unless the call asks for them, as for instance with
+        ``logits_to_keep=0``, transformers' value for the logits of all tokens. In evaluation nothing differs from the base
+        model. Asked for log-probabilities (``fused_lm_head``, TRL's SFTTrainer), it hides the auxiliary gradient in them, see
+        `peft_caft.method.log_probs_pass`.
+
+        Args:
+            args, kwargs: of the base model. ``labels`` is int64 ``(batch, tokens)``, unshifted, -100 where
+                unsupervised. A batch without any supervised token has loss 0.
+
+        Raises:
+            ValueError: if the adapter was loaded for inference, the schedule does not know where the run is, more than one
+                adapter is active, or rows are split over processes.
+        """
+        training_pass = self._training_pass(kwargs)
+        return self.model(*args, **kwargs) if training_pass is None else run(training_pass, self.model, args)
+
+    def _wants_auxiliary_loss(self) -> bool:
+        return (
+            super()._wants_auxiliary_loss()
+            and bool(self.active_adapters)
+            and not any(m.disable_adapters for m in self.model.modules() if isinstance(m, BaseTunerLayer))
+        )
+
+    def heads_for_training(self) -> AuxiliaryHeads:
+        name = self.active_adapters[0]
+        if name not in self.auxiliary_heads:
+            raise ValueError(
+                f"adapter {name!r}: loaded for inference (inference_mode={self.peft_config[name].inference_mode}), so it has no "
+                "heads, expected one made for training. Load it with `peft_caft.load_adapter(model, folder, "
+                "is_trainable=True)`, or call model.eval() if you only want the next-token loss."
+            )
+        return self.auxiliary_heads[name]
+
+    def _output_is_the_base_models(self) -> bool:
+        """Whether norm and lm_head run as the base model has them, so that its logits can be compared."""
+        assert self._backbone is not None
+        own = {id(self._backbone.lm_head), id(self._backbone.final_norm)}
+        replaced = self.model.get_output_embeddings()
+        return id(replaced) in own and all(
+            id(self._backbone.final_norm) != id(getattr(module, "original_module", None))
+            for module in self.model.modules()
+        )
+
+    # Saving: the heads are an artifact of their own.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
+    ) -> dict[str, Tensor]:
+        without_heads = {key: value for key, value in state_dict.items() if HEADS_PREFIX not in key}
+        return super()._get_adapter_state_dict(model, config, adapter_name, without_heads, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict
+    ) -> dict[str, Tensor]:
+        # set_peft_model_state_dict skips this conversion for every type but LORA.
+        state_dict = convert_peft_adapter_state_dict_for_transformers(
+            model, config.to_lora_config(), state_dict, adapter_name
+        )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: Any, peft_config: Any, path_initial_model_for_weight_conversion: str, *args: Any
+    ) -> dict[str, Tensor]:
+        # PEFT would read the initial adapter from its folder as LORA and refuse to mix the two types; the weights of
+        # an adapter that is there already are loaded whatever the type on disk.
+        initial = copy.deepcopy(peft_config)
+        initial.inference_mode = True
+        peft_model.add_adapter(os.path.basename(path_initial_model_for_weight_conversion), initial)
+        return super()._convert_state_dict_for_initial_model(
+            peft_model, peft_config, path_initial_model_for_weight_conversion, *args
+        )
+
+
+register(CAFTConfig, CAFTModel)  # so import CAFTConfig from this module wherever an adapter is made

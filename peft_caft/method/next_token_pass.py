@@ -1,0 +1,176 @@
+"""The model's own next-token loss, CE_1, without its logits.
+
+transformers' causal language models compute the logits of all tokens, keep them for the backward pass, and take the mean over
+the supervised ones. Here the model runs up to its final hidden states, and `linear_cross_entropy` does the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
+
+from ..heads.backbone import Backbone, Captured
+from .linear_cross_entropy import linear_cross_entropy, split_factor
+from .targets import IGNORE_INDEX, supervised_count, supervised_rows
+
+
+@dataclass
+class NextToken:
+    """A forward pass of the base model and its next-token loss.
+
+    Attributes:
+        outputs: what the model returned: logits of all tokens, or of at most one token per row if ``logits_left_out``.
+        captured: what the heads need of it.
+        loss: CE_1 and what the model adds to it, such as the load balancing of a mixture of experts; scalar with graph,
+            nats, 0 if there is no target.
+        supervised: number of next-token targets.
+        divisor: of all losses: that number, or ``num_items_in_batch`` if the trainer passed it; fp32 scalar.
+        logits_left_out: see `logits_can_be_left_out`.
+    """
+
+    outputs: Any
+    captured: Captured
+    loss: Tensor
+    supervised: int
+    divisor: Tensor
+    logits_left_out: bool
+
+    @torch.no_grad()
+    def verify(self, backbone: Backbone) -> None:
+        """`Backbone.verify` by the logits of the first row's last token."""
+        unembedding = backbone.unembedding(self.captured)
+        states = self.captured.last_hidden_state[:1, -1:].to(unembedding.weight.dtype)
+        logits = _loss_and_logits(self.outputs)[1]
+        backbone.verify(self.captured, "logits", unembedding.logits(states), logits[:1, -1:])
+
+    def with_auxiliary(self, total: Tensor) -> Any:
+        """The model's outputs with ``total`` added to the loss, and None for logits that are not those of all tokens."""
+        loss = self.loss + total.to(self.loss.device)
+        if not isinstance(self.outputs, ModelOutput):
+            return (loss, *self.outputs[1:])
+        changed = {"loss": loss, "logits": None} if self.logits_left_out else {"loss": loss}
+        return type(self.outputs)(**dict(self.outputs) | changed)
+
+
+def next_token_pass(
+    backbone: Backbone, kwargs: dict[str, Any], leave_out_logits: bool = True
+) -> Generator[dict[str, Any], Any, NextToken]:
+    """A call of the base model with labels: yields its keyword arguments, is sent its outputs, and returns what came of it.
+
+    Args:
+        backbone: of the model.
+        kwargs: of its forward, with ``labels``, int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
+        leave_out_logits: False has the model compute its logits and its loss itself.
+
+    Raises:
+        ValueError: if the model returns no loss.
+    """
+    if leave_out_logits and logits_can_be_left_out(backbone, kwargs):
+        with backbone.capture() as records:
+            outputs = yield _without_logits(kwargs, tokens=0 if backbone.verified else 1)
+        # A model that does not understand these arguments takes the mean over no tokens, which is no number.
+        if backbone.verified or (outputs.loss is not None and bool(torch.isfinite(outputs.loss.detach()))):
+            supervised, divisor, loss = _mean_loss(backbone, records[-1], kwargs)
+            # Without any target the loss is 0, whatever the model adds to it.
+            loss = loss + outputs.loss.to(loss.device) * float(supervised > 0)
+            return NextToken(outputs, records[-1], loss, supervised, divisor, True)
+        backbone.logits_needed = True
+    with backbone.capture() as records:
+        outputs = yield kwargs
+    loss, logits = _loss_and_logits(outputs)
+    supervised = int(supervised_count(kwargs["labels"]))
+    if supervised == 0:  # the mean over no tokens; a zero that hangs on the graph leaves every gradient 0
+        loss = logits[:1, :1].float().sum() * 0.0
+    elif not backbone.shift_verified:
+        _refuse_shifted_labels(backbone, loss, logits, kwargs["labels"])
+    return NextToken(outputs, records[-1], loss, supervised, _divisor(kwargs, supervised, loss.device), False)
+
+
+def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward pass with labels need not compute the logits of all tokens.
+
+    Not if the caller asks for them (``logits_to_keep``) or for a tuple, nor if the model has a loss of its own, or another
+    lm_head than the base model's (a trained copy, or one with an adapter).
+    """
+    model = backbone.model
+    return (
+        not backbone.logits_needed
+        and "logits_to_keep" not in kwargs
+        and kwargs.get("return_dict") is not False
+        and getattr(model.config, "return_dict", True)
+        and model.loss_function is ForCausalLMLoss
+        and model.get_output_embeddings() is backbone.lm_head
+        and _takes_loss_arguments(model)
+    )
+
+
+def _takes_loss_arguments(model: PreTrainedModel) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return "logits_to_keep" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Arguments with which the model computes the logits of a row's last token or of none, and a loss without any target.
+
+    What is left of that loss is what the model adds to the cross entropy, and otherwise 0. The tokens are given as indices: a slice
+    of hidden states is not contiguous, and for its product torch may copy the lm_head once per row (bf16 on a CPU).
+    """
+    labels = kwargs["labels"]
+    nothing = labels.new_full((len(labels), tokens), IGNORE_INDEX)
+    kept = torch.arange(labels.shape[1] - tokens, labels.shape[1], device=labels.device)
+    return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": kept}
+
+
+def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
+    """The number of next-token targets, the divisor, and CE_1, with graph: the same targets as in transformers' loss."""
+    device = captured.last_hidden_state.device
+    rows, targets = supervised_rows(kwargs["labels"].to(device), 1)
+    divisor = _divisor(kwargs, len(rows), device)
+    weight, power_of_two = split_factor(1 / divisor)
+    states = captured.last_hidden_state.flatten(0, 1)[rows]
+    loss, _ = linear_cross_entropy(states, targets, backbone.unembedding(captured), weight.expand(len(rows)))
+    return len(rows), divisor, loss * power_of_two
+
+
+@torch.no_grad()
+def _refuse_shifted_labels(backbone: Backbone, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Refuse, once, a model that takes its labels as shifted already, as XLNet does.
+
+    Raises:
+        TypeError: if its loss is the mean cross entropy between logits and labels of the same positions.
+    """
+    backbone.shift_verified = True
+    rows = zip(logits, labels.to(logits.device), strict=True)
+    total = sum(nn.functional.cross_entropy(row.float(), own, reduction="sum") for row, own in rows)
+    unshifted = total / (labels != IGNORE_INDEX).sum().to(logits.device)
+    if (loss - unshifted).abs() < 1e-4 * unshifted:
+        raise TypeError(
+            f"model: {type(backbone.model).__name__} compares logits with labels of the same position, expected a model that shifts "
+            "labels by one, as causal language models of transformers do. CAFT does not support it."
+        )
+
+
+def _divisor(kwargs: dict[str, Any], supervised: int, device: torch.device) -> Tensor:
+    given = kwargs.get("num_items_in_batch")
+    return torch.as_tensor(max(1, supervised) if given is None else given, dtype=torch.float32, device=device)
+
+
+def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(outputs, ModelOutput):
+        loss, logits = outputs.loss, outputs.logits
+    else:  # a tuple; a mixture of experts puts its router's loss, a scalar, before the logits
+        loss, logits = outputs[0], next(value for value in outputs if isinstance(value, Tensor) and value.dim() == 3)
+    if loss is None:
+        raise ValueError(
+            "labels: given, but the model returned no loss, expected its next-token loss. This trainer computes the "
+            "loss itself; train with transformers.Trainer, or wrap the step in auxiliary_loss_enabled(False)."
+        )
+    return loss, logits

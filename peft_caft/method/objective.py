@@ -1,0 +1,189 @@
+"""`AuxiliaryObjective`: the schedule and the training forward that LoRA's tuner and full fine-tuning share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..heads.auxiliary_heads import AuxiliaryHeads
+from ..heads.backbone import Backbone
+from .config import ObjectiveConfig
+from .log_probs_pass import LogProbsPass, asks_for_log_probs, log_probs_pass
+from .loss import auxiliary_loss
+from .next_token_pass import NextToken, next_token_pass
+from .progress import Progress
+
+HEADS_PREFIX = "auxiliary_heads."
+
+# Yields the keyword arguments to call the base model with, is sent what it returned, and returns the outputs for the caller.
+TrainingPass = Generator[dict[str, Any], Any, Any]
+
+
+class AuxiliaryObjective:
+    """A module that adds the auxiliary loss to the loss of a base model while it trains.
+
+    Attributes:
+        gamma: fp32 scalar buffer, not saved: the weight of the auxiliary loss at the current optimizer step.
+        auxiliary_heads: module that holds the heads.
+    """
+
+    gamma: Tensor
+    auxiliary_heads: nn.Module
+    _backbone: Backbone | None
+    if TYPE_CHECKING:
+        training: bool
+
+        def _active_config(self) -> ObjectiveConfig: ...
+        def heads_for_training(self) -> AuxiliaryHeads: ...
+        def _output_is_the_base_models(self) -> bool: ...
+
+    def _begin_objective(self) -> None:
+        self._progress = Progress()
+        self._backbone = None
+        self._auxiliary_loss_enabled = True
+        self._fast_paths_enabled = True
+
+    def _register_gamma(self: Any, device: torch.device) -> None:
+        self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
+
+    def set_training_progress(self, step: int, total_steps: int | None = None) -> None:
+        """Tell the schedule where the run is; `CAFTCallback` does it for Trainer, a bare loop calls it every step.
+
+        Args:
+            step: s, optimizer steps done so far (0 before the first).
+            total_steps: S, optimizer steps of the whole run; None takes ``total_steps`` of the configuration.
+
+        Raises:
+            ValueError: if S is unknown or not positive, or s is negative.
+        """
+        self._progress.set(step, total_steps)
+        self._update_gamma(self._active_config())
+
+    def forget_training_progress(self) -> None:
+        """End a run: the next one must tell its own progress, or the first training forward is an error."""
+        self._progress = Progress()
+
+    def _update_gamma(self, config: ObjectiveConfig) -> None:
+        # Written through .data: module.to(bfloat16) may have cast the buffer, and gamma needs its digits.
+        self.gamma.data = torch.full_like(self.gamma, self._progress.gamma(config), dtype=torch.float32)
+
+    @contextmanager
+    def auxiliary_loss_enabled(self, enabled: bool) -> Iterator[None]:
+        """Within the block, compute the auxiliary loss or not, e.g. for trainers with another objective."""
+        before = self._auxiliary_loss_enabled
+        self._auxiliary_loss_enabled = enabled
+        try:
+            yield
+        finally:
+            self._auxiliary_loss_enabled = before
+
+    @contextmanager
+    def fast_paths_enabled(self, enabled: bool) -> Iterator[None]:
+        """Within the block, compute the losses fast and in little memory, or in the plainest way, to compare the two.
+
+        The plainest way: the model computes all its logits and its own loss, heads compute all logits at once and decoder
+        layers for all positions, and all gradients are computed by autograd in the backward pass.
+        """
+        before = self._fast_paths_enabled
+        self._fast_paths_enabled = enabled
+        try:
+            yield
+        finally:
+            self._fast_paths_enabled = before
+
+    def _wants_auxiliary_loss(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self._auxiliary_loss_enabled
+
+    @torch.compiler.disable
+    def _training_pass(self, kwargs: dict[str, Any]) -> TrainingPass | None:
+        """A call of the base model with the auxiliary loss, to be run by `run`; None for one without it."""
+        if not self._wants_auxiliary_loss():
+            return None
+        _refuse_parts_of_rows(kwargs)
+        if kwargs.get("labels") is None:
+            return None
+        config = self._active_config()
+        heads = self.heads_for_training()
+        self._progress.begin_forward(config)
+        self._update_gamma(config)
+        if config.aux_loss_weight == 0:
+            self._progress.auxiliary_loss_computed(None, 0)
+            return None
+        return self._with_auxiliary_loss(config, heads, kwargs)
+
+    def _with_auxiliary_loss(
+        self, config: ObjectiveConfig, heads: AuxiliaryHeads, kwargs: dict[str, Any]
+    ) -> TrainingPass:
+        assert self._backbone is not None
+        own: NextToken | LogProbsPass
+        if asks_for_log_probs(kwargs):
+            own = yield from log_probs_pass(self._backbone, kwargs)
+        else:
+            own = yield from next_token_pass(self._backbone, kwargs, self._fast_paths_enabled)
+        if not self._backbone.verified and self._output_is_the_base_models():
+            own.verify(self._backbone)
+        auxiliary = auxiliary_loss(
+            heads,
+            self._backbone,
+            own.captured,
+            kwargs["labels"].to(own.captured.last_layer_input.device),
+            kwargs.get("attention_mask"),
+            kwargs.get("position_ids"),
+            decay=config.aux_loss_decay,
+            weight=config.aux_loss_weight * self.gamma / own.divisor,
+            fraction=config.aux_token_fraction,
+            sampling_seed=self._progress.forward_seed(),
+            fast_paths=self._fast_paths_enabled,
+        )
+        self._progress.auxiliary_loss_computed(auxiliary, own.supervised)
+        return own.with_auxiliary(auxiliary.total)
+
+
+@torch.compiler.disable(recursive=False)  # the base model that it calls is compiled
+def run(training_pass: TrainingPass, model: Callable[..., Any], args: tuple) -> Any:
+    """Call ``model`` as often and with what ``training_pass`` wants; the outputs for the caller."""
+    return finish(training_pass, model(*args, **begin(training_pass)), model, args)
+
+
+@torch.compiler.disable(recursive=False)
+def finish(training_pass: TrainingPass, outputs: Any, model: Callable[..., Any], args: tuple) -> Any:
+    """`run` from where the model has been called once."""
+    while True:
+        done, value = _advance(training_pass, outputs)
+        if done:
+            return value
+        outputs = model(*args, **value)
+
+
+@torch.compiler.disable
+def begin(training_pass: TrainingPass) -> dict[str, Any]:
+    """What to call the model with."""
+    return next(training_pass)
+
+
+@torch.compiler.disable  # the losses have sizes that depend on the data, and a backward pass inside
+def _advance(training_pass: TrainingPass, outputs: Any) -> tuple[bool, Any]:
+    """Whether it ended, and then the outputs for the caller, else what to call the model with."""
+    try:
+        return False, training_pass.send(outputs)
+    except StopIteration as end:
+        return True, end.value
+
+
+def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
+    """Refuse shifted labels: context and sequence parallelism pass them, since a process then holds a part of every row."""
+    if kwargs.get("shift_labels") is not None:
+        raise ValueError(
+            "shift_labels: given, expected labels alone. Under context or sequence parallelism (cp_size or sp_size > 1) the "
+            "tokens that a head predicts lie in other processes, which CAFT does not support. Set both sizes to 1, or wrap "
+            "the step in auxiliary_loss_enabled(False)."
+        )
+
+
+def heads_are_never_missing(module: nn.Module, incompatible: Any) -> None:
+    """After loading a state dict, none of which holds heads; PEFT and transformers would warn of them."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if HEADS_PREFIX not in key]

@@ -1,0 +1,118 @@
+"""`RecentLosses`: the auxiliary losses of the forward passes since they were last logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import ObjectiveConfig
+from .loss import AuxiliaryLoss
+from .schedule import gamma
+
+
+@dataclass
+class RecentLosses:
+    """Sums over forward passes, kept on the device until they are read."""
+
+    _head_sums: list[Tensor] = field(default_factory=list)
+    _head_counts: list[int] = field(default_factory=list)
+    _supervised: int = 0
+
+    def add(self, auxiliary: AuxiliaryLoss, supervised: int) -> None:
+        """Add one forward pass with ``supervised`` next-token targets."""
+        sums = auxiliary.sums
+        if len(self._head_sums) != len(sums):
+            self._head_sums, self._head_counts, self._supervised = [0.0 * s for s in sums], [0] * len(sums), 0
+        self._head_sums = [total + new for total, new in zip(self._head_sums, sums, strict=True)]
+        self._head_counts = [total + new for total, new in zip(self._head_counts, auxiliary.counts, strict=True)]
+        self._supervised += supervised
+
+    def read(self, decay: float, reduce: Callable[[Tensor], Any] | None = None) -> dict[str, float]:
+        """Losses since the last call, in nats, and forget them; empty if there were none.
+
+        Args:
+            decay: alpha.
+            reduce: sums a tensor over the processes, all of which then call this; None for the losses of this one alone.
+
+        Returns:
+            ``loss_head_k``: mean cross entropy over the positions that supervise head k; ``aux_loss``: sum over heads
+            of alpha^(k-1) * CE_k, with CE_k divided by the number of next-token targets as in the training loss.
+        """
+        if not self._head_sums:
+            return {}
+        sums = torch.stack(self._head_sums)
+        totals = torch.cat([sums, sums.new_tensor([*self._head_counts, self._supervised])])
+        self._head_sums, self._head_counts, self._supervised = [], [], 0
+        *values, supervised = (totals if reduce is None else reduce(totals)).tolist()
+        if not supervised:
+            return {}
+        head_sums, counts = values[: len(sums)], values[len(sums) :]
+        losses = {"aux_loss": sum(s * decay ** (i + 1) for i, s in enumerate(head_sums)) / supervised}
+        for index, (head_sum, count) in enumerate(zip(head_sums, counts, strict=True)):
+            if count:
+                losses[f"loss_head_{index + 2}"] = head_sum / count
+        return losses
+
+
+@dataclass
+class Progress:
+    """Steps of the run as `CAFTModel.set_training_progress` told them, or counted by forward passes if it never did.
+
+    Attributes:
+        computed: forward passes whose auxiliary loss was computed (or is zero by ``aux_loss_weight=0``).
+        recent: auxiliary losses since they were last read.
+    """
+
+    step: int = 0
+    total_steps: int | None = None
+    told: bool = False
+    forwards_since_told: int = 0
+    computed: int = 0
+    recent: RecentLosses = field(default_factory=RecentLosses)
+
+    def set(self, step: int, total_steps: int | None) -> None:
+        self.step, self.total_steps, self.told = step, total_steps, True
+        self.forwards_since_told = 0
+
+    def begin_forward(self, config: ObjectiveConfig) -> None:
+        """Count one training forward; without `set` it is taken for one optimizer step.
+
+        Raises:
+            ValueError: if the schedule moves and nobody said how long the run is.
+        """
+        if not self.told:
+            if config.total_steps is None and config.aux_loss_schedule != "constant":
+                raise ValueError(
+                    f"aux_loss_schedule: got {config.aux_loss_schedule!r}, which needs to know how far the run is, but "
+                    "total_steps is None and nobody called set_training_progress. Pass callbacks=[CAFTCallback()] to "
+                    "the Trainer; in a bare loop call model.set_training_progress(step, total_steps) before each step "
+                    "or set CAFTConfig(total_steps=...); or choose aux_loss_schedule='constant'."
+                )
+            self.step = self.forwards_since_told
+        self.forwards_since_told += 1
+
+    def gamma(self, config: ObjectiveConfig) -> float:
+        """gamma(s) of the configured schedule."""
+        total_steps = config.total_steps if self.total_steps is None else self.total_steps
+        if config.aux_loss_schedule == "constant":
+            return 1.0
+        if total_steps is None:
+            raise ValueError(
+                f"total_steps: got None, expected the number of optimizer steps of the run, which "
+                f"aux_loss_schedule={config.aux_loss_schedule!r} needs. Pass it to set_training_progress(step, "
+                "total_steps) or set CAFTConfig(total_steps=...)."
+            )
+        return gamma(config.aux_loss_schedule, self.step, total_steps)
+
+    def forward_seed(self) -> int:
+        """Seed for the sampling of positions: new for every forward pass, the same again after a resume."""
+        return self.step * 1_000_003 + self.forwards_since_told
+
+    def auxiliary_loss_computed(self, auxiliary: AuxiliaryLoss | None, supervised: int) -> None:
+        self.computed += 1
+        if auxiliary is not None:
+            self.recent.add(auxiliary, supervised)

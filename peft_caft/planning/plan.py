@@ -1,0 +1,311 @@
+"""What training a model with LoRA and with CAFT would take, from its configuration alone (``peft-caft plan``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel
+from transformers import PretrainedConfig
+
+from ..basics.checks import require_choice, require_token_fraction
+from ..basics.hub_errors import first_line
+from ..heads.backbone import Backbone
+from ..heads.config import DEFAULT_NUM_HEADS, HEAD_TYPES
+from ..method.model import CAFTConfig
+from .base_config import read_config
+from .communication import Communication, communication
+from .flops import ModelShapes, StepFlops, caft_step, lora_step, number_of_experts
+from .memory import PLACEMENTS, DeviceMemory, ModelBytes, device_memory
+from .simulated_step import Batch, StepMemory, model_on_meta, simulate_step
+
+METHODS = ("lora", *HEAD_TYPES)
+GIB = 2**30
+# Of a GPU's memory: what CUDA and its libraries take, and the share that is lost between the allocator's blocks.
+RESERVED_BYTES, LOST_SHARE = 0.5 * GIB, 0.05
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What to plan: see the help texts of ``peft-caft plan``, which mirror these fields.
+
+    Raises:
+        ValueError: if a field is out of range; the message names it, what came and what was expected.
+    """
+
+    model: str
+    tokens: int = 512
+    batch_size: int = 8
+    supervised: float = 0.5
+    aux_token_fraction: float = 1.0
+    num_auxiliary_heads: int = DEFAULT_NUM_HEADS
+    head_num_layers: int = 1
+    r: int = 8
+    target_modules: str = "all-linear"
+    dtype: str = "bfloat16"
+    autocast: bool = False
+    gpus: int = 1
+    gpu_memory: float | None = None
+    attention: str | None = None
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_auxiliary_heads", "head_num_layers", "r", "gpus"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a whole number of at least 1.")
+        least = self.num_auxiliary_heads + 2
+        if self.tokens < least:
+            raise ValueError(
+                f"tokens: got {self.tokens}, expected at least {least}, since the last of {self.num_auxiliary_heads} auxiliary "
+                f"heads predicts {self.num_auxiliary_heads + 1} tokens ahead."
+            )
+        if not 1 <= round(self.supervised * self.tokens) <= self.tokens:
+            raise ValueError(
+                f"supervised (s): got {self.supervised}, expected 0 < s <= 1, the share of tokens with a label, and "
+                f"at least one of the {self.tokens} tokens."
+            )
+        require_token_fraction(self.aux_token_fraction)
+        if self.gpu_memory is not None and not self.gpu_memory > 0:
+            raise ValueError(f"gpu_memory: got {self.gpu_memory}, expected GiB above 0.")
+        require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if self.attention is not None:
+            require_choice("attention", self.attention, ("sdpa", "eager"))
+        require_choice("device", self.device, ("cuda", "cpu"))
+
+    def peft_config(self, method: str) -> LoraConfig:
+        """LoRA's configuration, or CAFT's with fresh heads of the type that ``method`` names."""
+        targets = self.target_modules if self.target_modules == "all-linear" else self.target_modules.split(",")
+        lora: dict[str, Any] = {"r": self.r, "target_modules": targets, "task_type": "CAUSAL_LM"}
+        if method == "lora":
+            return LoraConfig(**lora)
+        return CAFTConfig(
+            **lora,
+            head_type=method,  # type: ignore[arg-type]
+            num_auxiliary_heads=self.num_auxiliary_heads,
+            head_num_layers=self.head_num_layers,
+            aux_token_fraction=self.aux_token_fraction,
+            aux_loss_schedule="constant",
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of a step per token.
+
+    Attributes:
+        method: of `METHODS`.
+        aux_token_fraction: p; None for LoRA.
+        flops: per token of the batch, supervised or not.
+        over_lora: flops over those of LoRA with the loss of transformers, minus 1.
+        over_skipping_lora: the same over a LoRA step that leaves out the logits of tokens without a label.
+        over_lora_checkpointing: as ``over_lora``, both with gradient checkpointing.
+    """
+
+    method: str
+    aux_token_fraction: float | None
+    flops: float
+    over_lora: float
+    over_skipping_lora: float
+    over_lora_checkpointing: float
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train, its memory on each GPU, and what each GPU sends in a step."""
+
+    method: str
+    placement: str
+    qlora: bool
+    gradient_checkpointing: bool
+    memory: DeviceMemory
+    communication: Communication
+
+    def fits(self, gpu_memory: float) -> bool:
+        """Whether a GPU of so many GiB holds it, with a reserve for CUDA and what the allocator cannot use."""
+        return self.memory.total * (1 + LOST_SHARE) + RESERVED_BYTES <= gpu_memory * GIB
+
+
+@dataclass
+class Plan:
+    """What `plan` found.
+
+    Attributes:
+        facts: what the model is.
+        parameters: numbers of them: of base, adapter and the heads of either type.
+        costs: LoRA, and CAFT with all supervised positions and with a share of them.
+        options: every way to train that was asked for.
+        notes: what is peculiar about this model or these settings.
+    """
+
+    settings: PlanSettings
+    facts: dict[str, Any]
+    parameters: dict[str, int]
+    costs: list[Cost] = field(default_factory=list)
+    options: list[Option] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Everything; sizes and what is sent in bytes, the memory of a GPU in GiB."""
+        record = asdict(self)
+        for entry, option in zip(record["options"], self.options, strict=True):
+            entry["memory"]["total"] = option.memory.total
+            entry["communication"]["total"] = option.communication.total
+            if self.settings.gpu_memory is not None:
+                entry["fits"] = option.fits(self.settings.gpu_memory)
+        return json.dumps(record, indent=2) + "\n"
+
+
+def plan(settings: PlanSettings) -> Plan:
+    """Count parameters and operations, and simulate the steps' memory; a few seconds a step for 32 layers.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: if there is no such model or its configuration cannot be had.
+        ValueError, TypeError: if it is no decoder-only causal language model, or a setting does not fit it.
+    """
+    config = read_config(settings.model)
+    models = {method: _model(config, settings, method) for method in METHODS}
+    backbone = Backbone.of(models["lora"])
+    with _explained(backbone):
+        costs = _costs(ModelShapes.of(models["lora"]), settings)
+    found = Plan(settings, _facts(backbone), _parameters(models), costs)
+    batch = Batch(settings.batch_size, settings.tokens, settings.supervised)
+    can_checkpoint = getattr(backbone.model, "supports_gradient_checkpointing", False)
+    placements = PLACEMENTS[1:] if settings.gpus > 1 else PLACEMENTS[:1]
+    steps: dict[tuple[str, bool, bool], StepMemory] = {}
+    sizes: dict[tuple[str, bool], ModelBytes] = {}
+    sent: dict[tuple[str, bool, str], Communication] = {}
+    for method, model in models.items():
+        for qlora in (False, True):
+            sizes[method, qlora] = ModelBytes.of(model, qlora)
+            for placement in placements:
+                sent[method, qlora, placement] = communication(model, placement, settings.gpus, qlora)
+        for sharded in sorted({_shards_heads(placement, method) for placement in placements}):
+            for checkpointing in (False, True) if can_checkpoint else (False,):
+                with _explained(backbone):
+                    steps[method, checkpointing, sharded] = simulate_step(
+                        model, batch, checkpointing, settings.autocast, settings.device, sharded
+                    )
+    found.options = [
+        Option(
+            method,
+            placement,
+            qlora,
+            checkpointing,
+            device_memory(sizes[method, qlora], step, placement, settings.gpus),
+            sent[method, qlora, placement],
+        )
+        for placement in placements
+        for qlora in (False, True)
+        for (method, checkpointing, sharded), step in steps.items()
+        if sharded == _shards_heads(placement, method)
+    ]
+    found.notes = _notes(backbone, config, settings, can_checkpoint)
+    return found
+
+
+def _shards_heads(placement: str, method: str) -> bool:
+    """Whether `sharding.is_sharded` holds of the heads in a forward pass; under FSDP it does of those that are units of their own."""
+    return method != "lora" and (placement == "ZeRO-3" or (placement == "FSDP" and method == "decoder_layer"))
+
+
+def _model(config: PretrainedConfig, settings: PlanSettings, method: str) -> PeftModel:
+    try:
+        return model_on_meta(config, settings.peft_config(method), getattr(torch, settings.dtype), settings.attention)
+    except ValueError as error:
+        name = type(config).__name__
+        if "Unrecognized configuration class" in str(error):
+            raise TypeError(
+                f"model: got {name}, of which transformers makes no causal language model. Expected a decoder-only one, such "
+                "as AutoModelForCausalLM returns."
+            ) from error
+        if "arget module" in str(error):
+            raise ValueError(
+                f"target_modules: got {settings.target_modules!r}, expected 'all-linear' or names of modules in this model, "
+                f"with commas ({first_line(error)})"
+            ) from error
+        raise
+
+
+@contextmanager
+def _explained(backbone: Backbone) -> Iterator[None]:
+    """Turn what an unusual architecture makes the counting or the simulation raise into one ValueError."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"model: a training step of {type(backbone.model).__name__} could not be simulated ({type(error).__name__}: "
+            f"{first_line(error)}). Expected one that also trains with these settings; other --target-modules or another "
+            "--attention may help. If it does train, please report it."
+        ) from error
+
+
+def _facts(backbone: Backbone) -> dict[str, Any]:
+    return {
+        "class": type(backbone.model).__name__,
+        "layers": len(backbone.layers),
+        "hidden_size": backbone.hidden_size,
+        "vocab_size": backbone.vocab_size,
+        "attention": backbone.model.config._attn_implementation,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _parameters(models: dict[str, PeftModel]) -> dict[str, int]:
+    lora = list(models["lora"].named_parameters())
+    heads = {m: models[m].base_model.auxiliary_heads["default"].parameters() for m in HEAD_TYPES}
+    return {
+        "base": sum(p.numel() for name, p in lora if "lora_" not in name),
+        "adapter": sum(p.numel() for name, p in lora if "lora_" in name),
+        **{f"{head_type}_heads": sum(p.numel() for p in parameters) for head_type, parameters in heads.items()},
+    }
+
+
+def _costs(shapes: ModelShapes, settings: PlanSettings) -> list[Cost]:
+    """LoRA, and each head type with all supervised positions and with a share of them (a quarter unless one is set)."""
+    keys, s = settings.tokens / 2, settings.supervised
+    sampled = settings.aux_token_fraction if settings.aux_token_fraction < 1 else 0.25
+
+    def step(method: str, p: float | None, checkpointing: bool) -> StepFlops:
+        if p is None:
+            return lora_step(shapes, keys, gradient_checkpointing=checkpointing)
+        heads = settings.num_auxiliary_heads
+        return caft_step(shapes, keys, method, heads, s, p, checkpointing, settings.head_num_layers)
+
+    plain, checkpointed = (lora_step(shapes, keys, gradient_checkpointing=on).total for on in (False, True))
+    skipping = lora_step(shapes, keys, s).total
+    cases = [("lora", None), *((head_type, p) for head_type in HEAD_TYPES for p in (1.0, sampled))]
+    return [
+        Cost(
+            method,
+            p,
+            flops=(total := step(method, p, False).total),
+            over_lora=total / plain - 1,
+            over_skipping_lora=total / skipping - 1,
+            over_lora_checkpointing=step(method, p, True).total / checkpointed - 1,
+        )
+        for method, p in cases
+    ]
+
+
+def _notes(backbone: Backbone, config: PretrainedConfig, settings: PlanSettings, can_checkpoint: bool) -> list[str]:
+    notes = []
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest and settings.tokens > longest:
+        notes.append(f"tokens: {settings.tokens} is more than the model's max_position_embeddings, {longest}.")
+    if getattr(config, "quantization_config", None):
+        notes.append(
+            "The checkpoint is quantised; this plan is for the same model loaded unquantised, or quantised anew (QLoRA)."
+        )
+    if number_of_experts(config.get_text_config()):
+        notes.append(
+            "A mixture of experts: all experts' weights count for memory, the active ones for operations. QLoRA leaves experts "
+            "unquantised, since transformers keeps them in tensors of three dimensions."
+        )
+    if not can_checkpoint:
+        notes.append(f"{type(backbone.model).__name__} does not support gradient checkpointing.")
+    return notes

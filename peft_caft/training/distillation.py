@@ -1,0 +1,299 @@
+"""Self-distillation: the base model's own answers to prompts, as training data for heads (``peft-caft distill``)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from ..basics.checks import require_choice
+from ..basics.files import file_sha256, full_disk_explained, replacing, write_text
+from ..basics.parts import Parts
+from ..basics.provenance import git_commit, provenance, source_name, weights_digest
+from .data import require_tokenizer_of
+from .distilled_answers import AnswerReader
+from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, stop_token_ids
+from .prompts import Prompt, prepare_prompts, read_prompts
+
+BACKENDS = ("transformers", "vllm")
+REASONS = ("empty", "repetitive", "untrainable", "duplicate")
+
+
+@dataclass
+class DistillationSettings:
+    """What to distil: see the help texts of ``peft-caft distill``, which mirror these fields."""
+
+    model: str
+    prompts: str
+    output: str
+    split: str | None = None
+    column: str | None = None
+    system: str | None = None
+    max_prompts: int | None = None
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_repetition: float = 0.5
+    batch_size: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    backend: str = "transformers"
+
+
+def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str, Any]:
+    """Let the base model answer prompts and write its answers as JSONL; an interrupted run is taken up where it was.
+
+    Under several processes (``accelerate launch``) each answers a share. The result does not depend on interruptions; it
+    does on ``batch_size``, because the random numbers of a batch are drawn together.
+
+    Returns:
+        the provenance, which is also written beside the output: settings, counts, tokens, seconds, versions.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError, OSError: as the message says.
+    """
+    _require_valid(settings)
+    git_commit()  # remembered for the provenance: a long run is of the code that it began with
+    # Without an accelerator accelerate must be told so, or each process takes itself for the only one. Processes that are
+    # done wait for the others, however long those take.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    if settings.backend == "vllm" and state.num_processes > 1:
+        raise ValueError(
+            f"backend: got 'vllm' in {state.num_processes} processes, expected one, since vLLM starts its own. Run the "
+            "command without accelerate launch."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    source = read_prompts(settings.prompts, settings.split, settings.column, settings.max_prompts)
+    prompts, duplicates = prepare_prompts(source.rows, tokenizer, settings.system)
+    config = AutoConfig.from_pretrained(settings.model)
+    fitting = _fitting(prompts, config, settings.max_new_tokens)
+    backend, weights_sha256 = _backend(settings, tokenizer, state)
+    batches = _batches(fitting, settings.samples_per_prompt, backend.batch_size)
+    recorded = asdict(settings) | {
+        "model": source_name(settings.model),
+        "model_revision": getattr(config, "_commit_hash", None),
+        "weights_sha256": weights_sha256,
+        "prompts": source.name,
+        "prompts_sha256": source.sha256,
+        "tokenized_prompts_sha256": _tokens_sha256(fitting),  # tells tokenizers and chat templates apart
+        "stop_token_ids": backend.sampling.stop_token_ids,
+        "batch_size": backend.batch_size,
+    }
+    del recorded["output"]
+    parts = Parts(Path(settings.output))
+    with full_disk_explained(parts.output, "All batches that were finished are"):
+        done = parts.begin(recorded, overwrite) if state.is_main_process else None
+        state.wait_for_everyone()
+        if not parts.folder.is_dir():
+            return done or {}
+        finished = {batch["batch"] for batch in parts.finished()}
+        state.wait_for_everyone()  # nobody writes before all have read
+        pending = [number for number in _order(len(batches)) if number not in finished]
+        _answer(
+            pending[state.process_index :: state.num_processes], batches, backend, settings, tokenizer, parts, state
+        )
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return {}
+        record = _join(parts, fitting)
+        record["counts"] = {
+            "prompts": len(source.rows),
+            "duplicate_prompts": duplicates,
+            "too_long_prompts": len(prompts) - len(fitting),
+        } | record["counts"]
+        record |= {"settings": recorded} | provenance()
+        write_text(parts.provenance_path, json.dumps(record, indent=2) + "\n")
+        parts.discard()
+    return record
+
+
+def _require_valid(settings: DistillationSettings) -> None:
+    require_choice("backend", settings.backend, BACKENDS)
+    for name in ("batch_size", "samples_per_prompt", "max_prompts"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1.")
+    if not 0 < settings.max_repetition <= 1:
+        raise ValueError(
+            f"max_repetition: got {settings.max_repetition}, expected a share above 0 and at most 1 (1 is off)."
+        )
+    output = Path(settings.output)
+    if output.is_dir():
+        raise IsADirectoryError(f"output: {output} is a folder, expected a JSONL file to write.")
+    if output.resolve() == Path(settings.prompts).resolve():
+        raise ValueError(f"output: got {output}, the prompts themselves, expected another file.")
+
+
+def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Prompt]:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return prompts
+    if max_new_tokens >= context:
+        raise ValueError(
+            f"max_new_tokens: got {max_new_tokens:,}, expected less than {context:,}, the model's context, which also holds "
+            "the prompt."
+        )
+    fitting = [prompt for prompt in prompts if len(prompt.input_ids) + max_new_tokens <= context]
+    if not fitting:
+        raise ValueError(
+            f"prompts: the shortest has {min(len(p.input_ids) for p in prompts):,} tokens, expected at most "
+            f"{context - max_new_tokens:,}: the model's context of {context:,} without max_new_tokens={max_new_tokens:,}. "
+            "Shorten the prompts or lower --max-new-tokens."
+        )
+    return fitting
+
+
+def _backend(
+    settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase, state: PartialState
+) -> tuple[Backend, str | None]:
+    try:
+        generation_config = GenerationConfig.from_pretrained(settings.model)
+    except OSError:  # a model need not have one
+        generation_config = None
+    sampling = Sampling(
+        settings.temperature,
+        settings.top_p,
+        settings.top_k,
+        settings.max_new_tokens,
+        stop_token_ids(tokenizer, generation_config),
+    )
+    if settings.backend == "vllm":
+        return VLLMBackend(settings.model, settings.dtype, sampling, settings.batch_size or 1024), None
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(state.device).eval()
+    require_tokenizer_of(model, tokenizer)
+    pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return TransformersBackend(model, sampling, settings.batch_size or 32, pad_token_id), weights_digest(model)
+
+
+def _tokens_sha256(prompts: list[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt.input_ids).encode())
+    return digest.hexdigest()
+
+
+def _batches(prompts: list[Prompt], samples: int, size: int) -> list[list[tuple[Prompt, int]]]:
+    """(prompt, sample number) in batches of prompts of about equal length, longest first."""
+    by_length = sorted(prompts, key=lambda prompt: (-len(prompt.input_ids), prompt.index))
+    requests = [(prompt, sample) for prompt in by_length for sample in range(samples)]
+    return [requests[start : start + size] for start in range(0, len(requests), size)]
+
+
+def _order(count: int) -> list[int]:
+    """Order in which batches are answered: the longest first, so that too little memory shows at once; the others mixed, so
+    that the estimated time is honest and processes get equal shares.
+    """
+    others = list(range(1, count))
+    random.Random(0).shuffle(others)
+    return [0, *others][:count]
+
+
+def _answer(
+    pending: list[int],
+    batches: list[list[tuple[Prompt, int]]],
+    backend: Backend,
+    settings: DistillationSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Parts,
+    state: PartialState,
+) -> None:
+    done = sum(map(len, batches)) - sum(len(batches[number]) for number in pending) if state.num_processes == 1 else 0
+    bar = tqdm(
+        total=done + sum(len(batches[number]) for number in pending),
+        initial=done,
+        desc="Distilling",
+        unit=" answers",
+        disable=not state.is_main_process,
+        smoothing=0,
+    )
+    reader = AnswerReader(tokenizer, backend.sampling.stop_token_ids, settings.max_repetition)
+    tokens, started = 0, time.perf_counter()
+    with bar, parts.appending(state.process_index) as append:
+        for number in pending:
+            batch = batches[number]
+            begun = time.perf_counter()
+            answers = backend.answers(
+                [prompt.input_ids for prompt, _ in batch], settings.seed * 1_000_003 + number * 4099
+            )
+            results = [
+                reader.read(prompt, sample, answer) for (prompt, sample), answer in zip(batch, answers, strict=True)
+            ]
+            seconds = time.perf_counter() - begun
+            append({"batch": number, "seconds": round(seconds, 3), "results": results})
+            tokens += sum(map(len, answers))
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+            bar.update(len(batch))
+
+
+def _join(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
+    """Write the output, in the order of the prompts; counts for the provenance."""
+    by_index = {prompt.index: prompt for prompt in prompts}
+    finished = list(parts.finished())
+    results = sorted(
+        (r for batch in finished for r in batch["results"]), key=lambda r: (r["prompt_index"], r["sample"])
+    )
+    seen: set[tuple[int, str]] = set()
+    rejected = Counter(dict.fromkeys(REASONS, 0))
+    kept = complete = different = kept_tokens = 0
+    with replacing(parts.output) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for result in results:
+            key = (result["prompt_index"], result["answer"])
+            reason = result["rejected"] or ("duplicate" if key in seen else None)
+            if reason is not None:
+                rejected[reason] += 1
+                continue
+            seen.add(key)
+            row = by_index[result["prompt_index"]].row(result["answer"])
+            row |= {"complete": result["complete"], "prompt_index": result["prompt_index"]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            kept += 1
+            complete += result["complete"]
+            different += not result["same_tokens"]
+            kept_tokens += result["tokens"]
+    tokens, seconds = sum(r["tokens"] for r in results), sum(batch["seconds"] for batch in finished)
+    return {
+        "file": parts.output.name,
+        "sha256": file_sha256(parts.output),
+        "counts": {"answers": len(results), "kept": kept, "complete": complete, "cut_off": kept - complete}
+        | {f"rejected_{reason}": rejected[reason] for reason in REASONS}
+        | {"retokenized_differently": different},
+        "tokens": tokens,
+        "kept_tokens": kept_tokens,
+        "process_seconds": round(seconds, 1),  # summed over the processes
+        "tokens_per_second_per_process": round(tokens / max(seconds, 1e-9), 1),
+    }
+
+
+def distillation_table(record: dict[str, Any]) -> list[list[str]]:
+    """Rows of the summary that the command prints, from the provenance."""
+    labels = {
+        "prompts": "prompts read",
+        "duplicate_prompts": "- duplicates, left out",
+        "too_long_prompts": "- too long for the context, left out",
+        "answers": "answers",
+        "rejected_empty": "- empty, left out",
+        "rejected_repetitive": "- repetitive, left out",
+        "rejected_untrainable": "- not to be told from their prompts by the chat template, left out",
+        "rejected_duplicate": "- duplicates, left out",
+        "kept": "rows written",
+        "complete": "- ended by the model",
+        "cut_off": "- cut off at the longest answer",
+        "retokenized_differently": "- whose text is tokenized differently than it was written",
+    }
+    rows = [[label, f"{record['counts'][name]:,}"] for name, label in labels.items()]
+    rows.append(["tokens generated", f"{record['tokens']:,}"])
+    rows.append(["tokens/s, per process", f"{record['tokens_per_second_per_process']:,}"])
+    return rows

@@ -1,0 +1,70 @@
+"""The engine that a run is launched with, by its training arguments or by `accelerate launch`; known before any model is."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import FullyShardedDataParallelPlugin
+from transformers import PreTrainedModel, TrainingArguments
+
+
+def fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | None:
+    """The settings of FSDP, or None for a run without."""
+    if args.fsdp_plugin_args is not None:
+        return FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return FullyShardedDataParallelPlugin()
+    return None
+
+
+def zero_stage(args: TrainingArguments) -> int:
+    """DeepSpeed's ZeRO stage: 3 if parameters are partitioned over processes; 0 for a run without."""
+    return 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
+
+
+def engine_name(args: TrainingArguments) -> str | None:
+    """For the record of a run: each engine writes checkpoints that another one cannot read."""
+    if (plugin := fsdp_plugin(args)) is not None:
+        return f"FSDP{plugin.fsdp_version}"
+    return None if args.deepspeed_plugin is None else f"ZeRO-{zero_stage(args)}"
+
+
+def require_dtype(model: PreTrainedModel, dtype: str, args: TrainingArguments) -> None:
+    """Refuse a model that was loaded in another dtype than asked for: under ZeRO-3 DeepSpeed's own settings decide that.
+
+    Raises:
+        ValueError: if it was.
+    """
+    got = str(model.dtype).removeprefix("torch.")
+    if zero_stage(args) == 3 and dtype not in ("auto", got):
+        raise ValueError(
+            f"dtype: got {got}, expected {dtype}: ZeRO-3 loads a model in the dtype that DeepSpeed trains in. Set mixed_precision "
+            "in the accelerate configuration (bf16 for bfloat16, fp16 for float16, 'no' for float32), or leave --dtype out."
+        )
+
+
+def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
+    """Whether the run shards its models, by its arguments or by ``accelerate launch``.
+
+    Raises:
+        ValueError: if it does so in a way that stage 1 does not support.
+    """
+    plugin = fsdp_plugin(args)
+    if plugin is None and zero_stage(args) < 3:
+        return False
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version: got {plugin.fsdp_version}, expected 2: FSDP1 flattens the frozen base model and the heads into "
+            "one parameter. Set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does."
+        )
+    if plugin is not None and plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: got true, expected false, since heads are made from the base model's weights "
+            "in every process. Set it to false, as examples/accelerate/fsdp2.yaml does."
+        )
+    if cache is not None:
+        raise ValueError(
+            f"cache: got {cache!r} with a sharded model, expected none, since hidden states are computed before the engine runs "
+            "it. Train without --cache, or with ddp.yaml or zero2.yaml of examples/accelerate if the base model fits on one device."
+        )
+    return True

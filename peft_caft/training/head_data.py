@@ -1,0 +1,92 @@
+"""The files that stage 1 learns from and is measured on: read, a part held out, encoded, described for the provenance."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..basics.files import file_sha256
+from .data import EncodedData, encode, read_jsonl
+
+
+@dataclass
+class RawFile:
+    """A data file as it was read.
+
+    Attributes:
+        rows: as `peft_caft.training.data.read_jsonl` gives them.
+        sha256: of the whole file.
+    """
+
+    path: Path
+    rows: list[dict[str, Any]]
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str, limit: int | None) -> RawFile:
+        return cls(Path(path), read_jsonl(path, limit), file_sha256(path))
+
+    def encoded(self, tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool) -> DataFile:
+        return DataFile(self.path, self.sha256, encode(self.rows, tokenizer, max_length, quiet))
+
+
+@dataclass
+class DataFile:
+    """A data file, encoded, with what the provenance says of it."""
+
+    path: Path
+    sha256: str
+    encoded: EncodedData
+
+    def record(self) -> dict[str, Any]:
+        provenance_path = self.path.with_suffix(".provenance.json")
+        return {
+            "file": self.path.name,
+            "sha256": self.sha256,
+            "rows": len(self.encoded.rows),
+            "tokens": self.encoded.tokens,
+            "supervised_tokens": self.encoded.supervised_tokens,
+            "provenance": json.loads(provenance_path.read_text(encoding="utf-8"))
+            if provenance_path.is_file()
+            else None,
+        }
+
+
+def read_files(
+    data: list[str], eval_data: list[str] | None, max_rows: int | None, eval_rows: int
+) -> tuple[list[RawFile], list[RawFile]]:
+    """Each training and each held-out file; without the latter a tenth of each training file is held out.
+
+    Args:
+        data, eval_data: paths of JSONL files.
+        max_rows: rows to use at most of each training file, those held out among them.
+        eval_rows: rows to use at most of each held-out file.
+
+    Raises:
+        FileNotFoundError, ValueError: see `peft_caft.training.data.read_jsonl`.
+        ValueError: if there is too little to hold out, or two held-out files have one name.
+    """
+    train = [RawFile.read(path, max_rows) for path in data]
+    if eval_data:
+        evals = [RawFile.read(path, eval_rows) for path in eval_data]
+    else:
+        evals = []
+        for file in train:
+            held_out = min(eval_rows, len(file.rows) // 10)
+            if held_out < 1:
+                raise ValueError(
+                    f"data: got {len(file.rows)} rows in {file.path} and eval_rows={eval_rows}, expected at least 10 "
+                    "rows, of which one in ten is held out. Give more rows, or held-out ones with --eval-data."
+                )
+            evals.append(RawFile(file.path, file.rows[-held_out:], file.sha256))
+            file.rows = file.rows[:-held_out]
+    stems = [file.path.stem for file in evals]
+    if len(set(stems)) < len(stems):
+        raise ValueError(
+            f"eval_data: got the names {stems}, expected different ones, which name the figures. Rename a file."
+        )
+    return train, evals

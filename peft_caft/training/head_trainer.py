@@ -1,0 +1,286 @@
+"""The module and the Trainer of stage 1: the frozen base model with trainable heads on it.
+
+The objective is the auxiliary sum alone, with beta = gamma = 1: sum over heads of alpha^(k-1) * CE_k, against the tokens of
+the text (hard targets) or the base model's own distributions (soft targets).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from itertools import count
+from typing import Any
+
+import torch
+from accelerate.utils import save_fsdp_optimizer
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME
+
+from ..basics.checks import require_choice, require_token_fraction
+from ..heads.auxiliary_heads import AuxiliaryHeads
+from ..heads.backbone import Backbone, Captured
+from ..heads.pretrained import load_weights
+from ..heads.sharding import copy_into, gather, reshard, scatter, shards_parameters, whole
+from ..method.loss import auxiliary_loss
+from ..method.progress import RecentLosses
+from ..method.targets import IGNORE_INDEX, supervised_count
+from .epoch_order import EpochOrder
+from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
+from .soft_targets import soft_auxiliary_loss
+
+TARGETS = ("hard", "soft")
+
+
+class HeadPretraining(nn.Module):
+    """The frozen base model with trainable heads, as a module that ``transformers.Trainer`` can train.
+
+    The base model runs up to its last layer's norm and computes no logits of its own; with soft targets its distributions
+    are computed at the supervised positions alone. Where hidden states are given, only its last layer runs.
+    """
+
+    loss_type = "ForCausalLM"  # tells Trainer that labels are shifted, for num_items_in_batch
+
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: AuxiliaryHeads,
+        aux_loss_decay: float,
+        targets: str = "hard",
+        aux_token_fraction: float = 1.0,
+    ) -> None:
+        super().__init__()
+        require_choice("targets", targets, TARGETS)
+        require_token_fraction(aux_token_fraction)
+        self.base = model.requires_grad_(False)
+        self.heads = heads.requires_grad_(True)
+        self.config = model.config
+        self.aux_loss_decay = aux_loss_decay
+        self.targets = targets
+        self.aux_token_fraction = aux_token_fraction
+        self._sampling_seeds = count()
+        self.recent = RecentLosses()
+        self._backbone = Backbone.of(model)
+        # What FSDP shards one by one: the layers of the base model, and the heads that are copies of one.
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self._backbone.layers})
+
+    def begin_step(self, seed: int, step: int, process: int) -> None:
+        """Where the run is: from it alone follow the positions that are drawn, also after a resume."""
+        digest = hashlib.sha256(f"{seed}, {step}, {process}".encode()).digest()
+        self._sampling_seeds = count(int.from_bytes(digest[:6], "big"))
+
+    def train(self, mode: bool = True) -> HeadPretraining:
+        super().train(mode)
+        self.base.eval()  # its dropout would make the hidden states, which the heads learn from, noisy
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Loss of a batch in training mode, its `batch_totals` in evaluation mode.
+
+        Args:
+            input_ids, labels, attention_mask: ``(batch, tokens)``.
+            hidden_states: what enters the base model's last layer, ``(batch, tokens, hidden)``, from an earlier pass.
+            num_items_in_batch: divisor of the loss; next-token targets of this batch if None.
+
+        Returns:
+            ``{"loss": scalar}`` or ``{"totals": float64 (heads + 1, 4)}``.
+        """
+        captured = self._captured(input_ids, attention_mask, hidden_states)
+        if not self.training:
+            with torch.no_grad():
+                return {"totals": batch_totals(self.heads, self._backbone, captured, labels, attention_mask)}
+        loss_of = auxiliary_loss if self.targets == "hard" else soft_auxiliary_loss
+        supervised = supervised_count(labels)
+        divisor = supervised.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        auxiliary = loss_of(
+            self.heads,
+            self._backbone,
+            captured,
+            labels,
+            attention_mask,
+            decay=self.aux_loss_decay,
+            weight=1 / divisor,
+            fraction=self.aux_token_fraction,
+            sampling_seed=next(self._sampling_seeds),
+        )
+        self.recent.add(auxiliary, int(supervised))
+        return {"loss": auxiliary.total}
+
+    @torch.no_grad()
+    def _captured(self, input_ids: Tensor, attention_mask: Tensor | None, hidden_states: Tensor | None) -> Captured:
+        with self._backbone.starting_at_last_layer(hidden_states), self._backbone.capture() as records:
+            self._backbone.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return records[-1]
+
+
+class _TellStep(TrainerCallback):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].begin_step(args.seed, state.global_step, args.process_index)
+
+
+class HeadTrainer(Trainer):
+    """Trainer whose checkpoints hold the heads artifact instead of the whole model, and that evaluates every head.
+
+    ``eval_dataset`` is a dict of encoded rows by name.
+    """
+
+    def __init__(self, model: HeadPretraining, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(model, args, **kwargs)
+        self.add_callback(_TellStep())
+        self._before: dict[str, HeadEvaluation] | None = None
+        self.sharded = shards_parameters(self)
+        # Sharded modules cannot be copied: the place for whole parameters is made before they are.
+        self._whole_heads = copy.deepcopy(model.heads).cpu() if self.sharded else model.heads
+
+    @property
+    def _heads(self) -> AuxiliaryHeads:
+        return self.accelerator.unwrap_model(self.model).heads
+
+    def trained_heads(self) -> AuxiliaryHeads:
+        """The heads with whole parameters; a copy on the CPU where they are sharded. All processes call this together."""
+        if self.sharded:
+            gather(self._heads, self._whole_heads)
+        return self._whole_heads
+
+    @torch.no_grad()
+    def round_heads(self, dtype: torch.dtype) -> None:
+        """Leave in the heads what ``dtype`` can hold, so that the next evaluation is about the heads as they are saved."""
+        if not self.sharded:
+            self._heads.to(dtype)
+        else:  # whose dtype is fixed
+            for parameter in self._heads.parameters():
+                copy_into(parameter, whole(parameter).to(dtype))
+
+    def evaluate_heads(self, description: str) -> dict[str, HeadEvaluation]:
+        """`HeadEvaluation` of every evaluation set; under several processes each takes a share of the rows."""
+        evaluations = {}
+        self.model_wrapped.eval()
+        for name, rows in self.eval_dataset.items():
+            share = rows[self.args.process_index :: self.args.world_size]
+            if len(share) * self.args.world_size < len(rows):  # all processes must run the same number of batches
+                share = [
+                    *share,
+                    {"input_ids": rows[0]["input_ids"], "labels": [IGNORE_INDEX] * len(rows[0]["labels"])},
+                ]
+            batches = length_sorted(share, self.data_collator, self.args.per_device_eval_batch_size)
+            bar = tqdm(
+                batches,
+                desc=f"{description}, {name}",
+                unit=" batches",
+                leave=False,
+                disable=not self.is_world_process_zero(),
+            )
+            totals = sum_totals(self._totals(batch) for batch in bar)
+            evaluations[name] = HeadEvaluation.from_totals(self.accelerator.reduce(totals))
+        if self.sharded:
+            reshard(self.model_wrapped)
+        return evaluations
+
+    def evaluate_before(self) -> dict[str, HeadEvaluation]:
+        """Evaluate, once, the untrained heads; at the latest before the first step or the first checkpoint that is loaded."""
+        if self._before is None:
+            self._before = self.evaluate_heads("Held-out, before training")
+        return self._before
+
+    @torch.no_grad()
+    def _totals(self, batch: Any) -> Tensor:
+        return self.model_wrapped(**batch.to(self.args.device))["totals"]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Per-head metrics of every set into the log; ``eval_loss`` is the objective with hard targets, over all sets."""
+        metrics = {}
+        evaluations = self.evaluate_heads("Held-out")
+        for name, evaluation in evaluations.items():
+            for head in evaluation.heads:
+                prefix = f"eval_{name}_head_{head.tokens_ahead}"
+                metrics[f"{prefix}_loss"] = head.cross_entropy
+                metrics[f"{prefix}_top1"], metrics[f"{prefix}_top5"] = head.top1, head.top5
+            metrics[f"eval_{name}_acceptance_length"] = evaluation.acceptance_length
+        losses = [e.weighted_cross_entropy(self.model.aux_loss_decay) for e in evaluations.values()]
+        metrics["eval_loss"] = sum(losses) / len(losses)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            recent = self.accelerator.unwrap_model(self.model).recent
+            logs = logs | recent.read(self.model.aux_loss_decay, self.accelerator.reduce)
+        super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = getattr(self.train_dataset, "rows", self.train_dataset)  # without reading cached hidden states
+        lengths = [len(row["input_ids"]) for row in rows]
+        return EpochOrder(
+            lengths if self.args.train_sampling_strategy == "group_by_length" else None,
+            len(rows),
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.evaluate_before()
+        # A run interrupted between its last step and its end is at its end: Trainer would take one step more.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        heads = self.trained_heads()
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            heads.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Engines would save the whole frozen base model with every checkpoint.
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        elif self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # then comes trainer_state.json, which says that the checkpoint is whole
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.evaluate_before()
+        load_weights(self._whole_heads, resume_from_checkpoint)
+        if self.sharded:
+            scatter(self._whole_heads, self._heads)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Trainer would load the checkpoint before the untrained heads are evaluated, and miss the frozen base model in it.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.evaluate_before()
+        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

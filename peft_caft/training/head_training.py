@@ -1,0 +1,252 @@
+"""Stage 1 of CAFT as one run: data, heads, training, evaluation before and after, artifact. Made once per base model."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from ..basics.checks import require_choice, require_token_fraction
+from ..basics.provenance import peak_memory_mib, provenance
+from ..basics.run_folder import RunFolder, random_states
+from ..heads.auxiliary_heads import AuxiliaryHeads
+from .arguments import training_settings
+from .data import collator, require_tokenizer_of
+from .engine import engine_name, require_dtype, sharding_requested
+from .head_data import DataFile, read_files
+from .head_metrics import HeadEvaluation
+from .head_trainer import TARGETS, HeadPretraining, HeadTrainer
+from .hidden_states_cache import cached_rows, with_hidden_states
+
+
+@dataclass
+class HeadTrainingSettings:
+    """What to train: see the help texts of ``peft-caft train-heads``, which mirror these fields."""
+
+    model: str
+    data: list[str]
+    output: str
+    eval_data: list[str] | None = None
+    eval_rows: int = 200
+    base_model_id: str | None = None
+    license: str | None = None
+    init_heads: str | None = None
+    num_heads: int | None = None
+    head_type: str | None = None
+    head_input: str | None = None
+    head_num_layers: int | None = None
+    targets: str = "soft"
+    aux_loss_decay: float = 0.8
+    aux_token_fraction: float = 1.0
+    max_length: int = 512
+    max_rows: int | None = None
+    dtype: str = "auto"
+    cache: str | None = None
+    early_stopping_patience: int | None = None
+
+    def fresh_heads(self) -> dict[str, Any]:
+        """The arguments for `AuxiliaryHeads.from_base_model` that were given."""
+        names = ("num_heads", "head_type", "head_input", "head_num_layers")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
+    """Train heads and write them to ``settings.output``; an interrupted run is taken up at its last checkpoint.
+
+    Args:
+        settings: model, data and heads.
+        args: of the Trainer; its ``output_dir`` is where checkpoints go and is set here.
+        overwrite: replace a finished run.
+
+    Returns:
+        the training record that the heads' ``config.json`` holds, with peak memory and the Trainer's log history; also
+        written as ``summary.json``.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError, TypeError, OSError: as the message says.
+    """
+    require_choice("targets", settings.targets, TARGETS)
+    require_token_fraction(settings.aux_token_fraction)
+    if settings.init_heads is not None and settings.fresh_heads():
+        name, value = next(iter(settings.fresh_heads().items()))
+        raise ValueError(
+            f"{name}: got {value!r} together with init_heads={settings.init_heads!r}, expected it unset, since the "
+            "initial heads have their own. Drop one of the two."
+        )
+    folder = RunFolder(Path(settings.output))
+    args.output_dir = str(folder.checkpoints)
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every head takes part in every batch
+    _prepare_evaluation(settings, args)
+    sharded = sharding_requested(args, settings.cache)
+    train_files, eval_files = read_files(settings.data, settings.eval_data, settings.max_rows, settings.eval_rows)
+    is_first = args.process_index == 0
+    recorded = asdict(settings) | training_settings(args)
+    # Rows that were taken with others in between, or by other processes, are other steps.
+    recorded |= {"processes": args.world_size, "engine": engine_name(args)}
+    recorded |= {"data_sha256": [file.sha256 for file in (*train_files, *eval_files)]}
+    if not overwrite:
+        folder.require_free(recorded)
+    if not is_first:
+        disable_progress_bar()
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).eval()
+    require_dtype(model, settings.dtype, args)
+    if not sharded:  # sharding itself brings to each device its part
+        model.to(args.device)
+    require_tokenizer_of(model, tokenizer)
+    train, evals = (
+        [file.encoded(tokenizer, settings.max_length, quiet=not is_first) for file in files]
+        for files in (train_files, eval_files)
+    )
+    heads = _initial_heads(settings, model)
+    if is_first:
+        for what, files in (("Training", train), ("Held-out", evals)):
+            for file in files:
+                print(f"{what} data, {file.path.name}: {file.encoded.describe()}")
+        print(f"Heads: {sum(p.numel() for p in heads.parameters()):,} parameters, {heads.config.head_type}")
+    if settings.base_model_id is not None:
+        heads.config.base_model_name_or_path = settings.base_model_id
+    heads.config.license = settings.license or heads.config.license
+    # Everything that was asked for is there and fits.
+    with folder.held() if is_first else nullcontext():
+        with args.main_process_first(local=False):
+            resume_from = folder.begin(recorded, overwrite and is_first, random_states(args.world_size))
+        return _train(settings, args, folder, resume_from, model, heads, tokenizer, train, evals)
+
+
+def _train(
+    settings: HeadTrainingSettings,
+    args: TrainingArguments,
+    folder: RunFolder,
+    resume_from: Path | None,
+    model: PreTrainedModel,
+    heads: AuxiliaryHeads,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[DataFile],
+    evals: list[DataFile],
+) -> dict[str, Any]:
+    """The run itself, from its last checkpoint if there is one, to the artifact and its summary."""
+    dtype = model.dtype
+    # The optimizer steps in fp32 even where the base model computes in half precision.
+    heads.float()
+    trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)
+    if not trainer.sharded:  # else as soon as the engine can run them
+        trainer.evaluate_before()
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    seconds = time.perf_counter() - started
+    trainer.round_heads(dtype)
+    after = trainer.evaluate_heads("Held-out, after training")
+    trained = trainer.trained_heads().to(dtype)
+    trained.config.training = {
+        "data": [file.record() for file in train],
+        "targets": settings.targets,
+        "aux_loss_decay": settings.aux_loss_decay,
+        "aux_token_fraction": settings.aux_token_fraction,
+        "max_length": settings.max_length,
+        "initial_heads": None if settings.init_heads is None else heads.recorded_as(settings.init_heads),
+        "base_model_weights": _provenance_of_model(settings.model),
+        **training_settings(args),
+        "processes": args.world_size,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "stopped_early": trainer.state.global_step < trainer.state.max_steps,
+        "seconds": seconds,
+        "evaluations": [_evaluation_record(file, trainer.evaluate_before(), after) for file in evals],
+        **provenance(),
+    }
+    summary = trained.config.training | {
+        "peak_memory_mib": peak_memory_mib(),
+        "log_history": trainer.state.log_history,
+    }
+    if args.process_index == 0:
+        trained.save_pretrained(settings.output)
+        folder.finish(summary)
+    return summary
+
+
+def _prepare_evaluation(settings: HeadTrainingSettings, args: TrainingArguments) -> None:
+    if settings.early_stopping_patience is None:
+        return
+    if settings.early_stopping_patience < 1 or args.eval_strategy == "no":
+        raise ValueError(
+            f"early_stopping_patience: got {settings.early_stopping_patience} with eval_strategy="
+            f"{str(args.eval_strategy)!r}, expected at least 1 and evaluations during the run. Leave it out, or set "
+            "--eval_strategy steps --eval_steps N."
+        )
+    args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
+    args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps
+    args.restore_callback_states_from_checkpoint = True  # the evaluations without a better loss so far
+
+
+def _provenance_of_model(model: str) -> dict[str, Any] | None:
+    """Where a local base model's weights came from, if its folder says so: a conversion may have rounded them."""
+    path = Path(model, "provenance.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """It stays stopped when a run is taken up that was interrupted after the stop."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+def _initial_heads(settings: HeadTrainingSettings, model: PreTrainedModel) -> AuxiliaryHeads:
+    if settings.init_heads is not None:
+        return AuxiliaryHeads.from_pretrained(settings.init_heads, base_model=model)
+    return AuxiliaryHeads.from_base_model(model, **settings.fresh_heads())
+
+
+def _trainer(
+    settings: HeadTrainingSettings,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    heads: AuxiliaryHeads,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[DataFile],
+    evals: list[DataFile],
+) -> HeadTrainer:
+    collate: Any = collator(tokenizer)
+    rows: Any = [row for file in train for row in file.encoded.rows]
+    if settings.cache is not None:
+        rows = cached_rows(Path(settings.cache), rows, model, collate, args.distributed_state)
+    patience = settings.early_stopping_patience
+    return HeadTrainer(
+        HeadPretraining(model, heads, settings.aux_loss_decay, settings.targets, settings.aux_token_fraction),
+        args,
+        train_dataset=rows,
+        eval_dataset={file.path.stem: file.encoded.rows for file in evals},
+        data_collator=with_hidden_states(collate),
+        callbacks=None if patience is None else [_EarlyStopping(patience)],
+    )
+
+
+def _evaluation_record(
+    file: DataFile, before: dict[str, HeadEvaluation], after: dict[str, HeadEvaluation]
+) -> dict[str, Any]:
+    name = file.path.stem
+    record = file.record()
+    return {
+        "name": name,
+        **{key: record[key] for key in ("file", "sha256", "rows")},
+        "before": before[name].to_dict(),
+        "after": after[name].to_dict(),
+    }

@@ -1,0 +1,210 @@
+"""Prompts for `peft-caft distill`: from JSONL or a dataset, read with errors that name file and line, turned into tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..basics.files import file_sha256
+from .data import json_lines, rendered
+
+DATASET = "hf:"
+PROMPT_FORMS = "{'prompt': '...'} or {'messages': [{'role': 'user', 'content': '...'}, ...]}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        index: number of its row in the source, from 0, blank lines not counted.
+        messages: the chat so far, for a tokenizer with a chat template; else None.
+        text: plain text, for one without; else None.
+        input_ids: what the model reads.
+    """
+
+    index: int
+    messages: list[dict[str, str]] | None
+    text: str | None
+    input_ids: list[int]
+
+    def row(self, answer: str) -> dict[str, Any]:
+        """The row of training data that this prompt and its answer make."""
+        if self.messages is not None:
+            row: dict[str, Any] = {"messages": [*self.messages, {"role": "assistant", "content": answer}]}
+            if any(message["role"] == "assistant" for message in self.messages):
+                row["last_answer_only"] = True  # the earlier ones are not this model's own
+            return row
+        return {"prompt": self.text, "completion": answer}
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Rows as they were read.
+
+    Attributes:
+        rows: where each stands (file and line) and what it is.
+        name: of the source, without the path to it.
+        sha256: of the file; of the rows that were read, for a dataset.
+    """
+
+    rows: list[tuple[str, Any]]
+    name: str
+    sha256: str
+
+
+def read_prompts(
+    source: str, split: str | None = None, column: str | None = None, limit: int | None = None
+) -> PromptRows:
+    """Read prompts from a JSONL file, or ``hf:NAME`` or ``hf:NAME:CONFIG`` with the library ``datasets``.
+
+    Args:
+        source: NAME is a dataset of the Hub, a folder of data files, or one that ``Dataset.save_to_disk`` wrote.
+        split: of a dataset; ``"train"`` if None.
+        column: holds the prompt (a string) or the chat (a list of messages); ``messages`` or ``prompt`` if None.
+        limit: take the first so many rows.
+
+    Raises:
+        FileNotFoundError: if there is no such file or dataset.
+        ModuleNotFoundError: if ``datasets`` is needed and not installed.
+        ValueError: naming file and line, if a line is not JSON or lacks the column, or if there are no rows.
+    """
+    if source.startswith(DATASET):
+        result = _read_dataset(source, split or "train", column, limit)
+    elif split is not None:
+        raise ValueError(f"split: got {split!r} for the file {source}, expected it unset. Datasets are named hf:NAME.")
+    else:
+        result = PromptRows(_read_jsonl(Path(source), column, limit), Path(source).name, file_sha256(source))
+    if not result.rows:
+        raise ValueError(f"prompts: got no rows in {source}, expected at least one of the form {PROMPT_FORMS}.")
+    return result
+
+
+def _read_jsonl(path: Path, column: str | None, limit: int | None) -> list[tuple[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"prompts: {path} is not a file, expected JSONL with rows {PROMPT_FORMS}, or hf:NAME for a dataset."
+        )
+    return [(where, _renamed(value, column, where)) for where, value in json_lines(path, limit)]
+
+
+def _read_dataset(source: str, split: str, column: str | None, limit: int | None) -> PromptRows:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"prompts: {source} needs the library datasets. Run `pip install 'peft-caft[datasets]'`, or give a JSONL file."
+        ) from error
+    name = source.removeprefix(DATASET)
+    folder = Path(name)
+    if (folder / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(name)
+        if split not in splits:
+            raise ValueError(f"split: got {split!r}, expected one of {', '.join(splits)}, the splits of {source}.")
+        data = splits[split]
+    elif (folder / "state.json").is_file():
+        data = datasets.load_from_disk(name)
+    elif folder.is_dir():
+        data = datasets.load_dataset(name, split=split)
+    else:
+        name, _, config = name.partition(":")
+        data = datasets.load_dataset(name, config or None, split=split)
+    column = column or next((known for known in ("messages", "prompt") if known in data.column_names), None)
+    if column not in data.column_names:
+        raise ValueError(
+            f"column: got {column!r}, expected one of {', '.join(data.column_names)}, the columns of {source}. Pass --column."
+        )
+    named = ((f"{source}, row {number}", row) for number, row in enumerate(data.select_columns([column])))
+    rows = [(where, _renamed(row, column, where)) for where, row in islice(named, limit)]
+    digest = hashlib.sha256(json.dumps([row for _, row in rows]).encode()).hexdigest()
+    return PromptRows(rows, f"{DATASET}{folder.name}" if folder.is_dir() else source, digest)
+
+
+def _renamed(row: Any, column: str | None, where: str) -> Any:
+    """The row with its prompt or chat under the usual name."""
+    if column is None:
+        return row
+    if not isinstance(row, dict) or not isinstance(row.get(column), (str, list)):
+        raise ValueError(f"{where}: column {column!r}: expected a string or a list of messages.")
+    return {"prompt" if isinstance(row[column], str) else "messages": row[column]}
+
+
+def prepare_prompts(
+    rows: list[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, system: str | None = None
+) -> tuple[list[Prompt], int]:
+    """Turn rows into prompts as the model reads them; of equal ones, the first is kept.
+
+    A string becomes a user message where the tokenizer has a chat template. Assistant messages at the end of a chat are cut
+    off, because the model answers itself.
+
+    Args:
+        rows: as `read_prompts` gives them.
+        system: system message for chats that have none.
+
+    Returns:
+        the prompts and the number of duplicates left out.
+
+    Raises:
+        ValueError: naming the row, if it is of another form; or if a chat or a system message meets a tokenizer without
+            chat template.
+    """
+    has_template = tokenizer.chat_template is not None
+    if system is not None and not has_template:
+        raise ValueError(
+            f"system: got {system!r}, but the tokenizer has no chat template, expected one. Drop --system."
+        )
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    for index, (where, row) in enumerate(rows):
+        chat_or_text = _chat_or_text(row, where)
+        if isinstance(chat_or_text, str) and has_template:
+            chat_or_text = [{"role": "user", "content": chat_or_text}]
+        elif not isinstance(chat_or_text, str) and not has_template:
+            raise ValueError(
+                f"{where}: messages: the tokenizer has no chat template, expected one. Use rows with 'prompt', or an "
+                "instruct model."
+            )
+        if isinstance(chat_or_text, list) and system is not None and chat_or_text[0]["role"] != "system":
+            chat_or_text = [{"role": "system", "content": system}, *chat_or_text]
+        key = json.dumps(chat_or_text)
+        if key in seen:
+            continue
+        seen.add(key)
+        if isinstance(chat_or_text, str):
+            prompts.append(Prompt(index, None, chat_or_text, tokenizer(chat_or_text)["input_ids"]))
+        else:
+            try:
+                text = rendered(chat_or_text, tokenizer, add_generation_prompt=True)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompts.append(Prompt(index, chat_or_text, None, input_ids))
+    return prompts, len(rows) - len(prompts)
+
+
+def _chat_or_text(row: Any, where: str) -> str | list[dict[str, str]]:
+    if isinstance(row, dict) and "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        ):
+            raise ValueError(f"{where}: messages: expected a list of {{'role': ..., 'content': ...}} with strings.")
+        end = len(messages)
+        while end and messages[end - 1]["role"] == "assistant":
+            end -= 1
+        if not end or all(m["role"] == "system" for m in messages[:end]):
+            raise ValueError(f"{where}: messages: expected a message of the user for the model to answer.")
+        return [{"role": m["role"], "content": m["content"]} for m in messages[:end]]
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        if not row["prompt"].strip():
+            raise ValueError(f"{where}: prompt: got {row['prompt']!r}, expected text. Drop the row.")
+        return row["prompt"]
+    got = f"keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    raise ValueError(f"{where}: got {got}, expected {PROMPT_FORMS}.")

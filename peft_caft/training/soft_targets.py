@@ -1,0 +1,126 @@
+"""Cross entropy of several heads' logits against the base model's own next-token distributions (self-distillation).
+
+The base model's distribution for token t+k is in its own forward pass, at position t+k-1. All heads are compared with it
+chunk by chunk: one chunk of the model's probabilities serves every head, and, as in `linear_cross_entropy`, the gradient
+is computed where the logits are at hand, so that no logits are kept. In plain torch, for one head:
+
+    teacher = softmax(scale(teacher_states[rows] @ weight.T + bias))
+    loss = -(teacher * log_softmax(scale(states @ weight.T + bias))).sum()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..heads.auxiliary_heads import AuxiliaryHeads
+from ..heads.backbone import Backbone, Captured
+from ..heads.unembedding import Unembedding, chunk_rows, chunks
+from ..method.loss import (
+    AuxiliaryLoss,
+)
+from ..method.targets import sample_rows, supervised_rows
+
+
+def soft_cross_entropy(
+    states: list[Tensor], rows: list[Tensor], teacher_states: Tensor, unembedding: Unembedding
+) -> list[Tensor]:
+    """Sums over rows of the cross entropy between each head's logits and the teacher's distributions.
+
+    Args:
+        states: for each head ``(rows_i, hidden)``, any floating dtype; computed in the dtype of the weight or of autocast.
+        rows: for each head int64 ``(rows_i,)``, ascending: the row of ``teacher_states`` that each state has to match.
+        teacher_states: ``(teacher_rows, hidden)``, final hidden states of the teacher; no gradient reaches them.
+        unembedding: the frozen layer, which both sides share.
+
+    Returns:
+        one scalar per head, fp32 (float64 for a float64 layer), nats, differentiable in the states; 0 for no rows. Its
+        minimum is the entropy of the teacher, not 0.
+    """
+    needs_grad = torch.is_grad_enabled() and any(s.requires_grad for s in states)
+    return list(
+        _SoftCrossEntropy.apply(rows, teacher_states.detach(), unembedding, needs_grad, *states)[: len(states)]
+    )
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: list[Tensor],
+        teacher_states: Tensor,
+        unembedding: Unembedding,
+        needs_grad: bool,
+        *states: Tensor,
+    ) -> Any:
+        device = teacher_states.device
+        layer = unembedding.in_compute_dtype(device.type)
+        dtype = layer.weight.dtype
+        losses = torch.zeros(len(states), dtype=layer.logits_dtype, device=device)
+        grads = [torch.empty_like(s) if needs_grad else None for s in states]
+        with torch.autocast(device.type, enabled=False):
+            size = chunk_rows(len(teacher_states), layer.weight)
+            teacher_workspace, workspace = layer.workspace(size), layer.workspace(size)
+            parts = list(chunks(len(teacher_states), size))
+            ends = torch.tensor([0, *(part.stop for part in parts)], device=device)
+            bounds = [torch.searchsorted(head_rows, ends).tolist() for head_rows in rows]
+            for number, chunk in enumerate(parts):
+                teacher = layer.log_probs(teacher_states[chunk].to(dtype), teacher_workspace)[0].exp_()
+                for head, head_states in enumerate(states):
+                    own = slice(bounds[head][number], bounds[head][number + 1])
+                    picked = rows[head][own] - chunk.start
+                    if not len(picked):
+                        continue
+                    target = teacher if len(picked) == len(teacher) else teacher[picked]
+                    log_probs, logits = layer.log_probs(head_states[own].to(dtype), workspace)
+                    losses[head] -= torch.dot(target.flatten(), log_probs.flatten())
+                    if (grad := grads[head]) is not None:
+                        grad[own], _ = layer.backward(log_probs.exp_().sub_(target), logits)
+        ctx.save_for_backward(*grads)
+        return *losses.unbind(), None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_losses: Tensor) -> Any:
+        grads = (grad * grad_loss for grad, grad_loss in zip(ctx.saved_tensors, grad_losses, strict=False))
+        return None, None, None, None, *grads
+
+
+def soft_auxiliary_loss(
+    heads: AuxiliaryHeads,
+    backbone: Backbone,
+    captured: Captured,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    decay: float,
+    weight: Tensor | float = 1.0,
+    fraction: float = 1.0,
+    sampling_seed: int = 0,
+) -> AuxiliaryLoss:
+    """`auxiliary_loss` with the base model's own distributions as targets, at the same positions (self-distillation).
+
+    Head k at t learns what the base model predicts for token t+k when it has read the tokens up to t+k-1, which the same
+    forward pass computed. With ``fraction`` < 1 it is the predicted tokens that are drawn: each needs the base model's
+    logits once, for all heads.
+    """
+    states, teacher_rows, counts = [], [], []
+    for index in range(len(heads.heads)):
+        rows, _ = supervised_rows(labels, index + 2, attention_mask, position_ids)
+        counts.append(len(rows))
+        teachers = rows + index + 1  # of the same sequence, since t+k is
+        if fraction < 1:
+            kept = sample_rows(teachers, fraction, labels.numel(), sampling_seed)
+            rows, teachers = rows[kept], teachers[kept]
+        states.append(heads.states(index, captured, rows, backbone))
+        teacher_rows.append(teachers)
+    needed, matched = torch.cat(teacher_rows).unique(return_inverse=True)
+    teacher_states = captured.last_hidden_state.flatten(0, 1)[needed]
+    picked = list(matched.split([len(rows) for rows in teacher_rows]))
+    unembedding = backbone.unembedding(captured).detached()
+    sums = [s / fraction for s in soft_cross_entropy(states, picked, teacher_states, unembedding)]
+    total = sum(head_sum * decay ** (index + 1) for index, head_sum in enumerate(sums))
+    return AuxiliaryLoss(total * weight, [head_sum.detach() for head_sum in sums], counts)
