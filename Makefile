@@ -44,9 +44,10 @@ bench: $(READY) $(AUTHORS)/.ready  ## time and memory of a training step, LoRA, 
 	$(BIN)/python benchmarks/flops.py
 	$(BIN)/python benchmarks/step_results.py
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## ruff (rules and format), and which room may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(READY)  ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
@@ -62,14 +63,14 @@ test-ceiling: $(CEILING)/.ready  ## the same with the newest versions, in .venv-
 	OMP_NUM_THREADS=1 $(CEILING)/bin/python -m pytest -n 2 -m "not gpu and not slow" $(PYTEST_ARGS)
 
 test-optional: $(OPTIONAL)/.ready  ## the tests that need optional packages (bitsandbytes, torchao, deepspeed), in .venv-optional
-	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) tests/test_quantised.py
-	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) -k QLoRA tests/test_trainer_matrix.py
+	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) tests/method/test_quantised.py
+	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) -k QLoRA tests/method/test_trainer_matrix.py
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OPTIONAL)/torch_extensions" \
-		$(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) tests/test_deepspeed.py tests/test_sft_processes.py \
-		tests/test_distillation.py::test_two_processes_write_the_same_file_as_one
+		$(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) tests/training/test_deepspeed.py tests/training/test_sft_processes.py \
+		tests/training/test_distillation.py::test_two_processes_write_the_same_file_as_one
 
-authors-fixtures: $(AUTHORS)/.ready  ## make the heads in tests/authors_heads anew with their authors' package, in .venv-authors
-	OMP_NUM_THREADS=1 $(AUTHORS)/bin/python tests/authors_heads/make.py
+authors-fixtures: $(AUTHORS)/.ready  ## make the heads in tests/support/authors_heads anew with their authors' package, in .venv-authors
+	OMP_NUM_THREADS=1 $(AUTHORS)/bin/python tests/support/authors_heads/make.py
 
 clean:  ## remove the environments, the caches and everything built
 	rm -rf $(VENV) $(FLOOR) $(CEILING) $(OPTIONAL) $(AUTHORS) build dist .mypy_cache .pytest_cache .ruff_cache
@@ -112,9 +113,9 @@ $(OPTIONAL)/.ready: pyproject.toml $(CONSTRAINTS) requirements/optional.txt | ch
 	$(OPTIONAL)/bin/python $(PIP_INSTALL) -c $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) -r requirements/optional.txt
 	@touch $@
 
-# --no-deps: see tests/authors_heads/requirements.txt.
-$(AUTHORS)/.ready: tests/authors_heads/requirements.txt | check-python
+# --no-deps: see tests/support/authors_heads/requirements.txt.
+$(AUTHORS)/.ready: tests/support/authors_heads/requirements.txt | check-python
 	$(PYTHON) -m venv $(AUTHORS)
-	$(AUTHORS)/bin/python $(PIP_INSTALL) -r tests/authors_heads/requirements.txt
+	$(AUTHORS)/bin/python $(PIP_INSTALL) -r tests/support/authors_heads/requirements.txt
 	$(AUTHORS)/bin/python $(PIP_INSTALL) --no-deps caft-llm==0.0.1
 	@touch $@

@@ -1,0 +1,208 @@
+"""Every architecture of README's table: losses and gradients, no future leak, merge, and files, for both kinds of heads."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from peft_caft import AuxiliaryHeads, CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
+from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.method.callback import objective_of
+
+from ..reference import shifted_cross_entropy
+from ..support import architectures
+from ..support.architectures import ARCHITECTURES, TARGETS, attentions_of
+from ..support.places import ROOT
+from ..support.tiny_models import VOCABULARY, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*heads is None", "ignore:.*tie_word_embeddings:UserWarning")
+BETA, ALPHA, HEADS = 0.7, 0.8, 3
+CELLS = [(name, attention) for name in ARCHITECTURES for attention in attentions_of(name)]
+
+
+def caft(architecture: str, attention: str = "eager", **fields):
+    """A CAFT model in training mode, with adapters and heads far from their trivial initial values."""
+    settings = {
+        "r": 4,
+        "target_modules": TARGETS.get(architecture, "all-linear"),
+        "exclude_modules": ".*vision.*|.*multi_modal.*",
+        "num_auxiliary_heads": HEADS,
+        "aux_loss_weight": BETA,
+        "aux_loss_decay": ALPHA,
+        "aux_loss_schedule": "constant",
+        **fields,
+    }
+    base = architectures.make(architecture, attention)
+    torch.manual_seed(0)
+    model = get_peft_model(base, CAFTConfig(**settings)).train()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or ("auxiliary_heads" in name and parameter.dim() == 2):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def labels() -> torch.Tensor:
+    """The first half is a prompt, and an answer has a gap."""
+    changed = tokens().clone()
+    changed[:, :6] = -100
+    changed[1, 9] = -100
+    return changed
+
+
+class Instead(nn.Module):
+    """A head in the place of the model's last layer; the model may still read that layer's attributes."""
+
+    def __init__(self, layer: nn.Module, head: nn.Sequential, returns_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__["layer"], self.head, self.returns_tuple = layer, head, returns_tuple
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        for block in self.head:
+            if hasattr(block, "linear"):
+                hidden_states = hidden_states + nn.functional.silu(block.linear(hidden_states))
+            else:
+                output = block(hidden_states, *args, **kwargs)
+                hidden_states = output if isinstance(output, torch.Tensor) else output[0]
+        return (hidden_states, None, None) if self.returns_tuple else hidden_states
+
+
+def head_logits(model, head: nn.Sequential, **inputs) -> torch.Tensor:
+    """What the model predicts with a head in the place of its last layer: its own norm, lm_head and factors come after it."""
+    base = base_of(model)
+    layers = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == 3)
+    last, outputs = layers[-1], []
+    hook = last.register_forward_hook(lambda module, args, output: outputs.append(output))
+    base(**inputs, use_cache=False)
+    hook.remove()
+    layers[-1] = Instead(last, head, isinstance(outputs[0], tuple))
+    try:
+        return base(**inputs, use_cache=False).logits
+    finally:
+        layers[-1] = last
+
+
+def base_of(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def reference_loss(model) -> torch.Tensor:
+    heads, count = objective_of(model).heads_for_training().heads, (labels()[:, 1:] != -100).sum()
+    total = shifted_cross_entropy(base_of(model)(input_ids=tokens()).logits, labels(), 1)
+    for k, head in enumerate(heads, start=2):
+        logits = head_logits(model, head, input_ids=tokens())
+        total = total + BETA * ALPHA ** (k - 1) * shifted_cross_entropy(logits, labels(), k)
+    return total / count
+
+
+def full(architecture: str, head_type: str):
+    objective = {"aux_loss_weight": BETA, "aux_loss_decay": ALPHA, "aux_loss_schedule": "constant"}
+    config = FullFineTuningConfig(head_type=head_type, num_auxiliary_heads=HEADS, **objective)
+    model = prepare_full_fine_tuning(architectures.make(architecture), config).train()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.caft_objective.auxiliary_heads.parameters():
+        if parameter.dim() == 2:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize(("architecture", "attention"), CELLS)
+def test_loss_and_gradients_equal_the_reference(architecture, attention, head_type):
+    require_reference(caft(architecture, attention, head_type=head_type))
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_full_fine_tuning_equals_the_reference(architecture, head_type):
+    require_reference(full(architecture, head_type))
+
+
+def require_reference(model) -> None:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    losses = [model(input_ids=tokens(), labels=labels()).loss, reference_loss(model)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    got, wanted = (
+        torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True) for loss in losses
+    )
+    largest = max(gradient.norm() for gradient in wanted if gradient is not None)
+    for name, own, expected in zip(parameters, got, wanted, strict=True):
+        assert (own is None) == (expected is None), name
+        if expected is not None:
+            assert (own - expected).norm() <= 1e-5 * expected.norm() + 1e-7 * largest, name
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize(("architecture", "attention"), CELLS)
+def test_no_token_is_seen_by_those_before_it(architecture, attention, head_type):
+    model = caft(architecture, attention, head_type=head_type).eval()
+    heads, changed = model.auxiliary_heads["default"], tokens().clone()
+    changed[:, 8] = (changed[:, 8] + 1) % (VOCABULARY - 2)
+    with torch.no_grad():
+        before, after = heads.logits(model, tokens()), heads.logits(model, changed)
+    for first, second in zip(before, after, strict=True):
+        torch.testing.assert_close(first[:, :8], second[:, :8], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(first[:, 8:], second[:, 8:], rtol=1e-3)
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_files_and_merged_model_are_those_of_lora(architecture, head_type, tmp_path):
+    model = caft(architecture, head_type=head_type)
+    heads = model.auxiliary_heads["default"]
+    heads.save_pretrained(tmp_path / "heads")
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model.eval()(input_ids=tokens()).logits
+        lora = PeftModel.from_pretrained(architectures.make(architecture), tmp_path / "adapter")
+        assert type(lora.peft_config["default"]) is LoraConfig
+        torch.testing.assert_close(lora(input_ids=tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+        loaded = AuxiliaryHeads.from_pretrained(tmp_path / "heads", base_model=architectures.make(architecture))
+        for name, tensor in heads.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert type(merged) is type(architectures.make(architecture))
+    assert merged.state_dict().keys() == architectures.make(architecture).state_dict().keys()
+
+
+def runs_for_supervised_positions(architecture: str, attention: str) -> bool:
+    model = caft(architecture, attention, head_type="decoder_layer")
+    model(input_ids=tokens(), labels=labels())
+    return bool(model.auxiliary_heads["default"].heads[0]._at_rows.works)
+
+
+def leaves_out_logits(architecture: str) -> bool:
+    return caft(architecture)(input_ids=tokens(), labels=labels()).logits is None
+
+
+def table() -> str:
+    """What README shows: every cell is tested above, or seen here."""
+    lines = [
+        "| architecture | attention | residual heads | decoder-layer heads | no logits in training | queries of supervised tokens alone |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ARCHITECTURES:
+        alone = [a for a in attentions_of(name) if runs_for_supervised_positions(name, a)]
+        queries = "yes" if len(alone) == len(attentions_of(name)) else ", ".join(alone) or "all tokens"
+        attention = "none" if "Mamba" in name else ", ".join(attentions_of(name))
+        logits = "yes" if leaves_out_logits(name) else "computed"
+        lines.append(f"| {name} | {attention} | yes | yes | {logits} | {queries} |")
+    return "\n".join(lines)
+
+
+def test_readme_has_the_table():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- architectures -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
+    assert shown == table()

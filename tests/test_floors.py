@@ -1,0 +1,94 @@
+"""What the rooms of the package promise beyond the arrows that import-linter checks (`make lint`; docs/architecture.md)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import grimp
+import pytest
+
+import peft_caft
+
+PACKAGE = Path(peft_caft.__file__).parent
+HEAVY = ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "numpy")
+OPTIONAL = ("typer", "matplotlib", "datasets", "trl", "rdkit", "biotite", "gguf")
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("peft_caft", include_external_packages=True, cache_dir=None)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def loaded_by(code: str) -> set[str]:
+    """Names of the modules that a new process has loaded after ``code``."""
+    script = f"import sys\n{code}\nprint('LOADED', *sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(result.stdout.rpartition("LOADED ")[2].split())
+
+
+def test_the_package_alone_loads_nothing():
+    loaded = loaded_by("import peft_caft\nassert set(peft_caft.__all__) <= set(dir(peft_caft))")
+    assert {name for name in loaded if name.startswith("peft_caft")} == {"peft_caft"}
+    assert not loaded & {*HEAVY, *OPTIONAL}
+
+
+def test_public_names_load_the_method_and_what_it_stands_on_alone():
+    loaded = loaded_by("import peft_caft\nfor name in peft_caft.__all__: getattr(peft_caft, name)")
+    assert {room_of(name) for name in loaded if name.startswith("peft_caft.")} == {"basics", "heads", "method"}
+    assert not loaded & {*OPTIONAL, "transformers.trainer"}
+
+
+def test_a_name_that_the_package_lacks_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'peft_caft' has no attribute 'CAFTConfiguration'"):
+        _ = peft_caft.CAFTConfiguration
+
+
+@pytest.mark.parametrize("module", ["peft_caft", "peft_caft.training.fine_tuning", "peft_caft.planning.plan"])
+def test_a_configuration_is_known_to_peft_from_wherever_it_comes(module):
+    loaded_by(
+        f"from {module} import CAFTConfig\n"
+        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING\n"
+        "assert PEFT_TYPE_TO_TUNER_MAPPING[CAFTConfig().peft_type].__name__ == 'CAFTModel'"
+    )
+
+
+def test_there_are_no_circles(graph):
+    own = {module for module in graph.modules if module.split(".")[0] == "peft_caft"}
+    order = TopologicalSorter({module: graph.find_modules_directly_imported_by(module) & own for module in own})
+    assert len(list(order.static_order())) == len(own)  # which raises CycleError, naming the circle
+
+
+def test_what_stands_in_basics_is_used_by_two_rooms_or_more(graph):
+    for module in graph.find_children("peft_caft.basics"):
+        users = {room_of(user) for user in graph.find_modules_that_directly_import(module)} - {"basics"}
+        assert len(users) > 1, f"{module} is used by {users} alone: it belongs there"
+
+
+def test_optional_packages_are_named_where_the_layout_says(graph):
+    for package in ("rdkit", "biotite", "gguf", "matplotlib"):
+        for module in graph.find_modules_that_directly_import(package):
+            allowed = room_of(module) == "demo" or module.split(".")[-1] in (
+                "plots",
+                "comparison_plots",
+                "embedded_model",
+            )
+            assert allowed, f"{module} imports {package}"
+    for module in graph.find_modules_that_directly_import("typer"):
+        assert room_of(module) == "cli", f"{module} imports typer"
+
+
+def test_rooms_and_files_stay_small():
+    for folder in (PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")):
+        files = list(folder.glob("*.py"))
+        assert len(files) <= 20, f"{folder.name}: {len(files)} files"
+        for path in files:
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            assert lines <= 350, f"{path.relative_to(PACKAGE)}: {lines} lines"
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py"}

@@ -1,0 +1,149 @@
+"""JSONL rows: errors name file and line; only answers are supervised."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from peft_caft.method.targets import IGNORE_INDEX
+from peft_caft.training.data import collator, encode, read_jsonl
+
+from ..support.tiny_checkpoint import tiny_tokenizer
+
+CHAT = [
+    {"role": "user", "content": "ethanol"},
+    {"role": "assistant", "content": "CCO"},
+    {"role": "user", "content": "propane"},
+    {"role": "assistant", "content": "CCC"},
+]
+
+
+def supervised_text(row) -> str:
+    return tiny_tokenizer().decode([label for label in row["labels"] if label != IGNORE_INDEX])
+
+
+def test_only_the_assistants_words_are_supervised():
+    (row,) = encode([{"messages": CHAT}], tiny_tokenizer(), 128).rows
+    assert supervised_text(row) == "CCO</s>\nCCC</s>\n"
+    assert tiny_tokenizer().decode(row["input_ids"]) == tiny_tokenizer().apply_chat_template(CHAT, tokenize=False)
+
+
+def test_earlier_answers_of_somebody_else_are_not_learned():
+    (row,) = encode([{"messages": CHAT, "last_answer_only": True}], tiny_tokenizer(), 128).rows
+    assert supervised_text(row) == "CCC</s>\n"
+    assert tiny_tokenizer().decode(row["input_ids"]) == tiny_tokenizer().apply_chat_template(CHAT, tokenize=False)
+
+
+def test_a_token_that_spans_prompt_and_answer_is_cut_at_the_seam():
+    tokenizer = tiny_tokenizer(["a\n\n"] * 9)  # two newlines become one token
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    messages = [*CHAT[:1], {"role": "assistant", "content": "\n\nCCO"}, *CHAT[2:]]
+    (row,) = encode([{"messages": messages}], tokenizer, 128).rows
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert row["input_ids"][: len(prompt)] == prompt
+    assert row["labels"][: len(prompt)] == [IGNORE_INDEX] * len(prompt)
+    assert tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX]) == "\n\nCCO</s>\nCCC</s>\n"
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_chat_that_the_template_refuses_is_named_by_its_row():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}"
+    rows = [{"messages": [{"role": "system", "content": "be brief"}, *CHAT]}]
+    with pytest.raises(
+        ValueError, match=r"row 1: messages: the tokenizer's chat template refuses them: no system role"
+    ):
+        encode(rows, tokenizer, 128)
+
+
+def test_prompt_is_context_and_completion_ends_the_text():
+    (row,) = encode([{"prompt": "name: ", "completion": "CCO"}], tiny_tokenizer(), 128).rows
+    assert supervised_text(row) == "CCO</s>"
+    assert tiny_tokenizer().decode(row["input_ids"]) == "name: CCO</s>"
+
+
+def test_no_end_is_learned_of_an_answer_that_was_cut_off():
+    chat, completion = encode(
+        [{"messages": CHAT, "complete": False}, {"prompt": "name: ", "completion": "CCO", "complete": False}],
+        tiny_tokenizer(),
+        128,
+    ).rows
+    assert supervised_text(chat) == "CCO</s>\nCCC"
+    assert supervised_text(completion) == "CCO"
+
+
+def test_all_of_a_text_is_supervised():
+    (row,) = encode([{"text": "ethanol"}], tiny_tokenizer(), 128).rows
+    assert row["labels"] == row["input_ids"]
+    assert supervised_text(row) == "ethanol</s>"
+
+
+def test_long_rows_are_cut_and_rows_without_answer_dropped_and_counted():
+    rows = [{"prompt": "x" * 50, "completion": "CCO"}, {"prompt": "a", "completion": "C" * 50}, {"text": "CC"}]
+    data = encode(rows, tiny_tokenizer(), 20)
+    assert (len(data.rows), data.truncated, data.dropped) == (2, 2, 1)
+    assert max(len(row["input_ids"]) for row in data.rows) == 20
+
+
+def test_no_supervised_token_at_all_is_an_error():
+    with pytest.raises(ValueError, match="max_length=5"):
+        encode([{"prompt": "x" * 50, "completion": "CCO"}], tiny_tokenizer(), 5)
+
+
+def test_batch_is_padded_right_and_padding_is_unsupervised():
+    data = encode([{"text": "C"}, {"text": "CCCCO"}], tiny_tokenizer(), 20)
+    batch = collator(tiny_tokenizer())(data.rows)
+    short = len(data.rows[0]["input_ids"])
+    assert batch["attention_mask"][0, short:].sum() == 0
+    assert (batch["labels"][0, short:] == IGNORE_INDEX).all()
+    assert batch["labels"][0, short - 1] == tiny_tokenizer().eos_token_id  # pad is eos here; the real one stays
+
+
+def test_tokenizer_without_chat_template_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        encode([{"messages": CHAT}], tokenizer, 128)
+
+
+def test_chat_template_that_rewrites_earlier_turns_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        encode([{"messages": CHAT}], tokenizer, 128)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', "not valid JSON"),
+        ('["a"]', "got a list"),
+        ('{"question": "a"}', "expected"),
+        ('{"prompt": "a"}', "'completion' is missing"),
+        ('{"prompt": "a", "completion": 3}', "'completion' is missing"),
+        ('{"messages": "hello"}', "expected a list"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "role 'assistant'"),
+    ],
+)
+def test_malformed_row_names_file_and_line(line, message, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps({'text': 'fine'})}\n\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        read_jsonl(path)
+    assert "rows.jsonl, line 3" in str(error.value)
+
+
+@pytest.mark.parametrize("line", [b'{"text": "\xff"}', b'{"text": "\\ud800"}'], ids=["latin-1", "surrogate"])
+def test_text_that_is_no_unicode_names_file_and_line(line, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b'{"text": "a"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"data.jsonl, line 2: not valid UTF-8"):
+        read_jsonl(tmp_path / "data.jsonl")
+
+
+def test_empty_and_missing_files_are_named(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: got no rows"):
+        read_jsonl(tmp_path / "empty.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
+        read_jsonl(tmp_path / "missing.jsonl")
