@@ -21,8 +21,9 @@ from stdlib_functions import Function, stdlib_functions
 from peft_caft.basics.files import write_text
 from peft_caft.basics.tables import markdown_table
 from peft_caft.concepts.concepts import concepts
-from peft_caft.concepts.findings import Concepts, ConceptsSettings
+from peft_caft.concepts.findings import Concepts
 from peft_caft.concepts.report import report
+from peft_caft.concepts.settings import ConceptsSettings
 from peft_caft.demo.molecules import write_dataset
 from peft_caft.hub.embedded_model import embedded_model
 

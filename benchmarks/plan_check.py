@@ -30,7 +30,8 @@ from peft_caft.basics.tables import markdown_table
 from peft_caft.hub.embedded_model import embedded_model
 from peft_caft.planning.base_config import read_config
 from peft_caft.planning.live_memory import LiveMemory
-from peft_caft.planning.plan import METHODS, PlanSettings
+from peft_caft.planning.plan import METHODS, peft_config
+from peft_caft.planning.settings import PlanSettings
 from peft_caft.planning.simulated_step import Batch, model_on_meta, simulate_step
 
 SETTINGS = PlanSettings(model="", tokens=512, batch_size=1, supervised=0.5, dtype="float32", device="cpu")
@@ -50,7 +51,7 @@ def measure(name: str, method: str, checkpointing: bool, gemma: str | None) -> d
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config_of(name, gemma), dtype=torch.float32)
     base.config.use_cache = False  # as Trainer has it
-    model = get_peft_model(base, SETTINGS.peft_config(method)).train()
+    model = get_peft_model(base, peft_config(SETTINGS, method)).train()
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     step(model, Batch(1, 16))  # makes the gradients, and what libraries keep
@@ -92,7 +93,7 @@ def measured_apart(name: str, method: str, checkpointing: bool, gemma: str | Non
 def compared(name: str, gemma: str | None) -> Iterator[tuple[list[str], bool]]:
     """A row of the table for each step, and whether it keeps what is claimed."""
     for method in METHODS:
-        model = model_on_meta(config_of(name, gemma), SETTINGS.peft_config(method), torch.float32)
+        model = model_on_meta(config_of(name, gemma), peft_config(SETTINGS, method), torch.float32)
         for checkpointing in (False, True):
             planned = simulate_step(model, BATCH, checkpointing, device="cpu").total
             found = measured_apart(name, method, checkpointing, gemma)

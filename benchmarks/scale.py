@@ -29,8 +29,9 @@ from peft_caft.basics.provenance import listed, provenance
 from peft_caft.basics.tables import markdown_table
 from peft_caft.planning.communication import communication
 from peft_caft.planning.memory import ModelBytes
-from peft_caft.planning.plan import GIB, METHODS, Option, Plan, PlanSettings, plan
+from peft_caft.planning.plan import GIB, METHODS, Option, Plan, peft_config, plan
 from peft_caft.planning.report import METHOD_NAMES
+from peft_caft.planning.settings import PlanSettings
 from peft_caft.planning.simulated_step import Batch, model_on_meta
 
 GB = 10**9
@@ -75,7 +76,7 @@ def compared(
     batch = Batch(settings.batch_size, settings.tokens, settings.supervised)
     for method in METHODS:
         for checkpointing in (False, True):
-            model = model_on_meta(config, settings.peft_config(method), getattr(torch, settings.dtype))
+            model = model_on_meta(config, peft_config(settings, method), getattr(torch, settings.dtype))
             sent, sizes = communication(model, "FSDP", settings.gpus), ModelBytes.of(model)
             with fake_processes(settings.gpus):
                 found = sharded_step(model, batch, checkpointing)

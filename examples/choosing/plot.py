@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from peft_caft.basics.plots import save_figure, tidy_axes
-from peft_caft.training.fine_tuning import FineTuningSettings
+from peft_caft.training.settings import FineTuningSettings
 
 RESULTS = Path(__file__).parent / "results"
 PANELS = {

@@ -1,5 +1,10 @@
 """Checks of values that a user gives; each error names the field, what came and what was expected."""
 
+import json
+import re
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise a ValueError unless ``value`` is one of ``choices``."""
@@ -11,3 +16,70 @@ def require_token_fraction(value: float, note: str = "") -> None:
     """Raise a ValueError unless ``value`` can be the share of positions that a step draws."""
     if not 0 < value <= 1:
         raise ValueError(f"aux_token_fraction (p): got {value}, expected 0 < p <= 1.{note}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value, as JSON or YAML gives it, is of the annotated type; a whole number is a float, true is no number.
+
+    Args:
+        value: a scalar, list or dict.
+        hint: made of ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, ``list``, ``tuple``, ``dict`` and unions.
+            A choice of a ``Literal`` such as ``"pissa_niter_[number of iters]"`` stands for any text in the brackets.
+    """
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if kind is Literal:
+        return any(_is_choice(value, choice) for choice in parts)
+    if kind is list:
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if kind is tuple:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(fits, value, parts))
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return kind in (bool, str, dict, NoneType) and isinstance(value, kind)
+
+
+def parsed(name: str, text: str, hint: Any) -> Any:
+    """The value of the annotated type that a text on a command line means.
+
+    Lists and dicts are JSON; lists of words may be words with commas.
+
+    Raises:
+        ValueError: if it means none.
+    """
+    try:
+        as_json = json.loads(text.lower() if text.lower() in ("true", "false", "none") else text)
+    except json.JSONDecodeError:
+        as_json = text
+    for value in (as_json, text, text.split(",")):
+        if fits(value, hint):
+            return value
+    raise ValueError(f"{name}: got {text!r}, expected {described(hint)}.")
+
+
+def is_plain(hint: Any) -> bool:
+    """Whether values of the annotated type can be written as text: it is made of the types that `fits` knows."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType, list, tuple, dict):
+        return all(is_plain(part) for part in parts)
+    return kind in (Literal, bool, int, float, str, NoneType)
+
+
+def described(hint: Any) -> str:
+    """An annotated type in words, such as ``"int or list[str] (JSON)"``."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(described(part) for part in parts if part is not NoneType)
+    if kind is Literal:
+        return " or ".join(map(repr, parts))
+    if kind in (list, dict):
+        return f"{str(hint) if parts else kind.__name__} (JSON)"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind, str(hint))
+
+
+def _is_choice(value: Any, choice: Any) -> bool:
+    if not isinstance(choice, str) or "[" not in choice:
+        return type(value) is type(choice) and value == choice
+    pattern = ".+".join(map(re.escape, re.split(r"\[.*?\]", choice)))
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None

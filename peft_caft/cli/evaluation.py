@@ -7,64 +7,24 @@ from typing import Annotated
 
 import typer
 
-from .options import DType, Overwrite, settings_of
+from ..evaluation.settings import EvaluationSettings
+from .options import Overwrite, with_settings
 
-app = typer.Typer()
 
+@with_settings(EvaluationSettings)
+def evaluate_command(settings: EvaluationSettings, overwrite: Overwrite = False) -> None:
+    """Let a model, adapter or merged folder answer the rows of a task: answers, scores, cross entropy of the references.
 
-@app.command("evaluate")
-def evaluate_command(
-    task: Annotated[str, typer.Option(help="Python file with the task, such as examples/molecules/task.py.")],
-    data: Annotated[str, typer.Option(help="Rows to answer, JSONL, as the task's file builds them (test.jsonl).")],
-    output: Annotated[str, typer.Option(help="Folder to write. An interrupted run in it is resumed.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Model, folder or Hub id; with --adapter its base. [default: the one that the adapter names]",
-            show_default=False,
-        ),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="LoRA or CAFT adapter, folder or Hub id; plain PEFT loads it.", show_default=False),
-    ] = None,
-    max_rows: Annotated[
-        int | None, typer.Option(help="Take the first so many rows; all if unset.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer in tokens. [default: the task's own]", show_default=False)
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the most probable token; 1 samples from the model's distribution.")
-    ] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the sampling, where --temperature is above 0.")] = 0,
-    dtype: DType = "auto",
-    answers: Annotated[
-        bool,
-        typer.Option(
-            "--answers/--no-answers",
-            help="Let the model answer; without, only the cross entropy of the references is measured, which takes much less time.",
-        ),
-    ] = True,
-    overwrite: Overwrite = False,
-) -> None:
-    """A model, adapter or merged folder on the rows of a task: answers, scores, cross entropy of the references.
-
-    Writes rows.jsonl (every row's answer and scores, in the order of the data), evaluation.json and evaluation.md (means, 95 % confidence
-    intervals, groups of rows).
+    Writes rows.jsonl (every row's answer and scores, in the order of the data), evaluation.json and evaluation.md (means,
+    95 % confidence intervals, groups of rows).
     """
-    from ..evaluation.evaluation import EvaluationSettings, evaluate
+    from ..evaluation.evaluation import evaluate
 
-    evaluate(settings_of(EvaluationSettings, locals()), overwrite)
-    typer.echo(Path(output, "evaluation.md").read_text(encoding="utf-8"))
-    typer.echo(f"Written to {output}: evaluation.md, evaluation.json, rows.jsonl")
-
-
-app = typer.Typer()
+    evaluate(settings, overwrite)
+    typer.echo(Path(settings.output, "evaluation.md").read_text(encoding="utf-8"))
+    typer.echo(f"Written to {settings.output}: evaluation.md, evaluation.json, rows.jsonl")
 
 
-@app.command("compare")
 def compare_command(
     plan: Annotated[str, typer.Argument(help="YAML file with the plan, such as examples/molecules/compare.yaml.")],
     output: Annotated[str, typer.Option(help="Folder to write. An interrupted comparison in it is resumed.")],
@@ -93,7 +53,7 @@ def compare_command(
         bool, typer.Option("--overwrite", help="Remove the folder's comparison, start anew.")
     ] = False,
 ) -> None:
-    """Arms (LoRA, CAFT and its variants) from the same seeds and order of data, and how sure their differences are.
+    """Compare arms (LoRA, CAFT and its variants) from the same seeds and order of data, with confidence intervals.
 
     Each arm's learning rate is chosen on dev rows, from a seed of its own; then every arm is trained from every seed and tested. Writes
     comparison.md, comparison.png, summary.json, and every run into runs/ARM/lr-RATE/seed-SEED.

@@ -6,21 +6,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import (
-    DType,
-)
-
-app = typer.Typer()
+from ..training.settings import Precision
 
 
-@app.command("merge")
 def merge_command(
     adapter: Annotated[str, typer.Argument(help="Folder of a LoRA or CAFT adapter.")],
     output: Annotated[str, typer.Argument(help="Folder to make.")],
     model: Annotated[
         str | None, typer.Option(help="Base model; unset takes the one that the adapter names.", show_default=False)
     ] = None,
-    dtype: DType = "auto",
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision to load the base model in; auto takes the checkpoint's.")
+    ] = "auto",
 ) -> None:
     """Merge an adapter into its base model: a plain model folder that serves without peft or peft-caft."""
     from ..hub.merging import merge
@@ -29,10 +26,6 @@ def merge_command(
     typer.echo(f"Merged model written to {output}")
 
 
-app = typer.Typer()
-
-
-@app.command("push")
 def push_command(
     folder: Annotated[str, typer.Argument(help="Folder of heads or of an adapter.")],
     repo_id: Annotated[str, typer.Argument(help="Hub repository, ORG/NAME; it is made if there is none.")],
@@ -71,7 +64,6 @@ def push_command(
     typer.echo(f"Published at {commit.pr_url or commit.repo_url}, commit {commit.oid}")
 
 
-@app.command("import-heads")
 def import_heads_command(
     heads: Annotated[str, typer.Argument(help="heads.pth of caft-llm, or a Hub repository that holds one.")],
     model: Annotated[str, typer.Option(help="Base model that the heads were trained for: folder or Hub id.")],
@@ -105,7 +97,6 @@ def import_heads_command(
     )
 
 
-@app.command("inspect")
 def inspect_command(
     artifact: Annotated[str, typer.Argument(help="Heads or an adapter: folder or Hub id.")],
     model: Annotated[

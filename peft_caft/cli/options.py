@@ -1,28 +1,94 @@
-"""Options that several commands of ``peft-caft`` share."""
+"""From fields of settings to options, and help in groups of options."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+
+from ..basics.settings import GROUPS, RUN
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-Model = Annotated[str, typer.Option(help="Base model: folder or Hub id.")]
-Data = Annotated[str, typer.Option(help="Training data, JSONL: 'messages', or 'prompt' and 'completion', or 'text'.")]
-Output = Annotated[str, typer.Option(help="Folder to write. An interrupted run in it is resumed.")]
-EvalData = Annotated[str | None, typer.Option(help="Held-out data, JSONL.")]
-EvalRows = Annotated[int, typer.Option(help="Held-out rows to use at most.")]
-MaxRows = Annotated[int | None, typer.Option(help="Training rows to use at most; all if unset.", show_default=False)]
-MaxLength = Annotated[int, typer.Option(help="Longest row in tokens; longer rows lose their end.")]
-DType = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Precision to load the base model in; auto takes the checkpoint's."),
-]
 TrainingYaml = Annotated[str | None, typer.Option(help="YAML file with TrainingArguments.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")]
 
 
-def settings_of(cls: type, arguments: dict[str, Any]) -> Any:
-    """The settings whose fields are named like a command's options."""
-    return cls(**{field.name: arguments[field.name] for field in dataclasses.fields(cls)})
+def with_settings(cls: type, leave_out: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make each field of ``cls`` an option of a command, whose function gets them as ``settings``.
+
+    Args:
+        cls: a dataclass whose fields `basics.settings.setting` made.
+        leave_out: fields that keep their defaults.
+    """
+    fields = [field for field in dataclasses.fields(cls) if field.name not in leave_out]
+    hints = get_type_hints(cls)
+    options = [_option(field, hints[field.name]) for field in fields]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            settings = cls(**{field.name: values.pop(field.name) for field in fields})
+            function(settings=settings, **values)
+
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != "settings"]
+        command.__signature__ = inspect.Signature([*options, *keywords])  # type: ignore[attr-defined]
+        command.__annotations__ = {}  # typer would look the names of the types up in another module
+        return command
+
+    return decorate
+
+
+def _option(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
+    default: Any = inspect.Parameter.empty
+    if field.default is not dataclasses.MISSING:
+        default = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    words = f"--{field.name.replace('_', '-')}"
+    if default is True:
+        words += f"/--no-{field.name.replace('_', '-')}"
+    option = typer.Option(
+        words,
+        help=field.metadata["help"],
+        show_default=not (default is None or default is False or default == []),
+        rich_help_panel=field.metadata["group"],
+    )
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
+    )
+
+
+class Command(TyperCommand):
+    """A command whose help shows its options in their groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *GROUPS)}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                is_argument = parameter.param_type_name == "argument"
+                sections["Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or RUN].append(
+                    record
+                )
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class Commands(TyperGroup):
+    """The commands, each with the whole first sentence of its help."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [
+                    (name, " ".join((command.help or "").split("\n\n")[0].split()))
+                    for name, command in self.commands.items()
+                ]
+            )

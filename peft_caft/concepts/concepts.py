@@ -18,9 +18,10 @@ from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..training.data import collator, read_jsonl, require_tokenizer_of
 from .alignment import AlignedRow, align, answer_texts
 from .density import density, recommended_n
-from .findings import BASE, Concepts, ConceptsSettings
+from .findings import Concepts
 from .head_knowledge import HeadKnowledge, head_knowledge, unigram_entropy
 from .losses import ConceptLosses
+from .settings import BASE, ConceptsSettings
 from .terms import UNITS, guess_unit
 from .token_scores import TokenScores, score_tokens
 

@@ -23,7 +23,7 @@ from ..basics.files import file_sha256, write_text
 from ..basics.provenance import provenance, source_name
 from ..basics.run_folder import RunFolder
 from ..training.data import encode, read_jsonl
-from ..training.fine_tuning import FineTuningSettings
+from ..training.settings import FineTuningSettings
 from .comparison_plan import Arm, ComparisonPlan
 from .comparison_report import markdown_report, summarise, summarise_groups
 from .comparison_runs import Run, Workplace, final_runs, read_json, read_rows, require_paired, tuning_runs

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.defaults import STAGE_1, STAGE_2
-from ..training.fine_tuning import FineTuningSettings
+from ..training.settings import FineTuningSettings
 from .comparison_values import (
     SET_BY_RUN,
     mapping,
@@ -39,12 +39,12 @@ from .comparison_values import (
     text,
     training_values,
 )
-from .evaluation import EvaluationSettings
+from .settings import EvaluationSettings
 
 KEYS = ("model", "task", "data", "sizes", "settings", "training", "evaluation", "seeds", "tuning", "arms", "scales")
 ARM_KEYS = ("label", "settings", "training", "learning_rates", "flops_of", "adapt_heads")
 # What the initial adapter and the order of the data depend on, besides seed and data.
-PAIRED_SETTINGS = ("r", "target_modules", "max_length", "dtype")
+PAIRED_SETTINGS = ("r", "target_modules", "lora", "max_length", "dtype", "load_in_4bit", "load_in_8bit")
 PAIRED_TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy")
 
 

@@ -13,11 +13,13 @@ import torch
 from ..basics.run_folder import RunFolder
 from ..training.arguments import trainer_arguments
 from ..training.defaults import STAGE_1, STAGE_2
-from ..training.fine_tuning import FineTuningSettings, fine_tune
-from ..training.head_training import HeadTrainingSettings, train_heads
+from ..training.fine_tuning import fine_tune
+from ..training.head_training import train_heads
+from ..training.settings import FineTuningSettings, HeadTrainingSettings
 from .comparison_plan import PAIRED_SETTINGS, PAIRED_TRAINING, Arm, ComparisonPlan
 from .comparison_values import options_of
-from .evaluation import EvaluationSettings, evaluate
+from .evaluation import evaluate
+from .settings import EvaluationSettings
 
 
 @dataclass(frozen=True)

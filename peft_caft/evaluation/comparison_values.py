@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
+from ..basics.checks import described, fits
 from ..training.arguments import trainer_arguments
 
 SPLITS = ("train", "dev", "test")
 SET_BY_PLAN = ("model", "data", "output", "eval_data", "eval_rows", "max_rows", "task", "adapter", "seed")
+SET_BY_TRAINING = ("heads_commit", "total_steps")
 SET_BY_RUN = ("learning_rate", "seed", "data_seed", "output_dir")
 
 
@@ -62,16 +63,14 @@ def size_values(values: Any) -> dict[str, int]:
 
 
 def settings_values(where: str, values: Any, cls: type) -> dict[str, Any]:
-    types = {field.name: str(field.type) for field in fields(cls) if field.name not in SET_BY_PLAN}
-    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
-    found = mapping(where, values, tuple(types))
+    """Fields of settings, checked by their types."""
+    hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in (*SET_BY_PLAN, *SET_BY_TRAINING)}
+    found = mapping(where, values, tuple(hints))
     for name, value in found.items():
-        kind, _, optional = types[name].partition(" | ")
-        if kind == "float" and isinstance(value, str):
+        if hints[name] is float and isinstance(value, str):
             found[name] = value = number(f"{where}.{name}", value)
-        fits = isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
-        if not fits and not (optional and value is None):
-            raise ValueError(f"{where}.{name}: got {value!r}, expected {types[name].replace(' | ', ' or ')}.")
+        if not fits(value, hints[name]):
+            raise ValueError(f"{where}.{name}: got {value!r}, expected {described(hints[name])}.")
     return found
 
 

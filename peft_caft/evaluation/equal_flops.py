@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..planning.flops import ModelShapes, caft_step, lora_step
 from ..training.data import EncodedData, encode, read_jsonl
-from ..training.fine_tuning import FineTuningSettings
+from ..training.fine_tuning import prepare
+from ..training.settings import FineTuningSettings
 from .comparison_plan import Arm, ComparisonPlan
 
 
@@ -26,7 +27,7 @@ def equal_flops(plan: ComparisonPlan, arm: Arm, train: Path) -> float:
     settings = FineTuningSettings(model=plan.model, data=str(train), output="", **arm.settings)
     rows = read_jsonl(train, plan.sizes["train"])
     data = encode(rows, AutoTokenizer.from_pretrained(plan.model), settings.max_length)
-    model: Any = settings.prepare(AutoModelForCausalLM.from_pretrained(plan.model, dtype=settings.loading_dtype))
+    model: Any = prepare(AutoModelForCausalLM.from_pretrained(plan.model, dtype=settings.loading_dtype), settings)
     heads = model.base_model.auxiliary_heads["default"].config
     return ratio(
         ModelShapes.of(model),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,8 @@ from ..training.generation import Sampling, TransformersBackend, stop_token_ids
 from .evaluator import Evaluator
 from .reference_losses import PromptAndAnswer, encode_answers
 from .report import markdown_report, metrics_of, summarise
+from .settings import EvaluationSettings
 from .task import Row, Task, load_task
-
-
-@dataclass
-class EvaluationSettings:
-    """What to evaluate: see the help texts of ``peft-caft evaluate``, which mirror these fields."""
-
-    task: str
-    data: str
-    output: str
-    model: str | None = None
-    adapter: str | None = None
-    max_rows: int | None = None
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    batch_size: int = 16
-    seed: int = 0
-    dtype: str = "auto"
-    answers: bool = True
 
 
 class EvaluationParts(Parts):

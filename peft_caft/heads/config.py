@@ -6,12 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..basics.checks import require_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEAD_TYPES = ("residual", "decoder_layer")
 HEAD_INPUTS = ("last_layer_input", "last_hidden_state")
@@ -137,7 +137,6 @@ class HeadsConfig:
             )
 
 
-@torch.no_grad()
 def fingerprint(unembedding: Tensor) -> list[float] | None:
     """Sixteen numbers, of the order of one, that tell one unembedding from another, whatever dtype it is loaded in.
 
@@ -150,11 +149,13 @@ def fingerprint(unembedding: Tensor) -> list[float] | None:
     Returns:
         the numbers, rounded to 4 digits, or None for a tensor without data (meta device).
     """
+    import torch  # here, so that the command line can read the constants above without it
+
     if unembedding.is_meta:
         return None
     vocabulary, hidden = unembedding.shape
     picked = torch.linspace(0, vocabulary - 1, FINGERPRINT_ROWS).long().to(unembedding.device)
-    rows = unembedding[picked].cpu().double()  # some devices have no double
+    rows = unembedding.detach()[picked].cpu().double()  # some devices have no double
     wave = torch.cos(torch.arange(hidden, dtype=torch.float64) ** 2)
     cosines = (rows @ wave) / (rows.norm(dim=1) * wave.norm()).clamp_min(1e-12)
     # A row of ordinary size has a cosine of about 1 / sqrt(hidden) with the wave: scale it to the order of one.

@@ -11,7 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from .config import CAFTConfig, ObjectiveConfig
+from .config import CAFTConfig
+from .objective_config import ObjectiveConfig
 
 
 def make_heads(config: ObjectiveConfig, model: nn.Module) -> AuxiliaryHeads:

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from ..basics.checks import require_choice
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
-from .config import ObjectiveConfig
 from .configured_heads import make_heads
 from .objective import AuxiliaryObjective, TrainingPass, begin, finish, heads_are_never_missing
+from .objective_config import ObjectiveConfig
 
 NAME = "caft_objective"
 

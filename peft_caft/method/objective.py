@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
-from .config import ObjectiveConfig
 from .log_probs_pass import LogProbsPass, asks_for_log_probs, log_probs_pass
 from .loss import auxiliary_loss
 from .next_token_pass import NextToken, next_token_pass
+from .objective_config import ObjectiveConfig
 from .progress import Progress
 
 HEADS_PREFIX = "auxiliary_heads."

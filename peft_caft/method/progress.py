@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ObjectiveConfig
 from .loss import AuxiliaryLoss
+from .objective_config import ObjectiveConfig
 from .schedule import gamma
 
 

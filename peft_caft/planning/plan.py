@@ -13,15 +13,16 @@ import transformers
 from peft import LoraConfig, PeftModel
 from transformers import PretrainedConfig
 
-from ..basics.checks import require_choice, require_token_fraction
 from ..basics.hub_errors import first_line
 from ..heads.backbone import Backbone
-from ..heads.config import DEFAULT_NUM_HEADS, HEAD_TYPES
+from ..heads.config import HEAD_TYPES
+from ..method.config import target_modules
 from ..method.model import CAFTConfig
 from .base_config import read_config
 from .communication import Communication, communication
 from .flops import ModelShapes, StepFlops, caft_step, lora_step, number_of_experts
 from .memory import PLACEMENTS, DeviceMemory, ModelBytes, device_memory
+from .settings import PlanSettings
 from .simulated_step import Batch, StepMemory, model_on_meta, simulate_step
 
 METHODS = ("lora", *HEAD_TYPES)
@@ -30,67 +31,23 @@ GIB = 2**30
 RESERVED_BYTES, LOST_SHARE = 0.5 * GIB, 0.05
 
 
-@dataclass(frozen=True)
-class PlanSettings:
-    """What to plan: see the help texts of ``peft-caft plan``, which mirror these fields.
-
-    Raises:
-        ValueError: if a field is out of range; the message names it, what came and what was expected.
-    """
-
-    model: str
-    tokens: int = 512
-    batch_size: int = 8
-    supervised: float = 0.5
-    aux_token_fraction: float = 1.0
-    num_auxiliary_heads: int = DEFAULT_NUM_HEADS
-    head_num_layers: int = 1
-    r: int = 8
-    target_modules: str = "all-linear"
-    dtype: str = "bfloat16"
-    autocast: bool = False
-    gpus: int = 1
-    gpu_memory: float | None = None
-    attention: str | None = None
-    device: str = "cuda"
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_auxiliary_heads", "head_num_layers", "r", "gpus"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a whole number of at least 1.")
-        least = self.num_auxiliary_heads + 2
-        if self.tokens < least:
-            raise ValueError(
-                f"tokens: got {self.tokens}, expected at least {least}, since the last of {self.num_auxiliary_heads} auxiliary "
-                f"heads predicts {self.num_auxiliary_heads + 1} tokens ahead."
-            )
-        if not 1 <= round(self.supervised * self.tokens) <= self.tokens:
-            raise ValueError(
-                f"supervised (s): got {self.supervised}, expected 0 < s <= 1, the share of tokens with a label, and "
-                f"at least one of the {self.tokens} tokens."
-            )
-        require_token_fraction(self.aux_token_fraction)
-        if self.gpu_memory is not None and not self.gpu_memory > 0:
-            raise ValueError(f"gpu_memory: got {self.gpu_memory}, expected GiB above 0.")
-        require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        if self.attention is not None:
-            require_choice("attention", self.attention, ("sdpa", "eager"))
-        require_choice("device", self.device, ("cuda", "cpu"))
-
-    def peft_config(self, method: str) -> LoraConfig:
-        """LoRA's configuration, or CAFT's with fresh heads of the type that ``method`` names."""
-        targets = self.target_modules if self.target_modules == "all-linear" else self.target_modules.split(",")
-        lora: dict[str, Any] = {"r": self.r, "target_modules": targets, "task_type": "CAUSAL_LM"}
-        if method == "lora":
-            return LoraConfig(**lora)
-        return CAFTConfig(
-            **lora,
-            head_type=method,  # type: ignore[arg-type]
-            num_auxiliary_heads=self.num_auxiliary_heads,
-            head_num_layers=self.head_num_layers,
-            aux_token_fraction=self.aux_token_fraction,
-            aux_loss_schedule="constant",
-        )
+def peft_config(settings: PlanSettings, method: str) -> LoraConfig:
+    """LoRA's configuration, or CAFT's with fresh heads of the type that ``method`` names."""
+    lora: dict[str, Any] = {
+        "r": settings.r,
+        "target_modules": target_modules(settings.target_modules),
+        "task_type": "CAUSAL_LM",
+    }
+    if method == "lora":
+        return LoraConfig(**lora)
+    return CAFTConfig(
+        **lora,
+        head_type=method,  # type: ignore[arg-type]
+        num_auxiliary_heads=settings.num_auxiliary_heads,
+        head_num_layers=settings.head_num_layers,
+        aux_token_fraction=settings.aux_token_fraction,
+        aux_loss_schedule="constant",
+    )
 
 
 @dataclass(frozen=True)
@@ -215,7 +172,7 @@ def _shards_heads(placement: str, method: str) -> bool:
 
 def _model(config: PretrainedConfig, settings: PlanSettings, method: str) -> PeftModel:
     try:
-        return model_on_meta(config, settings.peft_config(method), getattr(torch, settings.dtype), settings.attention)
+        return model_on_meta(config, peft_config(settings, method), getattr(torch, settings.dtype), settings.attention)
     except ValueError as error:
         name = type(config).__name__
         if "Unrecognized configuration class" in str(error):

@@ -1,20 +1,43 @@
-"""``TrainingArguments`` for the command line: from a YAML file, from ``--name value`` options, with our defaults."""
+"""Options that stand behind those of a command: fields of ``TrainingArguments`` and of ``LoraConfig``."""
 
 from __future__ import annotations
 
 import dataclasses
 from argparse import ArgumentError
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..basics.checks import is_plain, parsed
 from .defaults import COMMON
+
+SET_BY_COMMAND = {
+    "output_dir": "--output says where the run is kept",
+    "resume_from_checkpoint": "an interrupted run in --output is resumed by itself",
+}
+LORA_SET_BY_COMMAND = {
+    "task_type": "CAFT and this command train causal language models",
+    "peft_type": "--method says it",
+    "base_model_name_or_path": "--model says it",
+    "revision": "the base model is the one in --model",
+    "inference_mode": "the adapter is trained",
+    "auto_mapping": "PEFT sets it",
+    "peft_version": "PEFT sets it",
+}
+INITIALISED_FROM_DATA = ("corda", "eva")  # before get_peft_model, or between it and training
 
 
 def trainer_arguments(
-    output: str, defaults: dict[str, Any], yaml_file: str | None = None, options: list[str] | None = None
+    output: str,
+    defaults: dict[str, Any],
+    yaml_file: str | None = None,
+    options: list[str] | None = None,
+    set_by_command: Mapping[str, str] | None = None,
 ) -> TrainingArguments:
     """TrainingArguments, each value from the first of: ``options``, ``yaml_file``, ``defaults``, transformers.
 
@@ -23,13 +46,20 @@ def trainer_arguments(
         defaults: what the command sets unless told otherwise.
         yaml_file: mapping of TrainingArguments fields.
         options: as on a command line, e.g. ``["--learning_rate", "1e-4"]``.
+        set_by_command: field -> reason, for fields that the command would overwrite.
 
     Raises:
         FileNotFoundError: if there is no such YAML file.
-        ValueError: naming an option or YAML key that TrainingArguments lacks, or a value it refuses.
+        ValueError: naming an option or YAML key that TrainingArguments lacks, that the command would overwrite, or whose value
+            is refused.
     """
+    own = _yaml(yaml_file)
+    given = [*own, *(_name(word) for word in options or [] if word.startswith("--"))]
+    for name, reason in (SET_BY_COMMAND | dict(set_by_command or {})).items():
+        if name in given:
+            raise ValueError(f"{name}: given, but this command sets it: {reason}. Leave it out.")
     # Pinning without a GPU only warns.
-    values = {"dataloader_pin_memory": torch.cuda.is_available()} | COMMON | defaults | _yaml(yaml_file)
+    values = {"dataloader_pin_memory": torch.cuda.is_available()} | COMMON | defaults | own
     parser = HfArgumentParser(TrainingArguments, exit_on_error=False, allow_abbrev=False)
     parser.set_defaults(**values)
     try:
@@ -39,11 +69,48 @@ def trainer_arguments(
     except ArgumentError as error:
         raise ValueError(f"training options: {error}. Expected a value that TrainingArguments takes.") from error
     if unknown:
-        raise ValueError(
-            f"{unknown[0]}: unknown option, expected one of this command or a field of transformers.TrainingArguments "
-            "such as --learning_rate or --num_train_epochs (with underscores)."
-        )
+        raise _unknown(unknown[0])
     return arguments
+
+
+def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Fields of ``LoraConfig`` among options, and the other options.
+
+    Args:
+        options: as on a command line: ``["--use-dora", "--rank-pattern", '{"q_proj": 4}', "--seed", "1"]``. A field of kind true
+            or false needs no value; lists and mappings are JSON, or words with commas.
+
+    Raises:
+        ValueError: naming an option that only Python can give, that the command sets itself, or whose value is of another type.
+    """
+    hints = get_type_hints(LoraConfig)
+    names = {field.name for field in dataclasses.fields(LoraConfig)}
+    found: dict[str, Any] = {}
+    others: list[str] = []
+    words = list(options)
+    while words:
+        word = words.pop(0)
+        name = _name(word)
+        if not word.startswith("--") or name not in names:
+            others.append(word)
+            continue
+        if name in LORA_SET_BY_COMMAND:
+            raise ValueError(f"--{name}: given, but this command sets it: {LORA_SET_BY_COMMAND[name]}. Leave it out.")
+        if not is_plain(hints[name]):
+            raise ValueError(
+                f"--{name}: a command line cannot give it, since it is an object of PEFT, expected it in Python: "
+                f"CAFTConfig({name}=...) and a Trainer."
+            )
+        _, given, value = word.partition("=")
+        if not given:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        found[name] = parsed(f"--{name}", value, hints[name])
+    if found.get("init_lora_weights") in INITIALISED_FROM_DATA:
+        raise ValueError(
+            f"--init_lora_weights: got {found['init_lora_weights']!r}, which needs a pass over data before training, expected an "
+            "initialisation from the weights alone, such as pissa or olora. Use CAFTConfig with PEFT's own preparation in Python."
+        )
+    return found, others
 
 
 def training_settings(args: TrainingArguments) -> dict[str, Any]:
@@ -63,6 +130,20 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
         "data_seed",
     )
     return {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names}
+
+
+def _unknown(option: str) -> ValueError:
+    known = [field.name for cls in (TrainingArguments, LoraConfig) for field in dataclasses.fields(cls)]
+    near = get_close_matches(_name(option), known, n=1)
+    return ValueError(
+        f"{option}: unknown option, expected one of this command or a field of transformers.TrainingArguments such as --learning_rate "
+        "or --num_train_epochs" + (f". Did you mean --{near[0]}?" if near else ".")
+    )
+
+
+def _name(word: str) -> str:
+    """``--use-dora=true`` -> ``use_dora``."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_")
 
 
 def _yaml(path: str | None) -> dict[str, Any]:

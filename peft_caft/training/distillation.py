@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,32 +25,9 @@ from .data import require_tokenizer_of
 from .distilled_answers import AnswerReader
 from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, stop_token_ids
 from .prompts import Prompt, prepare_prompts, read_prompts
+from .settings import BACKENDS, DistillationSettings
 
-BACKENDS = ("transformers", "vllm")
 REASONS = ("empty", "repetitive", "untrainable", "duplicate")
-
-
-@dataclass
-class DistillationSettings:
-    """What to distil: see the help texts of ``peft-caft distill``, which mirror these fields."""
-
-    model: str
-    prompts: str
-    output: str
-    split: str | None = None
-    column: str | None = None
-    system: str | None = None
-    max_prompts: int | None = None
-    samples_per_prompt: int = 1
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_repetition: float = 0.5
-    batch_size: int | None = None
-    seed: int = 0
-    dtype: str = "auto"
-    backend: str = "transformers"
 
 
 def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str, Any]:

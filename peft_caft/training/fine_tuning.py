@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -22,98 +25,67 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ..basics.checks import require_choice
 from ..basics.files import file_sha256, filling
 from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.run_folder import RunFolder, random_states
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from ..heads.config import DEFAULT_NUM_HEADS
 from ..heads.sharding import gather, shards_parameters, whole
 from ..method.callback import TRAINED_HEADS_NAME, CAFTCallback, objective_of
-from ..method.config import ObjectiveConfig
+from ..method.config import target_modules
 from ..method.full_fine_tuning import FullFineTuningConfig, prepare_full_fine_tuning
 from ..method.model import CAFTConfig
+from ..method.objective_config import ObjectiveConfig
 from .arguments import training_settings
 from .data import collator, encode, read_jsonl
 from .engine import engine_name, require_dtype
+from .settings import FineTuningSettings
 
-METHODS = ("caft", "lora", "caft_full", "full")
 
+def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
+    """The base model in the asked-for precision, 4 or 8 bits included.
 
-@dataclass
-class FineTuningSettings:
-    """What to fine-tune: see the help texts of ``peft-caft train``, which mirror these fields."""
-
-    model: str
-    data: str
-    output: str
-    method: str = "caft"
-    eval_data: str | None = None
-    eval_rows: int = 200
-    max_rows: int | None = None
-    max_length: int = 512
-    dtype: str = "auto"
-    freeze_unembedding: bool = False
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    target_modules: str = "all-linear"
-    heads: str | None = None
-    heads_revision: str | None = None
-    num_auxiliary_heads: int = DEFAULT_NUM_HEADS
-    aux_loss_weight: float = 0.01
-    aux_loss_decay: float = 0.8
-    aux_loss_schedule: str = "reflected_sine"
-    train_heads: str = "frozen"
-    aux_token_fraction: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_choice("method", self.method, METHODS)
-        if self.freeze_unembedding and not self.trains_all:
-            raise ValueError(
-                f"freeze_unembedding: got true with method={self.method!r}, where the base model is frozen anyway; expected it with "
-                "'caft_full' or 'full' alone."
+    Raises:
+        ModuleNotFoundError: if 4 or 8 bits are asked for and bitsandbytes is not installed.
+    """
+    quantization = None
+    if settings.load_in_4bit or settings.load_in_8bit:
+        name = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
+        if find_spec("bitsandbytes") is None:
+            raise ModuleNotFoundError(
+                f"{name}: needs bitsandbytes, which is not installed. Run: pip install bitsandbytes, or leave the option out."
             )
+        computing = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=settings.load_in_4bit,
+            load_in_8bit=settings.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=computing,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=settings.loading_dtype, quantization_config=quantization
+    )
 
-    @property
-    def has_auxiliary_loss(self) -> bool:
-        return self.method in ("caft", "caft_full")
 
-    @property
-    def trains_all(self) -> bool:
-        """Whether all parameters of the base model are trained, and not LoRA adapters."""
-        return self.method in ("caft_full", "full")
-
-    @property
-    def loading_dtype(self) -> str:
-        """Updates of a whole model get lost in half precision."""
-        return "float32" if self.dtype == "auto" and self.trains_all else self.dtype
-
-    def prepare(self, model: PreTrainedModel) -> nn.Module:
-        """``model`` with what the method adds to it, ready for a Trainer."""
-        if not self.trains_all:
-            return get_peft_model(model, self._peft_config())
-        if self.method == "caft_full":
-            config = FullFineTuningConfig(**self._objective(), freeze_unembedding=self.freeze_unembedding)
-            return prepare_full_fine_tuning(model, config)
-        model.get_output_embeddings().requires_grad_(not self.freeze_unembedding)
+def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:
+    """``model`` with what the method adds to it, ready for a Trainer."""
+    objective = {field.name: getattr(settings, field.name) for field in fields(ObjectiveConfig)}
+    if settings.method == "caft_full":
+        config = FullFineTuningConfig(**objective, freeze_unembedding=settings.freeze_unembedding)
+        return prepare_full_fine_tuning(model, config)
+    if settings.method == "full":
+        model.get_output_embeddings().requires_grad_(not settings.freeze_unembedding)
         return model
-
-    def _peft_config(self) -> LoraConfig:
-        """The `CAFTConfig`, or the ``LoraConfig`` that differs from it in the auxiliary loss alone."""
-        targets = self.target_modules if self.target_modules == "all-linear" else self.target_modules.split(",")
-        lora: dict[str, Any] = {
-            "r": self.r,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": targets,
-            "task_type": "CAUSAL_LM",
-        }
-        return CAFTConfig(**lora, **self._objective()) if self.method == "caft" else LoraConfig(**lora)
-
-    def _objective(self) -> dict[str, Any]:
-        names = {field.name for field in fields(ObjectiveConfig)} & {field.name for field in fields(self)}
-        return {name: getattr(self, name) for name in names}
+    lora = {
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "target_modules": target_modules(settings.target_modules),
+        "task_type": "CAUSAL_LM",
+        **settings.lora,
+    }
+    # The two differ in the auxiliary loss alone.
+    return get_peft_model(model, CAFTConfig(**lora, **objective) if settings.method == "caft" else LoraConfig(**lora))
 
 
 def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
@@ -153,14 +125,14 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     if not is_first:
         disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.loading_dtype)
+    model = load_base_model(settings)
     require_dtype(model, settings.loading_dtype, args)
     data = encode(rows, tokenizer, settings.max_length, quiet=not is_first)
     if is_first:
         print(f"Training data: {data.describe()}")
     held_out = encode(eval_rows, tokenizer, settings.max_length, quiet=not is_first).rows if eval_rows else None
     set_seed(args.seed)
-    model = settings.prepare(model)
+    model = prepare(model, settings)
     # Everything that was asked for is there and fits.
     with folder.held() if is_first else nullcontext():
         with args.main_process_first(local=False):

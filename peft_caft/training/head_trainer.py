@@ -30,9 +30,8 @@ from ..method.progress import RecentLosses
 from ..method.targets import IGNORE_INDEX, supervised_count
 from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
+from .settings import TARGETS
 from .soft_targets import soft_auxiliary_loss
-
-TARGETS = ("hard", "soft")
 
 
 class HeadPretraining(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ..basics.checks import require_choice, require_token_fraction
 from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.run_folder import RunFolder, random_states
 from ..heads.auxiliary_heads import AuxiliaryHeads
@@ -29,39 +28,9 @@ from .data import collator, require_tokenizer_of
 from .engine import engine_name, require_dtype, sharding_requested
 from .head_data import DataFile, read_files
 from .head_metrics import HeadEvaluation
-from .head_trainer import TARGETS, HeadPretraining, HeadTrainer
+from .head_trainer import HeadPretraining, HeadTrainer
 from .hidden_states_cache import cached_rows, with_hidden_states
-
-
-@dataclass
-class HeadTrainingSettings:
-    """What to train: see the help texts of ``peft-caft train-heads``, which mirror these fields."""
-
-    model: str
-    data: list[str]
-    output: str
-    eval_data: list[str] | None = None
-    eval_rows: int = 200
-    base_model_id: str | None = None
-    license: str | None = None
-    init_heads: str | None = None
-    num_heads: int | None = None
-    head_type: str | None = None
-    head_input: str | None = None
-    head_num_layers: int | None = None
-    targets: str = "soft"
-    aux_loss_decay: float = 0.8
-    aux_token_fraction: float = 1.0
-    max_length: int = 512
-    max_rows: int | None = None
-    dtype: str = "auto"
-    cache: str | None = None
-    early_stopping_patience: int | None = None
-
-    def fresh_heads(self) -> dict[str, Any]:
-        """The arguments for `AuxiliaryHeads.from_base_model` that were given."""
-        names = ("num_heads", "head_type", "head_input", "head_num_layers")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+from .settings import HeadTrainingSettings
 
 
 def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
@@ -79,14 +48,6 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     Raises:
         FileExistsError, FileNotFoundError, ValueError, TypeError, OSError: as the message says.
     """
-    require_choice("targets", settings.targets, TARGETS)
-    require_token_fraction(settings.aux_token_fraction)
-    if settings.init_heads is not None and settings.fresh_heads():
-        name, value = next(iter(settings.fresh_heads().items()))
-        raise ValueError(
-            f"{name}: got {value!r} together with init_heads={settings.init_heads!r}, expected it unset, since the "
-            "initial heads have their own. Drop one of the two."
-        )
     folder = RunFolder(Path(settings.output))
     args.output_dir = str(folder.checkpoints)
     if args.ddp_find_unused_parameters is None:

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_caft.concepts.alignment import AlignedRow, align
 from peft_caft.concepts.density import Density, density, pieces, recommended_n
-from peft_caft.concepts.findings import ConceptsSettings
 from peft_caft.concepts.head_knowledge import head_knowledge, unigram_entropy
 from peft_caft.concepts.losses import ConceptLosses, place_of
+from peft_caft.concepts.settings import ConceptsSettings
 from peft_caft.concepts.terms import prose_terms
 from peft_caft.concepts.token_scores import score_tokens
 from peft_caft.heads.auxiliary_heads import AuxiliaryHeads

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from peft_caft.planning.communication import Communication, Gathered, communication
 from peft_caft.planning.live_memory import Simulation
 from peft_caft.planning.memory import NF4_PACKED, PLACEMENTS, ModelBytes
-from peft_caft.planning.plan import METHODS, PlanSettings
+from peft_caft.planning.plan import METHODS, peft_config
+from peft_caft.planning.settings import PlanSettings
 from peft_caft.planning.simulated_step import Batch, model_on_meta
 
 from ..support.engines import HEADS, LAYERS, SIZES, accelerate_wraps_so
@@ -39,7 +40,7 @@ RANK = 8
 
 def model(method: str, name: str = "llama", r: int = RANK) -> PeftModel:
     return model_on_meta(
-        MODELS[name], PlanSettings(model="", r=r, num_auxiliary_heads=HEADS).peft_config(method), torch.bfloat16
+        MODELS[name], peft_config(PlanSettings(model="", r=r, num_auxiliary_heads=HEADS), method), torch.bfloat16
     )
 
 
@@ -113,7 +114,7 @@ def test_heads_keep_until_the_backward_pass_what_simulate_step_takes_them_to_kee
 
 def test_ddp_sends_the_gradients_of_the_adapter():
     base = AutoModelForCausalLM.from_config(MODELS["llama"], dtype=torch.bfloat16)
-    whole = get_peft_model(base, PlanSettings(model="", r=RANK).peft_config("residual")).train()
+    whole = get_peft_model(base, peft_config(PlanSettings(model="", r=RANK), "residual")).train()
     summed = []
 
     def hook(state, bucket):

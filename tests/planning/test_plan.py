@@ -21,7 +21,8 @@ from peft_caft.heads.unembedding import CHUNK_SIZES, free_bytes
 from peft_caft.planning.communication import Communication
 from peft_caft.planning.live_memory import LiveMemory, Simulation
 from peft_caft.planning.memory import NF4_BYTES, ModelBytes, device_memory
-from peft_caft.planning.plan import METHODS, Option, PlanSettings, plan
+from peft_caft.planning.plan import METHODS, Option, peft_config, plan
+from peft_caft.planning.settings import PlanSettings
 from peft_caft.planning.simulated_step import Batch, StepMemory, model_on_meta, simulate_step
 
 from ..support.tiny_models import CONFIGS, LLAMA_LIKE
@@ -42,7 +43,7 @@ SETTINGS = PlanSettings(model="", r=4)
 
 
 def planned(config, method: str, batch: Batch = BATCH, checkpointing=False, dtype=torch.float32, **options):
-    model = model_on_meta(config, SETTINGS.peft_config(method), dtype, options.pop("attention", None))
+    model = model_on_meta(config, peft_config(SETTINGS, method), dtype, options.pop("attention", None))
     return simulate_step(model, batch, checkpointing, device="cpu", **options)
 
 
@@ -51,7 +52,7 @@ def measured(config, method: str, batch: Batch = BATCH, checkpointing=False, dty
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=options.get("attention"))
     base.config.use_cache = False
-    model = get_peft_model(base, SETTINGS.peft_config(method)).train()
+    model = get_peft_model(base, peft_config(SETTINGS, method)).train()
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in model.parameters():
@@ -99,7 +100,7 @@ def test_planned_memory_of_smollm2_is_what_its_process_takes(method, checkpointi
     name = "SmolLM2-135M"
     config = plan_check.config_of(name, gemma=None)
     found = plan_check.measured_apart(name, method, checkpointing, gemma=None)
-    model = model_on_meta(config, plan_check.SETTINGS.peft_config(method), torch.float32)
+    model = model_on_meta(config, peft_config(plan_check.SETTINGS, method), torch.float32)
     step = simulate_step(model, plan_check.BATCH, checkpointing, device="cpu")
     assert step.total == pytest.approx(found["tensors"], rel=0.01)
     assert step.total == pytest.approx(found["resident"], rel=0.15)
@@ -121,7 +122,7 @@ def test_memory_grows_with_what_is_computed():
 
 def test_a_gpu_computes_more_logits_at_a_time_and_nothing_is_left_changed():
     config = LlamaConfig(**SMALL.to_dict() | {"vocab_size": 128_256, "num_hidden_layers": 1})
-    model = model_on_meta(config, SETTINGS.peft_config("residual"), torch.bfloat16)
+    model = model_on_meta(config, peft_config(SETTINGS, "residual"), torch.bfloat16)
     before = dict(CHUNK_SIZES)
     cpu, gpu = (simulate_step(model, Batch(4, 256), device=device) for device in ("cpu", "cuda"))
     assert gpu.loss > 3 * cpu.loss
@@ -162,7 +163,7 @@ def test_a_simulation_knows_which_rows_but_no_numbers():
 
 
 def model_bytes(config: PretrainedConfig, method: str = "lora", quantised: bool = False) -> ModelBytes:
-    return ModelBytes.of(model_on_meta(config, SETTINGS.peft_config(method), torch.bfloat16), quantised)
+    return ModelBytes.of(model_on_meta(config, peft_config(SETTINGS, method), torch.bfloat16), quantised)
 
 
 def test_parameters_of_a_llama_by_hand():
@@ -238,7 +239,7 @@ def test_constants_of_4_bit_weights_are_whole_on_every_device():
 def test_heads_that_are_divided_keep_their_activations():
     planned = {
         divided: simulate_step(
-            model_on_meta(SMALL, SETTINGS.peft_config("decoder_layer"), torch.bfloat16),
+            model_on_meta(SMALL, peft_config(SETTINGS, "decoder_layer"), torch.bfloat16),
             BATCH,
             True,
             sharded_heads=divided,
@@ -394,7 +395,7 @@ def test_settings_out_of_range_are_refused_by_name(fields, message):
 
 
 def test_the_simulated_model_is_the_real_one():
-    model = model_on_meta(SMALL, SETTINGS.peft_config("residual"), torch.bfloat16)
+    model = model_on_meta(SMALL, peft_config(SETTINGS, "residual"), torch.bfloat16)
     assert isinstance(model.base_model, CAFTModel)
     simulate_step(model, BATCH)
     trained = [p for p in model.parameters() if p.requires_grad]

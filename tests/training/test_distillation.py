@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from peft_caft.basics.parts import Parts
 from peft_caft.training.data import encode, read_jsonl
-from peft_caft.training.distillation import DistillationSettings, distill
+from peft_caft.training.distillation import distill
 from peft_caft.training.distilled_answers import AnswerReader, rejection
 from peft_caft.training.generation import stop_token_ids
 from peft_caft.training.prompts import prepare_prompts, read_prompts
+from peft_caft.training.settings import DistillationSettings
 
 from ..support.forked_command import finish, kill_when
 from ..support.places import EXAMPLES, ROOT

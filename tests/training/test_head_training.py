@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from peft_caft.basics.files import file_sha256
 from peft_caft.training.arguments import trainer_arguments
-from peft_caft.training.head_training import HeadTrainingSettings, train_heads
+from peft_caft.training.head_training import train_heads
+from peft_caft.training.settings import HeadTrainingSettings
 
 from ..support.tiny_checkpoint import save_checkpoint, write_chats
 

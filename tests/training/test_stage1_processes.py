@@ -14,8 +14,9 @@ from peft_caft.heads.config import HEAD_TYPES
 from peft_caft.training.arguments import trainer_arguments
 from peft_caft.training.data import collator
 from peft_caft.training.engine import sharding_requested
-from peft_caft.training.head_trainer import TARGETS, HeadPretraining
+from peft_caft.training.head_trainer import HeadPretraining
 from peft_caft.training.hidden_states_cache import cached_rows
+from peft_caft.training.settings import TARGETS
 
 from ..support.processes import FSDP_ON_CPU, finish, in_one_process, kill_when, start, summary
 from ..support.tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_chats

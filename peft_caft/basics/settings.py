@@ -1,0 +1,30 @@
+"""Fields of settings, each written once: its help, its type and its default make the option of the command line too."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, field, fields
+from typing import Any
+
+GROUPS = ("Model and data", "Adapter", "Objective", "Heads", "Answers", "Report", "Run")
+DATA, ADAPTER, OBJECTIVE, HEADS, ANSWERS, REPORT, RUN = GROUPS
+
+
+def setting(help: str, default: Any = MISSING, *, group: str = RUN, default_factory: Any = MISSING) -> Any:
+    """A dataclass field with its help and the group of options that the command line shows it in.
+
+    Args:
+        help: whole sentences; None as a default is explained here.
+        default: a field without default is required.
+        group: one of `GROUPS`.
+        default_factory: makes a default that can be changed, such as ``list``.
+    """
+    metadata = {"help": help, "group": group}
+    if default_factory is not MISSING:
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def same_setting(cls: type, name: str, **changes: Any) -> Any:
+    """The field of other settings, with ``changes`` to its help, default or group."""
+    (found,) = (f for f in fields(cls) if f.name == name)
+    return setting(**{"default": found.default, **found.metadata, **changes})

@@ -1,0 +1,36 @@
+"""What ``peft-caft evaluate`` is asked for. Imports no torch, so that the command line shows it at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..basics.settings import ANSWERS, DATA, setting
+
+
+@dataclass
+class EvaluationSettings:
+    """What to evaluate, and how; each field is an option of ``peft-caft evaluate``."""
+
+    task: str = setting("Python file with the task, such as examples/molecules/task.py.", group=DATA)
+    data: str = setting("Rows to answer, JSONL, as the task's file builds them (test.jsonl).", group=DATA)
+    output: str = setting("Folder to write. An interrupted run in it is resumed.", group=DATA)
+    model: str | None = setting(
+        "Model, folder or Hub id; with --adapter its base. [default: the one that the adapter names]", None, group=DATA
+    )
+    adapter: str | None = setting("LoRA or CAFT adapter, folder or Hub id; plain PEFT loads it.", None, group=DATA)
+    max_rows: int | None = setting("Rows to use at most, the first ones; all if unset.", None, group=DATA)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "Precision to load the model in; auto takes the checkpoint's.", "auto", group=DATA
+    )
+    answers: bool = setting(
+        "Let the model answer; without, only the cross entropy of the references is measured, which takes much less time.",
+        True,
+        group=ANSWERS,
+    )
+    max_new_tokens: int | None = setting("Longest answer in tokens. [default: the task's own]", None, group=ANSWERS)
+    temperature: float = setting(
+        "0 takes the most probable token; 1 samples from the model's distribution.", 0.0, group=ANSWERS
+    )
+    seed: int = setting("Seed of the sampling, where --temperature is above 0.", 0, group=ANSWERS)
+    batch_size: int = setting("Rows at a time.", 16)

@@ -1,0 +1,91 @@
+"""`ObjectiveConfig`: the settings of CAFT's objective, whatever it trains. Imports no torch: the command line reads it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from ..basics.checks import require_choice, require_token_fraction
+from ..basics.settings import OBJECTIVE, setting
+from ..heads.config import DEFAULT_NUM_HEADS, HEAD_INPUTS, HEAD_TYPES
+from .schedule import SCHEDULES
+
+TRAIN_HEADS = ("frozen", "lora", "full")
+
+
+@dataclass
+class ObjectiveConfig:
+    """Fields that `CAFTConfig` and `FullFineTuningConfig` share; the objective is given there."""
+
+    heads: str | None = setting(
+        "Pretrained auxiliary heads: Hub id or folder; fresh ones are made where none are given.",
+        None,
+        group=OBJECTIVE,
+    )
+    heads_revision: str | None = setting("Branch, tag or commit of the heads on the Hub.", None, group=OBJECTIVE)
+    heads_commit: str | None = setting(
+        "Set when heads are loaded from the Hub: the commit they came from. A record, never an input.",
+        None,
+        group=OBJECTIVE,
+    )
+    num_auxiliary_heads: int = setting(
+        "Number of auxiliary heads, n - 1: they predict 2 ... n tokens ahead. With pretrained heads at "
+        "most what they hold; fewer takes the first ones.",
+        DEFAULT_NUM_HEADS,
+        group=OBJECTIVE,
+    )
+    head_type: Literal["residual", "decoder_layer"] = setting(
+        "Fresh heads only: x + SiLU(W x), or a copy of the base model's last decoder layer.",
+        "decoder_layer",
+        group=OBJECTIVE,
+    )
+    head_num_layers: int = setting("Fresh heads only: blocks or layers per head.", 1, group=OBJECTIVE)
+    head_input: Literal["last_layer_input", "last_hidden_state"] = setting(
+        "Fresh heads only: what a head reads, before the last layer or after the final norm.",
+        "last_layer_input",
+        group=OBJECTIVE,
+    )
+    aux_loss_weight: float = setting("beta: weight of all auxiliary losses together.", 0.01, group=OBJECTIVE)
+    aux_loss_decay: float = setting("alpha: head k weighs alpha^(k-1).", 0.8, group=OBJECTIVE)
+    aux_loss_schedule: Literal["reflected_sine", "sine", "linear", "linear_decay", "constant"] = setting(
+        "gamma: course of the auxiliary weight over the run.", "reflected_sine", group=OBJECTIVE
+    )
+    total_steps: int | None = setting(
+        "S: optimizer steps of the run, for loops without CAFTCallback. Unless `set_training_progress` "
+        "is called, every training forward then counts as one step.",
+        None,
+        group=OBJECTIVE,
+    )
+    train_heads: Literal["frozen", "lora", "full"] = setting(
+        "Whether the heads only carry gradient, get LoRA themselves, or train.", "frozen", group=OBJECTIVE
+    )
+    aux_token_fraction: float = setting(
+        "p: share of the positions, drawn anew each step, that the heads see; weighted by 1/p.", 1.0, group=OBJECTIVE
+    )
+
+    def require_valid_objective(self) -> None:
+        """Raise a ValueError that names the first of these fields that is out of range."""
+        if self.heads is not None:
+            self.heads = os.fspath(self.heads)  # a Path would not go into JSON
+        require_choice("head_type", self.head_type, HEAD_TYPES)
+        require_choice("head_input", self.head_input, HEAD_INPUTS)
+        require_choice("aux_loss_schedule", self.aux_loss_schedule, tuple(SCHEDULES))
+        require_choice("train_heads", self.train_heads, TRAIN_HEADS)
+        self._require_at_least_one("num_auxiliary_heads", " (n = num_auxiliary_heads + 1, so n >= 2)")
+        self._require_at_least_one("head_num_layers")
+        if self.total_steps is not None:
+            self._require_at_least_one("total_steps")
+        if not 0 <= self.aux_loss_weight < math.inf:
+            raise ValueError(
+                f"aux_loss_weight (beta): got {self.aux_loss_weight}, expected 0 (plain LoRA) or more, and finite."
+            )
+        if not 0 < self.aux_loss_decay <= 1:
+            raise ValueError(f"aux_loss_decay (alpha): got {self.aux_loss_decay}, expected 0 < alpha <= 1.")
+        require_token_fraction(self.aux_token_fraction, " To switch the auxiliary loss off, set aux_loss_weight=0.")
+
+    def _require_at_least_one(self, name: str, note: str = "") -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1{note}.")

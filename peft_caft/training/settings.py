@@ -1,0 +1,217 @@
+"""What training commands are asked for. Imports no torch, so that the command line shows it at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..basics.checks import require_choice, require_token_fraction
+from ..basics.settings import ADAPTER, ANSWERS, DATA, HEADS, same_setting, setting
+from ..method.objective_config import ObjectiveConfig
+
+METHODS = ("caft", "lora", "caft_full", "full")
+TARGETS = ("hard", "soft")
+BACKENDS = ("transformers", "vllm")
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(kw_only=True)
+class FineTuningSettings(ObjectiveConfig):
+    """What to fine-tune, and how; each field is an option of ``peft-caft train``.
+
+    Raises:
+        ValueError: if a field is out of range, or belongs to another method.
+    """
+
+    model: str = setting("Base model: folder or Hub id.", group=DATA)
+    data: str = setting("Training data, JSONL: 'messages', or 'prompt' and 'completion', or 'text'.", group=DATA)
+    output: str = setting("Folder to write. An interrupted run in it is resumed.", group=DATA)
+    eval_data: str | None = setting("Held-out data, JSONL.", None, group=DATA)
+    eval_rows: int = setting("Held-out rows to use at most.", 200, group=DATA)
+    max_rows: int | None = setting("Training rows to use at most; all if unset.", None, group=DATA)
+    max_length: int = setting("Longest row in tokens; longer rows lose their end.", 512, group=DATA)
+    dtype: Precision = setting(
+        "Precision to load the base model in; auto takes the checkpoint's, and float32 where all parameters are trained.",
+        "auto",
+        group=DATA,
+    )
+    load_in_4bit: bool = setting(
+        "Load the base model in 4 bits (NF4, nested), for QLoRA; needs bitsandbytes.", False, group=DATA
+    )
+    load_in_8bit: bool = setting("Load the base model in 8 bits; needs bitsandbytes.", False, group=DATA)
+    method: Literal["caft", "lora", "caft_full", "full"] = setting(
+        "LoRA with the auxiliary loss or without it; or all parameters, with it or without it.", "caft", group=ADAPTER
+    )
+    freeze_unembedding: bool = setting("With caft_full and full: leave the lm_head as it is.", False, group=ADAPTER)
+    r: int = setting("LoRA rank.", 8, group=ADAPTER)
+    lora_alpha: int = setting("LoRA scale; updates weigh lora_alpha / r.", 16, group=ADAPTER)
+    lora_dropout: float = setting("LoRA dropout probability.", 0.0, group=ADAPTER)
+    target_modules: str = setting("'all-linear', or module names with commas.", "all-linear", group=ADAPTER)
+    lora: dict[str, Any] = setting("Further fields of peft.LoraConfig.", default_factory=dict, group=ADAPTER)
+
+    def __post_init__(self) -> None:
+        require_choice("method", self.method, METHODS)
+        self.require_valid_objective()
+        if self.freeze_unembedding and not self.trains_all:
+            raise ValueError(
+                f"freeze_unembedding: got true with method={self.method!r}, where the base model is frozen anyway; expected it with "
+                "'caft_full' or 'full' alone."
+            )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError(
+                "load_in_8bit: got true together with load_in_4bit, expected one of the two. Leave one out."
+            )
+        for name in ("load_in_4bit", "load_in_8bit", "lora"):
+            if getattr(self, name) and self.trains_all:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} with method={self.method!r}, which trains all parameters; expected it with "
+                    "'caft' or 'lora'."
+                )
+
+    @property
+    def set_by_command(self) -> dict[str, str]:
+        """Fields of TrainingArguments that fine-tuning sets, with the reason."""
+        return {"eval_on_start": "held-out data are evaluated at the start, unless a run is resumed"}
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        return self.method in ("caft", "caft_full")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all parameters of the base model are trained, and not LoRA adapters."""
+        return self.method in ("caft_full", "full")
+
+    @property
+    def loading_dtype(self) -> str:
+        """Updates of a whole model get lost in half precision."""
+        return "float32" if self.dtype == "auto" and self.trains_all else self.dtype
+
+
+@dataclass
+class HeadTrainingSettings:
+    """What heads to train, on what; each field is an option of ``peft-caft train-heads``.
+
+    Raises:
+        ValueError: if a field is out of range, or fresh heads are described beside initial ones.
+    """
+
+    model: str = same_setting(FineTuningSettings, "model")
+    data: list[str] = setting(
+        "Training data, JSONL: 'messages', or 'prompt' and 'completion', or 'text'. Give it again for more files.",
+        group=DATA,
+    )
+    output: str = same_setting(FineTuningSettings, "output")
+    eval_data: list[str] | None = setting(
+        "Held-out data, JSONL; give it again for more sets, reported one by one. [default: the last tenth of each training file]",
+        None,
+        group=DATA,
+    )
+    eval_rows: int = setting("Rows to use at most of each held-out set.", 200, group=DATA)
+    max_rows: int | None = setting(
+        "Rows to use at most of each training file, the held-out ones among them; all if unset.", None, group=DATA
+    )
+    max_length: int = same_setting(FineTuningSettings, "max_length")
+    dtype: Precision = same_setting(
+        FineTuningSettings, "dtype", help="Precision to load the base model in; auto takes the checkpoint's."
+    )
+    cache: str | None = setting(
+        "Folder that keeps the base model's hidden states, so that later epochs and runs over the same data need its last "
+        "layer alone; tokens x hidden size x 2 bytes in bf16.",
+        None,
+        group=DATA,
+    )
+    init_heads: str | None = setting(
+        "Heads to go on from, folder or Hub id: adapts them to the data of a task, best with --targets hard, since the base "
+        "model does not know the task yet. [default: fresh ones]",
+        None,
+        group=HEADS,
+    )
+    num_heads: int | None = setting("Heads, n - 1; they predict 2 ... n tokens ahead. [default: 4]", None, group=HEADS)
+    head_type: Literal["residual", "decoder_layer"] | None = setting(
+        "x + SiLU(W x), or a copy of the last layer. [default: decoder_layer]", None, group=HEADS
+    )
+    head_input: Literal["last_layer_input", "last_hidden_state"] | None = setting(
+        "What heads read: before the last layer, or after the final norm. [default: last_layer_input]",
+        None,
+        group=HEADS,
+    )
+    head_num_layers: int | None = setting("Blocks or layers per head. [default: 1]", None, group=HEADS)
+    base_model_id: str | None = setting(
+        "Hub id to record as the base model, where --model is a local copy.", None, group=HEADS
+    )
+    license: str | None = setting("For the card, such as apache-2.0; see the base model's.", None, group=HEADS)
+    targets: Literal["soft", "hard"] = setting(
+        "What heads learn: the base model's own distributions for the text, or its tokens.", "soft"
+    )
+    aux_loss_decay: float = same_setting(ObjectiveConfig, "aux_loss_decay")
+    aux_token_fraction: float = setting(
+        "p: share of the positions, drawn anew each step, that teach the heads. Steps are cheaper, so that the same time sees "
+        "more text; the gradient stays unbiased.",
+        1.0,
+    )
+    early_stopping_patience: int | None = setting(
+        "Stop after so many evaluations (--eval_steps) without a better held-out loss, and keep the best heads.", None
+    )
+
+    def __post_init__(self) -> None:
+        require_choice("targets", self.targets, TARGETS)
+        require_token_fraction(self.aux_token_fraction)
+        if self.init_heads is not None and self.fresh_heads():
+            name, value = next(iter(self.fresh_heads().items()))
+            raise ValueError(
+                f"{name}: got {value!r} together with init_heads={self.init_heads!r}, expected it unset, since the initial heads "
+                "have their own. Drop one of the two."
+            )
+
+    @property
+    def set_by_command(self) -> dict[str, str]:
+        """Fields of TrainingArguments that the training of heads sets, with the reason."""
+        if self.early_stopping_patience is None:
+            return {}
+        reason = "--early-stopping-patience keeps the heads of the best evaluation, and saves as often as it evaluates"
+        names = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "save_strategy", "save_steps")
+        return dict.fromkeys(names, reason)
+
+    def fresh_heads(self) -> dict[str, Any]:
+        """The arguments for `AuxiliaryHeads.from_base_model` that were given."""
+        names = ("num_heads", "head_type", "head_input", "head_num_layers")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass
+class DistillationSettings:
+    """Which prompts to answer, and how; each field is an option of ``peft-caft distill``."""
+
+    model: str = same_setting(FineTuningSettings, "model")
+    prompts: str = setting(
+        "JSONL with 'prompt' or 'messages' (answers at the end of a chat are cut off), or a dataset: hf:NAME, hf:NAME:CONFIG, "
+        "hf:FOLDER; those need peft-caft[datasets].",
+        group=DATA,
+    )
+    output: str = setting("JSONL file to write. An interrupted run is resumed.", group=DATA)
+    split: str | None = setting("Split of a dataset. [default: train]", None, group=DATA)
+    column: str | None = setting("Field with the prompt or chat. [default: messages or prompt]", None, group=DATA)
+    system: str | None = setting("System message for prompts that have none.", None, group=DATA)
+    max_prompts: int | None = setting("Prompts to take at most, the first ones; all if unset.", None, group=DATA)
+    samples_per_prompt: int = setting("Answers to each prompt; equal ones count once.", 1, group=ANSWERS)
+    max_new_tokens: int = setting("Longest answer in tokens; longer ones are cut off.", 512, group=ANSWERS)
+    temperature: float = setting(
+        "Temperature of sampling; 1 is the model's own distribution, which heads are to learn, and 0 is greedy.",
+        1.0,
+        group=ANSWERS,
+    )
+    top_p: float = setting("Draw from the likeliest tokens of this probability; 1 is off.", 1.0, group=ANSWERS)
+    top_k: int = setting("Draw from so many likeliest tokens; 0 is off.", 0, group=ANSWERS)
+    max_repetition: float = setting(
+        "Leave out answers of which a larger share of 8-token runs is repeated; 1 is off.", 0.5, group=ANSWERS
+    )
+    batch_size: int | None = setting(
+        "Prompts at a time on each process. A larger one is faster and needs more memory. [default: 32; 1024 with vllm]",
+        None,
+    )
+    seed: int = setting("Seed of the sampling.", 0)
+    dtype: Precision = same_setting(HeadTrainingSettings, "dtype")
+    backend: Literal["transformers", "vllm"] = setting(
+        "What generates. vllm needs peft-caft[vllm]; its code here has not been run by the authors.", "transformers"
+    )
