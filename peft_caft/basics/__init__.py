@@ -1,4 +1,5 @@
-"""What every room uses and none owns: checked values, whole files, run folders, records, intervals, tables, plots.
+"""What every room uses and none owns: checked values, whole files, run folders, records, intervals,
+tables, plots.
 
 Rule: imports nothing of the package, and no module here is used by one room alone.
 """

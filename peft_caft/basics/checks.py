@@ -19,12 +19,14 @@ def require_token_fraction(value: float, note: str = "") -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value, as JSON or YAML gives it, is of the annotated type; a whole number is a float, true is no number.
+    """Whether a value, as JSON or YAML gives it, is of the annotated type; a whole number is a
+    float, true is no number.
 
     Args:
         value: a scalar, list or dict.
-        hint: made of ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, ``list``, ``tuple``, ``dict`` and unions.
-            A choice of a ``Literal`` such as ``"pissa_niter_[number of iters]"`` stands for any text in the brackets.
+        hint: made of ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, ``list``,
+            ``tuple``, ``dict`` and unions. A choice of a ``Literal`` such as ``"pissa_niter_[number
+            of iters]"`` stands for any text in the brackets.
     """
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
@@ -59,7 +61,9 @@ def parsed(name: str, text: str, hint: Any) -> Any:
 
 
 def is_plain(hint: Any) -> bool:
-    """Whether values of the annotated type can be written as text: it is made of the types that `fits` knows."""
+    """Whether values of the annotated type can be written as text: it is made of the types that
+    `fits` knows.
+    """
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType, list, tuple, dict):
         return all(is_plain(part) for part in parts)

@@ -1,4 +1,6 @@
-"""Files that are written whole or not at all, by one writer; readers of JSON; hashes; the cache folder."""
+"""Files that are written whole or not at all, by one writer; readers of JSON; hashes; the cache
+folder.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it is renamed to ``path``, on error it is removed.
+    """Yield a temporary path in the same folder; on success it is renamed to ``path``, on error it
+    is removed.
 
     The old file stays whole until the rename, which the file system does in one step.
     """
@@ -39,7 +42,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder; on success its files are renamed, one by one, into ``folder``; on error it goes.
+    """Yield a temporary folder; on success its files are renamed, one by one, into ``folder``; on
+    error it goes.
 
     No file in ``folder`` is ever half written, and one that nobody wrote anew stays.
     """

@@ -23,14 +23,16 @@ LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may {}"
 
 @contextmanager
 def explained(field: str, repo_id: str, revision: str | None = None, action: str = "read") -> Iterator[None]:
-    """Turn huggingface_hub's errors about a repository into built-in ones that name the field and the way out.
+    """Turn huggingface_hub's errors about a repository into built-in ones that name the field and
+    the way out.
 
     Args:
         field: the argument that named the repository.
         action: ``"read"`` or ``"write"``, what the token must allow.
 
     Raises:
-        FileNotFoundError: no such repository, revision or file, or it is private, or not in the cache while offline.
+        FileNotFoundError: no such repository, revision or file, or it is private, or not in the
+            cache while offline.
         PermissionError: the token is missing, unknown or not allowed to do this.
         ConnectionError: the Hub cannot be reached, failed, or the connection broke off.
     """

@@ -1,8 +1,9 @@
 """How sure a mean over test rows is, and a difference between two runs on the same rows.
 
-All of it works on one table of values, shape (seeds, rows): a run trained from one seed is one line of it. Undefined values (None)
-take no part. Where there are several seeds, seeds and rows are drawn apart, since every seed meets the same rows (the "pigeonhole"
-bootstrap: Owen, Annals of Applied Statistics 1(2), 2007). Percentile intervals; seeded, so the same values give the same interval.
+All of it works on one table of values, shape (seeds, rows): a run trained from one seed is one line
+of it. Undefined values (None) take no part. Where there are several seeds, seeds and rows are drawn
+apart, since every seed meets the same rows (the "pigeonhole" bootstrap: Owen, Annals of Applied
+Statistics 1(2), 2007). Percentile intervals; seeded, so the same values give the same interval.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def mean_estimate(
 ) -> Estimate | None:
     """The mean of one run's per-row values; None if none is defined.
 
-    Shares of rows without weights, values 0 and 1 alone, get Wilson's interval: the bootstrap's has no width where all rows agree,
-    as at 0 of 164.
+    Shares of rows without weights, values 0 and 1 alone, get Wilson's interval: the bootstrap's has
+    no width where all rows agree, as at 0 of 164.
 
     Args:
         values: one per row.
@@ -79,10 +80,12 @@ def mean_over_seeds(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate | None:
-    """The mean over runs from several seeds, with its interval over seeds and rows; None if no value is defined.
+    """The mean over runs from several seeds, with its interval over seeds and rows; None if no
+    value is defined.
 
     Args:
-        values: per seed, one value per row; ``[values]`` for one seed, whose interval is over rows alone.
+        values: per seed, one value per row; ``[values]`` for one seed, whose interval is over rows
+            alone.
         weights: of the rows, the same for all seeds.
     """
     table, weight = _table(values, weights)
@@ -90,7 +93,9 @@ def mean_over_seeds(
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Journal of the American Statistical Association 22, 1927)."""
+    """Wilson's score interval of a share (Journal of the American Statistical Association 22,
+    1927).
+    """
     z = NormalDist().inv_cdf(0.5 + level / 2)
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -108,9 +113,10 @@ def paired_difference(
 ) -> Estimate | None:
     """Mean of ``second - first``, paired by seed and row; None if no pair is defined.
 
-    A pair counts where both are defined, so that a metric which one of the runs leaves undefined compares the rows on which
-    both answered usefully. With S seeds the part of the variance that comes from seeds is (S - 1) / S of what it should be: at three
-    seeds an interval is too narrow by up to a fifth, and with one seed it says nothing about seeds at all.
+    A pair counts where both are defined, so that a metric which one of the runs leaves undefined
+    compares the rows on which both answered usefully. With S seeds the part of the variance that
+    comes from seeds is (S - 1) / S of what it should be: at three seeds an interval is too narrow
+    by up to a fifth, and with one seed it says nothing about seeds at all.
 
     Args:
         first: per seed, one value per row; ``[values]`` for one seed.
@@ -131,16 +137,20 @@ def paired_difference(
 
 
 def too_narrow_by(seeds: int) -> float:
-    """Up to what share of its width an interval over so many seeds falls short, if all of the spread is that of seeds."""
+    """Up to what share of its width an interval over so many seeds falls short, if all of the
+    spread is that of seeds.
+    """
     return 1 - ((seeds - 1) / seeds) ** 0.5
 
 
 def sign_flip_p_value(
     differences: Values, weights: Sequence[float] | None = None, flips: int = 10_000, seed: int = 0
 ) -> float:
-    """Two-sided p-value of paired differences whose signs would be chance if the runs did not differ.
+    """Two-sided p-value of paired differences whose signs would be chance if the runs did not
+    differ.
 
-    All 2^n signs where these are at most ``flips`` (then exact), else random ones, of which the observed ones count as one.
+    All 2^n signs where these are at most ``flips`` (then exact), else random ones, of which the
+    observed ones count as one.
 
     Args:
         differences: one per row (or per seed); undefined ones and zeros take no part.
@@ -196,7 +206,9 @@ def _draws(weighted: np.ndarray, weight: np.ndarray, rng: np.random.Generator, c
 
 
 def _counts(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """How often each of ``size`` is drawn, with replacement, ``count`` times over: fp64 ``(count, size)``."""
+    """How often each of ``size`` is drawn, with replacement, ``count`` times over: fp64 ``(count,
+    size)``.
+    """
     drawn = rng.integers(0, size, (count, size)) + size * np.arange(count)[:, None]
     return np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size).astype(np.float64)
 

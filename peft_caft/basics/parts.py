@@ -1,8 +1,10 @@
-"""What `peft-caft distill` has finished so far, kept so that a kill at any moment costs at most the batches in work.
+"""What `peft-caft distill` has finished so far, kept so that a kill at any moment costs at most the
+batches in work.
 
-Beside the output there is a hidden folder with ``settings.json`` and, for each process, ``part-RANK.jsonl`` with one line
-per finished batch, flushed to the disk. A line without its end is cut off when the run is resumed, and its batch is made
-again. Which process made a batch does not matter, so a run can be resumed with another number of them.
+Beside the output there is a hidden folder with ``settings.json`` and, for each process,
+``part-RANK.jsonl`` with one line per finished batch, flushed to the disk. A line without its end is
+cut off when the run is resumed, and its batch is made again. Which process made a batch does not
+matter, so a run can be resumed with another number of them.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class Parts:
 
     @contextmanager
     def appending(self, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Yield a function that records a finished batch: it is on the disk when the function returns.
+        """Yield a function that records a finished batch: it is on the disk when the function
+        returns.
 
         Raises:
             BlockingIOError: if another run writes the same output.

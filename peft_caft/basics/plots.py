@@ -1,4 +1,6 @@
-"""The two pictures of a CAFT experiment, as PNG files: training curves, and the accuracy of the auxiliary heads."""
+"""The two pictures of a CAFT experiment, as PNG files: training curves, and the accuracy of the
+auxiliary heads.
+"""
 
 import os
 from typing import Literal

@@ -36,7 +36,9 @@ def listed(versions: dict[str, str]) -> str:
 
 
 def source_name(source: str) -> str:
-    """A model's or artifact's Hub id, or the name of its folder: the path of it means nothing on another machine."""
+    """A model's or artifact's Hub id, or the name of its folder: the path of it means nothing on
+    another machine.
+    """
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
@@ -88,7 +90,9 @@ def machine() -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Hex digest of some numbers of each parameter: a merged adapter leaves the unembedding as it was, but not this."""
+    """Hex digest of some numbers of each parameter: a merged adapter leaves the unembedding as it
+    was, but not this.
+    """
     digest = hashlib.sha256()
     for parameter in model.parameters():
         values = parameter.detach().flatten()
@@ -97,7 +101,9 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def peak_memory_mib() -> float | None:
-    """Largest memory this process has held so far, MiB: of the GPU if it used one, else resident; None on Windows."""
+    """Largest memory this process has held so far, MiB: of the GPU if it used one, else resident;
+    None on Windows.
+    """
     import torch
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:

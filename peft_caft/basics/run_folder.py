@@ -1,7 +1,8 @@
-"""The folder of a training run: what was asked for, its checkpoints, its result; so that a run can be taken up again.
+"""The folder of a training run: what was asked for, its checkpoints, its result; so that a run can
+be taken up again.
 
-``run.json`` holds the settings, ``checkpoints/`` what the Trainer saves on the way, ``summary.json`` is written last and
-says that the run is finished.
+``run.json`` holds the settings, ``checkpoints/`` what the Trainer saves on the way,
+``summary.json`` is written last and says that the run is finished.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class RunFolder:
 
     @contextmanager
     def held(self, wait: bool = False) -> Iterator[None]:
-        """No other process may run in this folder inside the block, and a full disk is one clear error.
+        """No other process may run in this folder inside the block, and a full disk is one clear
+        error.
 
         Args:
             wait: for another process that does.
@@ -59,7 +61,8 @@ class RunFolder:
         """Check that a run of these settings can start here or be taken up.
 
         Raises:
-            FileExistsError: if the folder holds a finished run, or an interrupted one of other settings.
+            FileExistsError: if the folder holds a finished run, or an interrupted one of other
+                settings.
         """
         advice = "Choose another output folder, or pass --overwrite to replace it."
         if self.summary_path.exists():
@@ -78,12 +81,14 @@ class RunFolder:
     def begin(
         self, settings: dict[str, Any], overwrite: bool = False, checkpoint_files: tuple[str, ...] = ()
     ) -> Path | None:
-        """Start a run or take up an interrupted one. Call it when nothing is left that a better command could mend.
+        """Start a run or take up an interrupted one. Call it when nothing is left that a better
+        command could mend.
 
         Args:
             settings: everything that decides the result; JSON values.
             overwrite: remove the checkpoints that the folder holds and start anew.
-            checkpoint_files: files that a checkpoint must hold to be resumed from, besides the Trainer's.
+            checkpoint_files: files that a checkpoint must hold to be resumed from, besides the
+                Trainer's.
 
         Returns:
             the last whole checkpoint to resume from, or None to start from the beginning.
@@ -101,7 +106,9 @@ class RunFolder:
         return last_whole_checkpoint(self.checkpoints, checkpoint_files)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary, which marks the run as finished, and drop its checkpoints and what killed saves left."""
+        """Write the summary, which marks the run as finished, and drop its checkpoints and what
+        killed saves left.
+        """
         write_text(self.summary_path, json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for litter in self.path.glob(".*.tmp"):
@@ -109,7 +116,9 @@ class RunFolder:
 
 
 def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | None:
-    """The newest ``checkpoint-N`` that was saved to its end: each process writes last its random state, or Trainer's state."""
+    """The newest ``checkpoint-N`` that was saved to its end: each process writes last its random
+    state, or Trainer's state.
+    """
     numbered = [(int(p.name.removeprefix("checkpoint-")), p) for p in folder.glob("checkpoint-*") if p.is_dir()]
     for _, checkpoint in sorted(numbered, reverse=True):
         try:
@@ -122,7 +131,9 @@ def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | 
 
 
 def random_states(processes: int) -> tuple[str, ...]:
-    """Files in which Trainer keeps the random state of each process; without them no checkpoint is whole."""
+    """Files in which Trainer keeps the random state of each process; without them no checkpoint is
+    whole.
+    """
     return tuple(f"rng_state_{index}.pth" for index in range(processes)) if processes > 1 else ("rng_state.pth",)
 
 

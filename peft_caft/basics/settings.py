@@ -1,4 +1,6 @@
-"""Fields of settings, each written once: its help, its type and its default make the option of the command line too."""
+"""Fields of settings, each written once: its help, its type and its default make the option of the
+command line too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The command line ``peft-caft``. Rule: the only room that knows typer; each command calls one function of a room below."""
+"""The command line ``peft-caft``. Rule: the only room that knows typer; each command calls one
+function of a room below.
+"""
 
 from .app import main
 

@@ -1,6 +1,7 @@
 """The command line ``peft-caft``: its commands in the order in which a user needs them.
 
-Rooms are imported inside the commands, and settings import no torch, so that ``--help`` comes at once.
+Rooms are imported inside the commands, and settings import no torch, so that ``--help`` comes at
+once.
 """
 
 from __future__ import annotations

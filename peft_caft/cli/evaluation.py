@@ -13,10 +13,11 @@ from .options import Overwrite, with_settings
 
 @with_settings(EvaluationSettings)
 def evaluate_command(settings: EvaluationSettings, overwrite: Overwrite = False) -> None:
-    """Let a model, adapter or merged folder answer the rows of a task: answers, scores, cross entropy of the references.
+    """Let a model, adapter or merged folder answer the rows of a task: answers, scores, cross
+    entropy of the references.
 
-    Writes rows.jsonl (every row's answer and scores, in the order of the data), evaluation.json and evaluation.md (means,
-    95 % confidence intervals, groups of rows).
+    Writes rows.jsonl (every row's answer and scores, in the order of the data), evaluation.json and
+    evaluation.md (means, 95 % confidence intervals, groups of rows).
     """
     from ..evaluation.evaluation import evaluate
 
@@ -53,10 +54,12 @@ def compare_command(
         bool, typer.Option("--overwrite", help="Remove the folder's comparison, start anew.")
     ] = False,
 ) -> None:
-    """Compare arms (LoRA, CAFT and its variants) from the same seeds and order of data, with confidence intervals.
+    """Compare arms (LoRA, CAFT and its variants) from the same seeds and order of data, with
+    confidence intervals.
 
-    Each arm's learning rate is chosen on dev rows, from a seed of its own; then every arm is trained from every seed and tested. Writes
-    comparison.md, comparison.png, summary.json, and every run into runs/ARM/lr-RATE/seed-SEED.
+    Each arm's learning rate is chosen on dev rows, from a seed of its own; then every arm is
+    trained from every seed and tested. Writes comparison.md, comparison.png, summary.json, and
+    every run into runs/ARM/lr-RATE/seed-SEED.
     """
     from ..evaluation.comparison import REPORT_NAME, compare
     from ..evaluation.comparison_plan import read_plan

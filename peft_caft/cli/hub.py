@@ -1,4 +1,6 @@
-"""Commands that make, describe and publish artifacts: ``merge``, ``inspect``, ``push``, ``import-heads``."""
+"""Commands that make, describe and publish artifacts: ``merge``, ``inspect``, ``push``,
+``import-heads``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def merge_command(
         Precision, typer.Option(help="Precision to load the base model in; auto takes the checkpoint's.")
     ] = "auto",
 ) -> None:
-    """Merge an adapter into its base model: a plain model folder that serves without peft or peft-caft."""
+    """Merge an adapter into its base model: a plain model folder that serves without peft or
+    peft-caft.
+    """
     from ..hub.merging import merge
 
     merge(adapter, output, model, dtype)
@@ -54,7 +58,8 @@ def push_command(
 ) -> None:
     """Publish heads or an adapter on the Hub, with a model card, in one commit.
 
-    Uses the token of HF_TOKEN or `hf auth login`. Uploads configuration, weights, card, plot and tokenizer, nothing else.
+    Uses the token of HF_TOKEN or `hf auth login`. Uploads configuration, weights, card, plot and
+    tokenizer, nothing else.
     """
     from ..heads.repository import Destination
     from ..hub.publishing import push
@@ -86,7 +91,8 @@ def import_heads_command(
 ) -> None:
     """Turn heads of the CAFT authors' package caft-llm into heads of this one.
 
-    Residual and decoder-layer heads alike. Nothing in the file is executed, and nothing in it is left out.
+    Residual and decoder-layer heads alike. Nothing in the file is executed, and nothing in it is
+    left out.
     """
     from ..hub.import_caft_llm import import_heads
 
@@ -110,7 +116,9 @@ def inspect_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole configuration.")] = False,
 ) -> None:
-    """Say what heads or an adapter are, how they came to be, how good they are, and whether they fit a base model."""
+    """Say what heads or an adapter are, how they came to be, how good they are, and whether they
+    fit a base model.
+    """
     from ..hub.inspection import inspect
 
     found = inspect(artifact, model, revision)

@@ -22,11 +22,12 @@ def plan_command(
         ),
     ] = None,
 ) -> None:
-    """Say what training would take: parameters, operations, memory and communication per GPU, for LoRA and CAFT.
+    """Say what training would take: parameters, operations, memory and communication per GPU, for
+    LoRA and CAFT.
 
-    From the model's configuration alone: a training step is simulated on tensors without data, with and without gradient
-    checkpointing, for one GPU, or for DDP, ZeRO-2, FSDP and ZeRO-3, with and without QLoRA. Takes half a minute for 32
-    layers, and little memory.
+    From the model's configuration alone: a training step is simulated on tensors without data, with
+    and without gradient checkpointing, for one GPU, or for DDP, ZeRO-2, FSDP and ZeRO-3, with and
+    without QLoRA. Takes half a minute for 32 layers, and little memory.
     """
     from ..basics.files import write_text
     from ..planning.plan import plan

@@ -13,10 +13,11 @@ from .options import Overwrite, TrainingYaml, with_settings
 
 @with_settings(DistillationSettings)
 def distill_command(settings: DistillationSettings, overwrite: Overwrite = False) -> None:
-    """Let the base model answer prompts: training data for heads in the model's own words (self-distillation).
+    """Let the base model answer prompts: training data for heads in the model's own words
+    (self-distillation).
 
-    Writes FILE.jsonl and FILE.provenance.json. `accelerate launch --config_file examples/accelerate/ddp.yaml -m
-    peft_caft.cli distill ...` splits the prompts over processes.
+    Writes FILE.jsonl and FILE.provenance.json. `accelerate launch --config_file
+    examples/accelerate/ddp.yaml -m peft_caft.cli distill ...` splits the prompts over processes.
     """
     from ..basics.tables import markdown_table
     from ..training.distillation import distill, distillation_table
@@ -36,8 +37,9 @@ def train_heads_command(
 ) -> None:
     """Train auxiliary heads with the base model frozen, once per base model (stage 1).
 
-    Reports cross entropy, top-1 and top-5 accuracy of every head and the acceptance length on held-out rows, before, during
-    and after. bfloat16 base models train in mixed precision; --bf16 true does so for float32 ones.
+    Reports cross entropy, top-1 and top-5 accuracy of every head and the acceptance length on
+    held-out rows, before, during and after. bfloat16 base models train in mixed precision; --bf16
+    true does so for float32 ones.
     """
     from ..heads.card import evaluation_table
     from ..training.arguments import trainer_arguments
@@ -61,11 +63,13 @@ def train_command(
 ) -> None:
     """Fine-tune with CAFT, or without it from the same seed and order of data (stage 2).
 
-    Writes a plain LoRA adapter, or with caft_full and full a plain model, which loads anywhere without this package. Where
-    all parameters are trained, --dtype auto is float32 (add --bf16 true for autocast), and a smaller learning rate is usual.
+    Writes a plain LoRA adapter, or with caft_full and full a plain model, which loads anywhere
+    without this package. Where all parameters are trained, --dtype auto is float32 (add --bf16 true
+    for autocast), and a smaller learning rate is usual.
 
-    Any field of peft.LoraConfig that a command line can give is an option too, e.g. --use-dora, --use-rslora,
-    --modules-to-save lm_head, --init-lora-weights pissa, --rank-pattern '{"q_proj": 16}' (JSON).
+    Any field of peft.LoraConfig that a command line can give is an option too, e.g. --use-dora,
+    --use-rslora, --modules-to-save lm_head, --init-lora-weights pissa, --rank-pattern '{"q_proj":
+    16}' (JSON).
     """
     from ..training.arguments import lora_options, trainer_arguments
     from ..training.fine_tuning import fine_tune

@@ -1,7 +1,9 @@
-"""Which supervised token belongs to which term of the answer, by the character offsets that fast tokenizers give.
+"""Which supervised token belongs to which term of the answer, by the character offsets that fast
+tokenizers give.
 
-What is supervised is decided where training data are encoded (`peft_caft.training.data.encode_row`), and there alone: it is run with a
-tokenizer whose token ids remember which characters of which text they stand for.
+What is supervised is decided where training data are encoded
+(`peft_caft.training.data.encode_row`), and there alone: it is run with a tokenizer whose token ids
+remember which characters of which text they stand for.
 """
 
 from __future__ import annotations
@@ -67,9 +69,11 @@ class Target:
 
     Attributes:
         position: in the row's tokens; at least 1.
-        start, end: its characters in the row's text. Tokens that are parts of one character share it.
-        term: index of its term in the row's terms; or `BETWEEN` (punctuation, white space), `SPECIAL` (such as the end of the
-            answer), or `CUT` (in a term that the maximal length cut off).
+        start, end: its characters in the row's text. Tokens that are parts of one character share
+            it.
+        term: index of its term in the row's terms; or `BETWEEN` (punctuation, white space),
+            `SPECIAL` (such as the end of the answer), or `CUT` (in a term that the maximal length
+            cut off).
         place: 1 for the first token of its term, and so on; 0 in no term.
     """
 
@@ -104,7 +108,8 @@ class AlignedRow:
         targets, terms: in order.
         shared_tokens: tokens that cover characters of more than one term.
         overhanging_tokens: tokens of a term that also cover punctuation beside it.
-        swallowed_terms: terms without a token of their own: all of theirs are counted for a neighbour.
+        swallowed_terms: terms without a token of their own: all of theirs are counted for a
+            neighbour.
     """
 
     number: int
@@ -132,7 +137,8 @@ def align(
     terms_of: Callable[[str], list[Span]],
     max_length: int,
 ) -> list[AlignedRow]:
-    """Encode rows as for training and find the terms of their answers; rows without a target are left out.
+    """Encode rows as for training and find the terms of their answers; rows without a target are
+    left out.
 
     Args:
         rows: as `peft_caft.training.data.read_jsonl` gives them.
@@ -164,7 +170,9 @@ def align(
 
 
 def answer_texts(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The supervised texts of rows, without what the chat template adds: what a unit is guessed from."""
+    """The supervised texts of rows, without what the chat template adds: what a unit is guessed
+    from.
+    """
     texts: list[str] = []
     for row in rows:
         if "messages" in row:
@@ -233,7 +241,9 @@ def _supervised_text(input_ids: list[Any], labels: list[int], specials: set[int]
     pieces: list[_Piece] = []
 
     def source(position: int) -> int | None:
-        """What a stretch of tokens has in common; None for a token that was not cut out of a text (an added end)."""
+        """What a stretch of tokens has in common; None for a token that was not cut out of a text
+        (an added end).
+        """
         if labels[position] == IGNORE_INDEX:
             return -1
         return id(input_ids[position].text) if isinstance(input_ids[position], LocatedToken) else None

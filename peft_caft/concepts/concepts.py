@@ -1,4 +1,6 @@
-"""``peft-caft concepts``: how dense a data set is in terms of several tokens, and how well models know them."""
+"""``peft-caft concepts``: how dense a data set is in terms of several tokens, and how well models
+know them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ GUESSED_FROM = 200  # answers
 
 
 def concepts(settings: ConceptsSettings) -> Concepts:
-    """Find the terms, score the models, and write ``concepts.json``, ``.md``, ``.html`` and plots to ``settings.output``.
+    """Find the terms, score the models, and write ``concepts.json``, ``.md``, ``.html`` and plots
+    to ``settings.output``.
 
     Raises:
         FileNotFoundError, ValueError, TypeError, ModuleNotFoundError: as the message says.
@@ -50,7 +53,8 @@ def concepts(settings: ConceptsSettings) -> Concepts:
         offered = heads[-1].tokens_ahead if heads else offered
     losses = ConceptLosses(rows, settings.resamples, settings.seed)
     found_density = density(rows)
-    # What the first adapter, LoRA say, changed in the base model, and how the others, CAFT say, differ from it.
+    # What the first adapter, LoRA say, changed in the base model, and how the others, CAFT say,
+    # differ from it.
     adapters = list(settings.adapters)
     pairs = [(BASE, name) for name in adapters[:1]] + [(adapters[0], name) for name in adapters[1:]]
     found = Concepts(

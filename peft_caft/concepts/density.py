@@ -1,4 +1,6 @@
-"""How dense a data set is in concepts: into how many tokens a tokenizer cuts its terms, and the n that this suggests."""
+"""How dense a data set is in concepts: into how many tokens a tokenizer cuts its terms, and the n
+that this suggests.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ REPEATED_PIECE = "\N{MIDDLE DOT}"  # shown for a token that is a further part of
 
 @dataclass(frozen=True)
 class FrequentTerm:
-    """A term of several tokens; ``pieces`` is its most frequent cut, and ``count`` counts all of its cuts."""
+    """A term of several tokens; ``pieces`` is its most frequent cut, and ``count`` counts all of
+    its cuts.
+    """
 
     text: str
     pieces: list[str]
@@ -27,7 +31,8 @@ class RecommendedN:
 
     Attributes:
         n: tokens to predict at once: the model's own next one and n - 1 auxiliary heads.
-        length: of terms, that covers `COVERED_SHARE` of the tokens in terms of several tokens; None if there is no such term.
+        length: of terms, that covers `COVERED_SHARE` of the tokens in terms of several tokens; None
+            if there is no such term.
         covered: share of those tokens that are in terms of at most n tokens; None likewise.
         most: what the heads offer.
         reason: in a sentence or two.
@@ -47,10 +52,12 @@ class Density:
     Attributes:
         rows, tokens: rows with a target, and targets.
         terms: length in tokens -> number of terms.
-        between, special, cut: targets in no term: punctuation and white space; special tokens; parts of a term that the maximal length
-            cut off.
-        shared_tokens: targets that cover characters of several terms, and are counted for one of them.
-        overhanging_tokens: targets in a term that also cover punctuation beside it, which its probability then includes.
+        between, special, cut: targets in no term: punctuation and white space; special tokens;
+            parts of a term that the maximal length cut off.
+        shared_tokens: targets that cover characters of several terms, and are counted for one of
+            them.
+        overhanging_tokens: targets in a term that also cover punctuation beside it, which its
+            probability then includes.
         swallowed_terms: terms whose tokens all count for a neighbour; they are in no other figure.
         frequent: most frequent terms of several tokens, most frequent first.
     """
@@ -134,11 +141,13 @@ def pieces(row: AlignedRow, targets: tuple[int, ...]) -> list[str]:
 
 
 def recommended_n(found: Density, most: int = 5) -> RecommendedN:
-    """A rule of thumb for n: enough to see to the end of most terms from just before their first token.
+    """A rule of thumb for n: enough to see to the end of most terms from just before their first
+    token.
 
-    From the position before a term of n tokens, the model and its n - 1 auxiliary heads predict all of it. So n is the least length
-    for which `COVERED_SHARE` of the tokens in terms of several tokens lie in terms of at most that length; at least 2, and at most
-    what the heads offer. Nothing here has been trained: whether this n is the best one for a task is another question.
+    From the position before a term of n tokens, the model and its n - 1 auxiliary heads predict all
+    of it. So n is the least length for which `COVERED_SHARE` of the tokens in terms of several
+    tokens lie in terms of at most that length; at least 2, and at most what the heads offer.
+    Nothing here has been trained: whether this n is the best one for a task is another question.
 
     Args:
         found: of the data.

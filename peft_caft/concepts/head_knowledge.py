@@ -1,4 +1,6 @@
-"""Whether auxiliary heads know anything about a data set: their cross entropy against that of guessing by frequency."""
+"""Whether auxiliary heads know anything about a data set: their cross entropy against that of
+guessing by frequency.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ class HeadKnowledge:
     Attributes:
         tokens_ahead: k.
         cross_entropy: mean, nats/token.
-        below_unigram: by how much that is less than the unigram entropy, nats/token; at most 0 for a head that knows nothing of
-            these data.
+        below_unigram: by how much that is less than the unigram entropy, nats/token; at most 0 for
+            a head that knows nothing of these data.
     """
 
     tokens_ahead: int
@@ -31,9 +33,11 @@ class HeadKnowledge:
 
 
 def unigram_entropy(rows: list[AlignedRow]) -> float:
-    """Entropy of the targets' own frequencies, nats/token: the least that a guess without any context can have.
+    """Entropy of the targets' own frequencies, nats/token: the least that a guess without any
+    context can have.
 
-    Of few rows it is less than that of the language they are drawn from, so a head that beats it does know something.
+    Of few rows it is less than that of the language they are drawn from, so a head that beats it
+    does know something.
     """
     counts = Counter(row.input_ids[target.position] for row in rows for target in row.targets)
     total = counts.total()

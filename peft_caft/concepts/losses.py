@@ -1,7 +1,8 @@
-"""Where a model's loss sits inside terms, and how well it knows whole ones: per model, and two models compared.
+"""Where a model's loss sits inside terms, and how well it knows whole ones: per model, and two
+models compared.
 
-A model is one or several runs, from one seed each. Intervals are the bootstrap's over rows and, of several, runs; models are compared on
-the same rows and run by run (`peft_caft.basics.intervals`).
+A model is one or several runs, from one seed each. Intervals are the bootstrap's over rows and, of
+several, runs; models are compared on the same rows and run by run (`peft_caft.basics.intervals`).
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ class WholeTerms:
     Attributes:
         length: in tokens, one of `LENGTHS`.
         terms: how many there are.
-        log_probability: mean over terms of the log-probability of all tokens of the term, given what stands before it, nats.
-        accuracy: share of terms all of whose tokens are the most likely ones, given the right ones before.
+        log_probability: mean over terms of the log-probability of all tokens of the term, given
+            what stands before it, nats.
+        accuracy: share of terms all of whose tokens are the most likely ones, given the right ones
+            before.
     """
 
     length: str
@@ -78,7 +81,9 @@ class ModelConcepts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``model`` minus ``reference``, as in `PlaceLoss` and `WholeTerms`, by place and by length; of so many pairs of runs."""
+    """``model`` minus ``reference``, as in `PlaceLoss` and `WholeTerms`, by place and by length; of
+    so many pairs of runs.
+    """
 
     reference: str
     model: str
@@ -138,7 +143,9 @@ class ConceptLosses:
         return ModelConcepts(places, terms)
 
     def compare(self, reference: str, reference_runs: Runs, model: str, runs: Runs) -> Comparison:
-        """Paired differences, ``model`` minus ``reference``: of the same rows, and run by run; a single run is paired with all."""
+        """Paired differences, ``model`` minus ``reference``: of the same rows, and run by run; a
+        single run is paired with all.
+        """
         pairs = max(len(reference_runs), len(runs))
         before, after = (list(own) * pairs if len(own) == 1 else own for own in (reference_runs, runs))
 

@@ -1,8 +1,10 @@
-"""``concepts.html``: the tokens of real answers, coloured by cross entropy, in one file that needs no network.
+"""``concepts.html``: the tokens of real answers, coloured by cross entropy, in one file that needs
+no network.
 
-Colour is never alone: the height of the bar under a token says the same, a check box writes the numbers out, and a box
-around a term is whole where the model gets all of its tokens right, and dashed where it does not. The colours are OKLCH, in which equal
-steps look equal; their lightness carries the value, so that colour-blind eyes and grey prints lose nothing.
+Colour is never alone: the height of the bar under a token says the same, a check box writes the
+numbers out, and a box around a term is whole where the model gets all of its tokens right, and
+dashed where it does not. The colours are OKLCH, in which equal steps look equal; their lightness
+carries the value, so that colour-blind eyes and grey prints lose nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ def page(
         found: what the head of the page sums up, and which models are compared.
         rows: to show, in this order.
         prompts: of these rows, as text.
-        scores: model -> scores of these rows, of its first run; without any, the place of each token in its term is coloured.
+        scores: model -> scores of these rows, of its first run; without any, the place of each
+            token in its term is coloured.
         token_name: of a token id, for tokens without text of their own.
     """
     pairs = [(comparison.reference, comparison.model) for comparison in found.comparisons]
@@ -158,7 +161,9 @@ def _line(
     titles: Sequence[str],
     correct: np.ndarray | None,
 ) -> str:
-    """The tokens of a row, in boxes where they are terms; negative strengths are better than the reference."""
+    """The tokens of a row, in boxes where they are terms; negative strengths are better than the
+    reference.
+    """
     tokens = []
     for index, (target, text) in enumerate(zip(row.targets, shown, strict=True)):
         strength = strengths[index]

@@ -1,4 +1,6 @@
-"""The plots of ``peft-caft concepts``: how dense the data are, where the loss sits, and whole terms by model."""
+"""The plots of ``peft-caft concepts``: how dense the data are, where the loss sits, and whole terms
+by model.
+"""
 
 import os
 from collections.abc import Sequence
@@ -38,7 +40,9 @@ def plot_concepts(folder: str | os.PathLike, found: Concepts) -> None:
 
 
 def plot_density(path: str | os.PathLike, density: Density, recommended: RecommendedN) -> None:
-    """Draw the share of supervised tokens by the length of their term, and how many of those in terms of several tokens n covers."""
+    """Draw the share of supervised tokens by the length of their term, and how many of those in
+    terms of several tokens n covers.
+    """
     longest = min(LONGEST_DRAWN, max([*density.terms, 1]))
     tokens = [density.tokens_in(length) for length in range(1, longest + 1)]
     tokens[-1] += sum(density.tokens_in(length) for length in density.terms if length > longest)
@@ -108,7 +112,9 @@ def _draw_coverage(axes: Axes, density: Density, recommended: RecommendedN) -> N
 
 
 def plot_losses(path: str | os.PathLike, models: dict[str, ModelConcepts], comparisons: Sequence[Comparison]) -> None:
-    """Draw cross entropy by place, whole-term accuracy by length and, with several models, their paired differences."""
+    """Draw cross entropy by place, whole-term accuracy by length and, with several models, their
+    paired differences.
+    """
     panels = 3 if comparisons else 2
     figure = Figure(figsize=(1.5 + 4.6 * panels, 4.2), layout="constrained")
     axes = list(figure.subplots(1, panels, width_ratios=[1.3, 1, 1][:panels]))
@@ -158,7 +164,9 @@ def _lines(models: dict[str, ModelConcepts], what: str, key: str) -> list:
 def _draw_intervals(
     axes: Axes, estimates: Sequence[Estimate | None], name: str, index: int, count: int, look: int | None = None
 ) -> None:
-    """Points with their intervals: number ``index`` of ``count`` that stand side by side; ``look`` chooses colour and marker."""
+    """Points with their intervals: number ``index`` of ``count`` that stand side by side; ``look``
+    chooses colour and marker.
+    """
     points = [
         (place + 0.16 * (index - (count - 1) / 2), estimate.mean, estimate)
         for place, estimate in enumerate(estimates)

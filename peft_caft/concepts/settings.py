@@ -1,4 +1,6 @@
-"""What ``peft-caft concepts`` is asked for. Imports no torch, so that the command line shows it at once."""
+"""What ``peft-caft concepts`` is asked for. Imports no torch, so that the command line shows it at
+once.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ UNITS = ("auto", "prose", "code", "chemistry")
 
 @dataclass(frozen=True)
 class ConceptsSettings:
-    """What to look for, in which data and models; each field is an option of ``peft-caft concepts``.
+    """What to look for, in which data and models; each field is an option of ``peft-caft
+    concepts``.
 
     Raises:
         ValueError: if a field is out of range, or models are named that --no-loss would not read.

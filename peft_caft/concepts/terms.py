@@ -1,15 +1,20 @@
-"""What counts as one term of a text, so that a tokenizer's cuts can be told from those of the language.
+"""What counts as one term of a text, so that a tokenizer's cuts can be told from those of the
+language.
 
-- **prose**: words, by Unicode's default word boundaries (UAX #29): "don't", "3.14" and "snake_case" are one, "well-known" is two,
-  and each Chinese character is one, since nothing but a dictionary knows better. Punctuation is no term.
-- **code**: identifiers, keywords, numbers and operators, and the words in strings and comments. An identifier is one term whatever its
-  case or underscores say: ``max_row_count`` must be reproduced as a whole, and two thirds of it are worth nothing. Brackets, commas,
-  colons and dots are punctuation. Python's own tokenizer decides where Python parses, and a regular expression elsewhere, which does
-  not know strings from code. In an answer with fenced blocks the text around them is prose.
-- **chemistry**: of SMILES, bracket atoms (with their ring closures) and *fragments*, the longest runs of atoms, bonds and ring
-  closures without a branch, as ``c1ccccc1`` or ``=O``. Atoms, as Schwaller et al. cut them (arXiv 1811.02633), are too small:
-  subword tokenizers have most of them whole or several at once. Parentheses and dots are punctuation. In a name or a sentence,
-  runs of letters: ``propan``, ``ol`` in 2-methylpropan-2-ol; locants are no terms.
+- **prose**: words, by Unicode's default word boundaries (UAX #29): "don't", "3.14" and "snake_case"
+  are one, "well-known" is two, and each Chinese character is one, since nothing but a dictionary
+  knows better. Punctuation is no term.
+- **code**: identifiers, keywords, numbers and operators, and the words in strings and comments. An
+  identifier is one term whatever its case or underscores say: ``max_row_count`` must be reproduced
+  as a whole, and two thirds of it are worth nothing. Brackets, commas, colons and dots are
+  punctuation. Python's own tokenizer decides where Python parses, and a regular expression
+  elsewhere, which does not know strings from code. In an answer with fenced blocks the text around
+  them is prose.
+- **chemistry**: of SMILES, bracket atoms (with their ring closures) and *fragments*, the longest
+  runs of atoms, bonds and ring closures without a branch, as ``c1ccccc1`` or ``=O``. Atoms, as
+  Schwaller et al. cut them (arXiv 1811.02633), are too small: subword tokenizers have most of them
+  whole or several at once. Parentheses and dots are punctuation. In a name or a sentence, runs of
+  letters: ``propan``, ``ol`` in 2-methylpropan-2-ol; locants are no terms.
 """
 
 from __future__ import annotations
@@ -86,17 +91,20 @@ UNITS: dict[str, Callable[[str], list[Span]]] = {
 
 
 def is_smiles(word: str) -> bool:
-    """Whether a word without white space reads as a SMILES and not as an English word of the same letters ("no", "Con")."""
+    """Whether a word without white space reads as a SMILES and not as an English word of the same
+    letters ("no", "Con").
+    """
     if SMILES.fullmatch(word) is None or not re.search(r"[A-Za-z]", word):
         return False
     return bool(re.search(r"[\[\]()=#/\\%\d]", word)) or re.fullmatch(r"(?:Br|Cl|[BCNOSPFI])+", word) is not None
 
 
 def guess_unit(texts: Sequence[str]) -> str:
-    """The unit for these answers: chemistry or code if more than half of them look so, and prose otherwise.
+    """The unit for these answers: chemistry or code if more than half of them look so, and prose
+    otherwise.
 
-    Chemistry: most of the characters are SMILES with some structure in them, or there is a locant as in ``2-methyl``. Code: a fenced
-    block, Python that does something, or a third of the lines.
+    Chemistry: most of the characters are SMILES with some structure in them, or there is a locant
+    as in ``2-methyl``. Code: a fenced block, Python that does something, or a third of the lines.
     """
     votes = [(_looks_like_chemistry(text), _looks_like_code(text)) for text in texts]
     if sum(chemistry for chemistry, _ in votes) * 2 > len(votes):
@@ -158,7 +166,8 @@ def _python_terms(text: str) -> Iterator[Span]:
             if token.string not in DELIMITERS:
                 yield start, end
         elif token.type not in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
-            # A string, a part of an f-string, or a comment. The prefix (r"...") and escapes (\n) are no words.
+            # A string, a part of an f-string, or a comment. The prefix (r"...") and escapes (\n)
+            # are no words.
             source = text[start:end]
             prefix = re.match(r"[A-Za-z]*(?=['\"])", source)
             skipped = prefix.end() if prefix else 0

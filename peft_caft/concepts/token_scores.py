@@ -1,6 +1,8 @@
-"""Teacher-forced cross entropy of every supervised token, and whether it is the model's most likely one.
+"""Teacher-forced cross entropy of every supervised token, and whether it is the model's most likely
+one.
 
-Only supervised positions reach the lm_head, a chunk at a time, so that no more logits are held than in training.
+Only supervised positions reach the lm_head, a chunk at a time, so that no more logits are held than
+in training.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ def score_tokens(
     """Scores of each row, in the order of ``rows``.
 
     Args:
-        model: a transformers causal language model, with or without PEFT adapters, in evaluation mode.
+        model: a transformers causal language model, with or without PEFT adapters, in evaluation
+            mode.
         rows: aligned with the model's tokenizer.
-        collate: makes a batch of tensors ``(batch, tokens)`` of some rows (`peft_caft.training.data.collator`).
+        collate: makes a batch of tensors ``(batch, tokens)`` of some rows
+            (`peft_caft.training.data.collator`).
         batch_size: rows per forward pass.
         description: of the progress bar.
     """
@@ -65,7 +69,9 @@ def score_tokens(
 
 
 def _is_plain(model: nn.Module, backbone: Backbone, batch: dict[str, Tensor]) -> bool:
-    """Whether norm and lm_head are all there is after the layers, judged by the logits of the first row's last token."""
+    """Whether norm and lm_head are all there is after the layers, judged by the logits of the first
+    row's last token.
+    """
     row = {name: batch[name][:1] for name in ("input_ids", "attention_mask")}
     with backbone.capture() as records:
         logits = model(**row, use_cache=False).logits
@@ -88,7 +94,9 @@ def _scores_in_chunks(backbone: Backbone, batch: dict[str, Tensor]) -> tuple[Ten
 
 
 def _scores_of_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same by the model's own logits, one row of the batch at a time: for models that do more at their output."""
+    """The same by the model's own logits, one row of the batch at a time: for models that do more
+    at their output.
+    """
     found = []
     for index in range(len(batch["labels"])):
         row = {name: values[index : index + 1] for name, values in batch.items()}

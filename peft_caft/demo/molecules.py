@@ -1,8 +1,9 @@
-"""Chemical name -> SMILES: a real task where concepts are long (one ring or group is many tokens), and its metrics.
+"""Chemical name -> SMILES: a real task where concepts are long (one ring or group is many tokens),
+and its metrics.
 
-The pairs come from the wwPDB chemical component dictionary inside the PyPI package biotite: each component has a
-name, atoms, bonds and coordinates, from which RDKit writes the SMILES. Only components first dated before 2024 are
-used; the later ones stay unseen.
+The pairs come from the wwPDB chemical component dictionary inside the PyPI package biotite: each
+component has a name, atoms, bonds and coordinates, from which RDKit writes the SMILES. Only
+components first dated before 2024 are used; the later ones stay unseen.
 """
 
 import hashlib
@@ -28,10 +29,12 @@ CACHE_VERSION = 1  # raise when the rules below change, so that no older cache i
 SPLITS = ("train", "dev", "test")
 SYSTEM_PROMPT = "Write the SMILES of the named molecule."
 
-# Metals are left out: the dictionary draws coordination as covalent bonds, which no SMILES reader agrees on.
+# Metals are left out: the dictionary draws coordination as covalent bonds, which no SMILES reader
+# agrees on.
 ELEMENTS = {"B": 5, "C": 6, "N": 7, "O": 8, "F": 9, "SI": 14, "P": 15, "S": 16, "CL": 17, "SE": 34, "BR": 35, "I": 53}
 HYDROGENS = {"H", "D"}
-# What stays in capitals in a name that is otherwise lower case: (2R,3aS) and (E), locants as in N-, S- or L-, and 2H.
+# What stays in capitals in a name that is otherwise lower case: (2R,3aS) and (E), locants as in N-,
+# S- or L-, and 2H.
 CAPITALS = re.compile(
     r"(?<=\()\d*'*[a-d]?[rsez](?:,\d*'*[a-d]?[rsez])*(?=\))|(?<![a-z])[nosdlr](?=\d*[-,'])|(?<=\d)h(?![a-z])"
 )
@@ -59,7 +62,8 @@ class Score:
 
 
 def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
-    """Return every usable (name, SMILES) pair, sorted by year and component; names and SMILES are unique.
+    """Return every usable (name, SMILES) pair, sorted by year and component; names and SMILES are
+    unique.
 
     The first call reads the dictionary (about half a minute) and caches the pairs as JSONL.
 
@@ -88,10 +92,11 @@ def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
 
 
 def split_of(molecule: Molecule) -> str:
-    """Return the split that a molecule belongs to for ever: ``"train"`` (90 %), ``"dev"`` or ``"test"`` (5 % each).
+    """Return the split that a molecule belongs to for ever: ``"train"`` (90 %), ``"dev"`` or
+    ``"test"`` (5 % each).
 
-    A hash of the SMILES *without* stereochemistry decides, so stereoisomers, which differ by a few characters in
-    name and SMILES, never end on both sides.
+    A hash of the SMILES *without* stereochemistry decides, so stereoisomers, which differ by a few
+    characters in name and SMILES, never end on both sides.
     """
     flat = Chem.MolToSmiles(Chem.MolFromSmiles(molecule.smiles), isomericSmiles=False)
     percentile = int.from_bytes(hashlib.sha256(flat.encode()).digest()[:8], "big") % 100
@@ -99,11 +104,12 @@ def split_of(molecule: Molecule) -> str:
 
 
 def chat(molecule: Molecule) -> dict[str, list[dict[str, str]]]:
-    """Return ``{"messages": [system, user, assistant]}``: the user gives the name, the assistant only the SMILES.
+    """Return ``{"messages": [system, user, assistant]}``: the user gives the name, the assistant
+    only the SMILES.
 
-    A chat, not a plain prompt: the auxiliary heads of an instruct model were trained on its own chat answers, and the
-    template supplies the end-of-turn token. The short system message replaces the default one of SmolLM2's template,
-    which is longer and says nothing about the task.
+    A chat, not a plain prompt: the auxiliary heads of an instruct model were trained on its own
+    chat answers, and the template supplies the end-of-turn token. The short system message replaces
+    the default one of SmolLM2's template, which is longer and says nothing about the task.
     """
     return {
         "messages": [
@@ -122,10 +128,11 @@ def completion(molecule: Molecule) -> dict[str, str]:
 def write_dataset(
     folder: Path, cache_dir: Path | None = None, row: Callable[[Molecule], dict[str, Any]] = chat
 ) -> dict[str, int]:
-    """Write ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` into ``folder``; return the rows of each.
+    """Write ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` into ``folder``; return the rows of
+    each.
 
-    Rows, made by ``row`` (`chat` or `completion`), are in a fixed random order (that of a hash of the component), so the
-    first N are a fair sample.
+    Rows, made by ``row`` (`chat` or `completion`), are in a fixed random order (that of a hash of
+    the component), so the first N are a fair sample.
     """
     rows: dict[str, list[str]] = {split: [] for split in SPLITS}
     for molecule in sorted(
@@ -138,7 +145,9 @@ def write_dataset(
 
 
 def canonical_smiles(smiles: str) -> str | None:
-    """Return RDKit's canonical form of a SMILES (surrounding white space is ignored), or None if it is invalid."""
+    """Return RDKit's canonical form of a SMILES (surrounding white space is ignored), or None if it
+    is invalid.
+    """
     smiles = smiles.strip()
     # RDKit reads "CCO is ethanol" as CCO with a title, and "" as a molecule without atoms.
     if not smiles or any(character.isspace() for character in smiles):
@@ -190,9 +199,10 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> Score:
 def clean_name(name: str, component: str) -> str | None:
     """Return a component's name in one common style, or None if it is useless.
 
-    Markup becomes plain text: ``~{N}`` and ``N~2~`` lose their tildes, ``$l^{4}`` becomes ``lambda4``. The old names,
-    all in capitals, become lower case. Useless is what is too long, the component's own id, a code without any word,
-    or broken over two lines, which hides whether a space stood there.
+    Markup becomes plain text: ``~{N}`` and ``N~2~`` lose their tildes, ``$l^{4}`` becomes
+    ``lambda4``. The old names, all in capitals, become lower case. Useless is what is too long, the
+    component's own id, a code without any word, or broken over two lines, which hides whether a
+    space stood there.
     """
     name = name.strip().strip("\"'").replace('"', "''")
     name = re.sub(r"\$l\^\{(\d)\}", r"lambda\1", re.sub(r"~\{(\w+)\}", r"\1", name)).replace("~", "")
@@ -266,14 +276,16 @@ def _smiles(
     bonds: Iterable[tuple[str, str, str]],
     coordinates: np.ndarray,
 ) -> str | None:
-    """Return the canonical SMILES of a component, or None if it is too long, or not a complete organic molecule.
+    """Return the canonical SMILES of a component, or None if it is too long, or not a complete
+    organic molecule.
 
     Args:
         names: unique name of each atom, hydrogens included.
         elements: symbol of each atom, in capitals.
         charges: formal charge of each atom.
         bonds: (atom name, atom name, bond order) of each bond.
-        coordinates: float array of shape ``(atoms, 3)`` in angstrom, NaN where unknown; they hold the stereochemistry.
+        coordinates: float array of shape ``(atoms, 3)`` in angstrom, NaN where unknown; they hold
+            the stereochemistry.
     """
     heavy = [row for row, element in enumerate(elements) if element not in HYDROGENS]
     if not heavy or len(heavy) > MAX_SMILES_LENGTH or not all(elements[row] in ELEMENTS for row in heavy):
@@ -291,7 +303,8 @@ def _smiles(
     with rdBase.BlockLogs():
         if Chem.SanitizeMol(molecule, catchErrors=True) != Chem.SanitizeFlags.SANITIZE_NONE:
             return None
-    # RDKit fills free valences with hydrogens: another number of them means missing atoms or radicals.
+    # RDKit fills free valences with hydrogens: another number of them means missing atoms or
+    # radicals.
     if sum(atom.GetTotalNumHs() for atom in molecule.GetAtoms()) != len(elements) - len(heavy):
         return None
     conformer = Chem.Conformer(len(heavy))

@@ -1,7 +1,9 @@
-"""``peft-caft demo``: the whole way of CAFT, from a base model to a served one, on real data and a CPU.
+"""``peft-caft demo``: the whole way of CAFT, from a base model to a served one, on real data and a
+CPU.
 
-Every training step is one of the package's own commands in a process of its own, printed as a user would type it, so
-that its time and peak memory are its own and an interrupted demo resumes where it was.
+Every training step is one of the package's own commands in a process of its own, printed as a user
+would type it, so that its time and peak memory are its own and an interrupted demo resumes where it
+was.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def demo(output_dir: Path, smoke: bool = False, seed: int = 0, overwrite: bool =
         overwrite: start anew.
 
     Raises:
-        ModuleNotFoundError: if a package of the ``demo`` extra is missing; the message says how to install it.
+        ModuleNotFoundError: if a package of the ``demo`` extra is missing; the message says how to
+            install it.
         FileExistsError: if the folder holds another demo.
         ChildProcessError: if a step failed.
     """
@@ -217,7 +220,9 @@ def _execute(arguments: list[str]) -> None:
 
 
 def _generate(model_folder: Path, data: Path, count: int, answers: Path) -> dict[str, Any]:
-    """Greedy answers of a merged model to held-out prompts, with plain transformers, and their scores."""
+    """Greedy answers of a merged model to held-out prompts, with plain transformers, and their
+    scores.
+    """
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer

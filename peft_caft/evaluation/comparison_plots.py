@@ -1,4 +1,6 @@
-"""The plot of a comparison: each seed's result, and the differences to the first arm with their intervals."""
+"""The plot of a comparison: each seed's result, and the differences to the first arm with their
+intervals.
+"""
 
 import os
 from typing import Any
@@ -13,7 +15,8 @@ LONGEST_IN_TITLE = 16  # characters
 
 
 def plot_comparison(path: str | os.PathLike, found: dict[str, Any]) -> None:
-    """Draw two panels a metric: a point for each seed and a bar for their mean; differences with 95 % intervals.
+    """Draw two panels a metric: a point for each seed and a bar for their mean; differences with 95
+    % intervals.
 
     Args:
         path: the PNG file to write.

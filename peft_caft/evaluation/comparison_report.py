@@ -1,4 +1,6 @@
-"""What a comparison found, as numbers and as Markdown: means by arm, and paired differences to the first one with their intervals."""
+"""What a comparison found, as numbers and as Markdown: means by arm, and paired differences to the
+first one with their intervals.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ Results = dict[str, list[list[dict[str, Any]]]]  # by arm and seed: the lines of
 
 
 def summarise(metrics: Sequence[Metric], results: Results) -> dict[str, Any]:
-    """By metric and arm, the first arm first: means, each seed's mean, and the difference to the first arm.
+    """By metric and arm, the first arm first: means, each seed's mean, and the difference to the
+    first arm.
 
     Args:
         metrics: those that no row defines are left out.

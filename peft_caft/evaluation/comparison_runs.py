@@ -1,4 +1,6 @@
-"""One run of a comparison: fine-tune an arm from one seed, answer one split; taken up where it was, and done once."""
+"""One run of a comparison: fine-tune an arm from one seed, answer one split; taken up where it was,
+and done once.
+"""
 
 from __future__ import annotations
 
@@ -72,14 +74,18 @@ class Workplace:
         return (self.output / run.path / split / "evaluation.json").exists()
 
     def heads_of(self, arm: Arm) -> str | None:
-        """Heads to train with; for an arm with ``adapt_heads`` those that `adapt` makes: in the folder of the first arm with the same."""
+        """Heads to train with; for an arm with ``adapt_heads`` those that `adapt` makes: in the
+        folder of the first arm with the same.
+        """
         if arm.adapt_heads is None:
             return arm.settings.get("heads")
         first = next(other for other in self.plan.arms if _adapted_alike(arm, other))
         return str(self.output / "heads" / first.name)
 
     def adapt(self, arm: Arm) -> None:
-        """Train heads on the task's own data, once, from the seed of tuning: all seeds start from these, and all arms with the same."""
+        """Train heads on the task's own data, once, from the seed of tuning: all seeds start from
+        these, and all arms with the same.
+        """
         output, plan = self.heads_of(arm), self.plan
         if arm.adapt_heads is None or output is None or RunFolder(Path(output)).summary_path.exists():
             return
@@ -153,7 +159,8 @@ class Workplace:
         free_memory()
 
     def dev_loss(self, run: Run) -> float:
-        """Cross entropy of the reference answers of dev, nats/token; trains and evaluates what is missing.
+        """Cross entropy of the reference answers of dev, nats/token; trains and evaluates what is
+        missing.
 
         The model does not answer: that costs the most time, and nothing is chosen by it.
         """
@@ -177,7 +184,8 @@ def _adapted_alike(arm: Arm, other: Arm) -> bool:
 
 
 def require_paired(folders: list[Path]) -> None:
-    """Check, by what they recorded, that runs of one seed had the same data, their order and initial adapter.
+    """Check, by what they recorded, that runs of one seed had the same data, their order and
+    initial adapter.
 
     Raises:
         ValueError: naming the field and the runs.
@@ -203,7 +211,9 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def free_memory() -> None:
-    """Of the run that has ended: models hold references in circles, and the next one needs the room."""
+    """Of the run that has ended: models hold references in circles, and the next one needs the
+    room.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

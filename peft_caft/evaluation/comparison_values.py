@@ -1,4 +1,6 @@
-"""Values of a comparison's plan, checked one by one: every error names the field, what it is and what was expected."""
+"""Values of a comparison's plan, checked one by one: every error names the field, what it is and
+what was expected.
+"""
 
 from __future__ import annotations
 

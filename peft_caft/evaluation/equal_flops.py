@@ -1,4 +1,6 @@
-"""How many steps of LoRA cost what one step of CAFT costs, counted from the model, the heads and the training rows."""
+"""How many steps of LoRA cost what one step of CAFT costs, counted from the model, the heads and
+the training rows.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ from .comparison_plan import Arm, ComparisonPlan
 def equal_flops(plan: ComparisonPlan, arm: Arm, train: Path) -> float:
     """CAFT's operations a token over LoRA's; both compute logits of supervised tokens alone.
 
-    LoRA as transformers runs it computes all logits. What it would save is counted for it all the same: skipping them is no merit of
-    the method, and so LoRA gets more steps rather than fewer. Heads that are trained along cost more than is counted here.
+    LoRA as transformers runs it computes all logits. What it would save is counted for it all the
+    same: skipping them is no merit of the method, and so LoRA gets more steps rather than fewer.
+    Heads that are trained along cost more than is counted here.
 
     Args:
         arm: of method ``"caft"``.

@@ -1,8 +1,9 @@
-"""``peft-caft evaluate``: what a model answers to the rows of a task, and how good that is, row by row.
+"""``peft-caft evaluate``: what a model answers to the rows of a task, and how good that is, row by
+row.
 
-The folder gets ``rows.jsonl`` (one line per row, in the order of the data: answer, scores, the cross entropy of each token of the
-reference), ``evaluation.json`` (means with confidence intervals, settings, provenance) and ``evaluation.md``. An interrupted run is taken
-up where it was.
+The folder gets ``rows.jsonl`` (one line per row, in the order of the data: answer, scores, the
+cross entropy of each token of the reference), ``evaluation.json`` (means with confidence intervals,
+settings, provenance) and ``evaluation.md``. An interrupted run is taken up where it was.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ class EvaluationParts(Parts):
 def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str, Any]:
     """Let a model answer the rows of a task and score it; an interrupted run goes on.
 
-    The result does not depend on interruptions; it does a little on ``batch_size``, since padding changes the rounding.
+    The result does not depend on interruptions; it does a little on ``batch_size``, since padding
+    changes the rounding.
 
     Returns:
         the contents of ``evaluation.json``.
 
     Raises:
-        FileExistsError, FileNotFoundError, ModuleNotFoundError, TypeError, ValueError, OSError: as the message says.
+        FileExistsError, FileNotFoundError, ModuleNotFoundError, TypeError, ValueError, OSError: as
+            the message says.
     """
     for name in ("batch_size", "max_rows", "max_new_tokens"):
         value = getattr(settings, name)
@@ -128,7 +131,9 @@ def base_model_of(model: str | None, adapter: str | None) -> str:
 
 
 def load_model(base: str, adapter: str | None, dtype: str) -> nn.Module:
-    """A base model, with its adapter as plain PEFT loads it, ready to evaluate on the GPU if there is one."""
+    """A base model, with its adapter as plain PEFT loads it, ready to evaluate on the GPU if there
+    is one.
+    """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
@@ -156,13 +161,16 @@ def _require_room(encoded: list[PromptAndAnswer], model: nn.Module, max_new_toke
 
 
 def _answer(evaluator: Evaluator, rows: list[Row], encoded: list[PromptAndAnswer], parts: Parts, seed: int) -> None:
-    """Answer and score in batches of about equal length, the longest first, so that too little memory shows at once."""
+    """Answer and score in batches of about equal length, the longest first, so that too little
+    memory shows at once.
+    """
     order = sorted(range(len(rows)), key=lambda index: (-len(encoded[index].ids), index))
     size = evaluator.backend.batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     finished = {batch["batch"] for batch in parts.finished()}
     done = sum(len(batches[number]) for number in finished)
-    # Every other one, then the rest: batches of all lengths early, so that the estimated time is honest.
+    # Every other one, then the rest: batches of all lengths early, so that the estimated time is
+    # honest.
     turns = [*range(0, len(batches), 2), *range(1, len(batches), 2)]
     tokens, started = 0, time.perf_counter()
     with (

@@ -21,7 +21,8 @@ class Evaluator:
     """Answers and scores batches of rows.
 
     Attributes:
-        generates: whether the model answers; without, there is the cross entropy of the references alone.
+        generates: whether the model answers; without, there is the cross entropy of the references
+            alone.
     """
 
     task: Task
@@ -38,8 +39,9 @@ class Evaluator:
             seed: of the sampling.
 
         Returns:
-            ``reference`` and ``answer``, None if there is none; ``generated_tokens``; ``scores`` by metric, None where undefined;
-            ``groups`` that the row belongs to; ``answer_losses``, the cross entropy of each token of the reference, nats.
+            ``reference`` and ``answer``, None if there is none; ``generated_tokens``; ``scores`` by
+            metric, None where undefined; ``groups`` that the row belongs to; ``answer_losses``, the
+            cross entropy of each token of the reference, nats.
         """
         losses = answer_losses(self.backend.model, encoded, self.backend.pad_token_id)
         if self.generates:

@@ -1,4 +1,6 @@
-"""Rows as prompt and answer tokens, and what the model gives for each token of a reference answer, all earlier ones given."""
+"""Rows as prompt and answer tokens, and what the model gives for each token of a reference answer,
+all earlier ones given.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class PromptAndAnswer:
 def encode_answers(
     rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
 ) -> list[PromptAndAnswer]:
-    """Tokenize rows as training does; of what a chat template puts after the end of an answer, nothing is kept.
+    """Tokenize rows as training does; of what a chat template puts after the end of an answer,
+    nothing is kept.
 
     Raises:
         ValueError: naming the row, if it has no answer, or the tokenizer cannot read it.

@@ -1,4 +1,6 @@
-"""Per-row results of an evaluation as means with intervals, for all rows and for groups of them, and as Markdown."""
+"""Per-row results of an evaluation as means with intervals, for all rows and for groups of them,
+and as Markdown.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A system call filter of Linux for the process that installs it, until it ends: no processes, signals, sockets or changed files.
+"""A system call filter of Linux for the process that installs it, until it ends: no processes,
+signals, sockets or changed files.
 
-Read and run by `sandbox` in a process that has nothing but Python's standard library; so this file imports nothing else.
+Read and run by `sandbox` in a process that has nothing but Python's standard library; so this file
+imports nothing else.
 """
 
 import ctypes
@@ -9,7 +11,8 @@ import platform
 import struct
 import sys
 
-# System calls by number: linux/arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (arm64 has no old ones).
+# System calls by number: linux/arch/x86/entry/syscalls/syscall_64.tbl and
+# include/uapi/asm-generic/unistd.h (arm64 has no old ones).
 _X86_64 = {
     "open": 2, "rename": 82, "rmdir": 84, "mkdir": 83, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "chmod": 90, "chown": 92,
     "lchown": 94, "mknod": 133, "fork": 57, "vfork": 58, "clone": 56, "execve": 59, "kill": 62, "truncate": 76, "ftruncate": 77,
@@ -83,6 +86,8 @@ def _program(machine: str) -> list[tuple[int, int, int, int]]:
 
 
 def _where(number: int, argument: int, then: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """``then`` on the low half of an argument of one system call; afterwards its number is loaded again."""
+    """``then`` on the low half of an argument of one system call; afterwards its number is loaded
+    again.
+    """
     inside = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *then, (_LOAD, 0, 0, _NUMBER)]
     return [(_EQUAL, 0, len(inside), number), *inside]

@@ -1,4 +1,6 @@
-"""What ``peft-caft evaluate`` is asked for. Imports no torch, so that the command line shows it at once."""
+"""What ``peft-caft evaluate`` is asked for. Imports no torch, so that the command line shows it at
+once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A task: rows to train and test on, and what is measured of an answer. A user adds one by writing one file.
+"""A task: rows to train and test on, and what is measured of an answer. A user adds one by writing
+one file.
 
     class Arithmetic(Task):
         name = "arithmetic"
@@ -10,7 +11,8 @@
     if __name__ == "__main__":
         build_main(TASK)  # of peft_caft.evaluation.task_building
 
-The file builds its data (``python task.py --output FOLDER``) and is given to ``peft-caft evaluate --task task.py``. See examples/maths.
+The file builds its data (``python task.py --output FOLDER``) and is given to ``peft-caft evaluate
+--task task.py``. See examples/maths.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ class Splits:
     """What a task builds.
 
     Attributes:
-        rows: of each split, in an order in which the first rows stand for all; of a form that `peft_caft.training.data` reads, with
-            whatever fields the metrics need besides.
+        rows: of each split, in an order in which the first rows stand for all; of a form that
+            `peft_caft.training.data` reads, with whatever fields the metrics need besides.
         sources: where the rows come from, with versions.
         notes: anything else for the record.
     """
@@ -94,7 +96,9 @@ class Task(ABC):
         """
 
     def keys(self, row: Row) -> dict[str, str]:
-        """What no two splits may share, such as ``{"scaffold": "c1ccccc1"}``; a build that does is refused."""
+        """What no two splits may share, such as ``{"scaffold": "c1ccccc1"}``; a build that does is
+        refused.
+        """
         return {"prompt": prompt_of(row)}
 
     @abstractmethod
@@ -118,12 +122,15 @@ def answer_of(row: Row) -> str:
 
 
 def prompt_of(row: Row) -> str:
-    """What is asked, without what is the same in all rows of a chat: its last message before the answer."""
+    """What is asked, without what is the same in all rows of a chat: its last message before the
+    answer.
+    """
     return row["messages"][-2]["content"] if "messages" in row else row["prompt"]
 
 
 def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase, shortest: int = 3) -> str:
-    """Which share of a text's words the tokenizer cuts, for `Task.groups`: concepts in fragments are what CAFT is about.
+    """Which share of a text's words the tokenizer cuts, for `Task.groups`: concepts in fragments
+    are what CAFT is about.
 
     Args:
         shortest: letters of a word; shorter ones do not count.
@@ -140,7 +147,8 @@ def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase, shortest: 
 
 
 def load_task(path: str | Path) -> Task:
-    """The ``TASK`` of a Python file, which may import its neighbours; those of tasks loaded together need names of their own.
+    """The ``TASK`` of a Python file, which may import its neighbours; those of tasks loaded
+    together need names of their own.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -1,4 +1,6 @@
-"""Building the data of a task: one file per split, and ``data.json``, which says what they are and that nothing leaks."""
+"""Building the data of a task: one file per split, and ``data.json``, which says what they are and
+that nothing leaks.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ RECORD_NAME = "data.json"
 def build_task(
     task: Task, folder: str | Path, sizes: dict[str, int] | None = None, cache: Path | None = None
 ) -> dict[str, Any]:
-    """Write ``SPLIT.jsonl`` for each split, and last ``data.json``: without it a folder is not whole.
+    """Write ``SPLIT.jsonl`` for each split, and last ``data.json``: without it a folder is not
+    whole.
 
     Args:
         folder: to write; files of an earlier build are replaced.
@@ -28,7 +31,8 @@ def build_task(
         cache: folder for what takes long to make; None takes the one of the demo model.
 
     Returns:
-        the contents of ``data.json``: sizes and SHA-256 of the files, sources with versions, and what was found disjoint.
+        the contents of ``data.json``: sizes and SHA-256 of the files, sources with versions, and
+        what was found disjoint.
 
     Raises:
         ValueError: if a split has too few rows, or two share what they must not.

@@ -1,4 +1,5 @@
-"""Auxiliary heads and what they stand on: the base model's last layer, norm and unembedding; their files, card and repository.
+"""Auxiliary heads and what they stand on: the base model's last layer, norm and unembedding; their
+files, card and repository.
 
 Rule: imports basics.
 """

@@ -1,8 +1,10 @@
 """Auxiliary heads on disk and on the Hub: ``config.json``, ``model.safetensors`` and a model card.
 
-``config.json`` holds the hash of the weights it belongs to. A save writes the new configuration first under a pending
-name, then replaces the weights, then the configuration: whenever it is cut off, one configuration on disk matches the
-weights on disk, and a reader takes that one. The old card goes before the old weights, so that none describes others.
+``config.json`` holds the hash of the weights it belongs to. A save writes the new configuration
+first under a pending
+name, then replaces the weights, then the configuration: whenever it is cut off, one configuration
+on disk matches the weights on disk, and a reader takes that one. The old card goes before the old
+weights, so that none describes others.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weight
 
 
 def _finish_interrupted_save(folder: Path) -> None:
-    """Give weights whose save was cut off the configuration that belongs to them, before the next save replaces it."""
+    """Give weights whose save was cut off the configuration that belongs to them, before the next
+    save replaces it.
+    """
     pending, weights = folder / PENDING_CONFIG_NAME, folder / WEIGHTS_NAME
     if not pending.is_file() or not weights.is_file():
         return

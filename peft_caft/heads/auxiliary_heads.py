@@ -1,7 +1,7 @@
 """`AuxiliaryHeads`: the heads that predict tokens t+2 ... t+n from a hidden state at t.
 
-A head holds only its own parameters. The final norm and the unembedding are the base model's, frozen and shared, and
-come from a `Backbone` at run time.
+A head holds only its own parameters. The final norm and the unembedding are the base model's,
+frozen and shared, and come from a `Backbone` at run time.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from .sharding import gathered, whole
 
 
 class ResidualBlock(nn.Module):
-    """``x + SiLU(W x)`` with W ``(hidden, hidden)`` zero at first, so that it starts as the identity.
+    """``x + SiLU(W x)`` with W ``(hidden, hidden)`` zero at first, so that it starts as the
+    identity.
 
     The block of Medusa (arXiv 2401.10774), without its bias unless imported heads need one.
     """
 
     def __init__(self, hidden_size: int, device: torch.device, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
-        # Made on the meta device and filled directly: nn.Linear's initialisation would draw from the global generator,
-        # and PEFT's low_cpu_mem_usage turns every registered parameter into a meta tensor.
+        # Made on the meta device and filled directly: nn.Linear's initialisation would draw from
+        # the global generator, and PEFT's low_cpu_mem_usage turns every registered parameter into a
+        # meta tensor.
         self.linear = nn.Linear(hidden_size, hidden_size, bias=bias, device="meta")
         for name, parameter in list(self.linear.named_parameters()):
             zeros = torch.zeros(parameter.shape, device=device, dtype=dtype)
@@ -50,10 +52,12 @@ class ResidualHead(nn.Sequential):
 
 
 class DecoderLayerHead(nn.Sequential):
-    """A stack of layers of the base model's own kind, called with the mask and positions of its last layer.
+    """A stack of layers of the base model's own kind, called with the mask and positions of its
+    last layer.
 
-    Keys and values are needed of all positions, but queries and all that follows only of ``rows``. So the last layer runs
-    for these alone where that is possible (see `LayerAtRows`), and for all positions elsewhere.
+    Keys and values are needed of all positions, but queries and all that follows only of ``rows``.
+    So the last layer runs for these alone where that is possible (see `LayerAtRows`), and for all
+    positions elsewhere.
     """
 
     def __init__(self, *layers: nn.Module) -> None:
@@ -70,11 +74,12 @@ class DecoderLayerHead(nn.Sequential):
 
 
 class AuxiliaryHeads(PretrainedHeads):
-    """n - 1 auxiliary heads of one base model; ``heads[0]`` predicts 2 tokens ahead, ``heads[-1]`` n.
+    """n - 1 auxiliary heads of one base model; ``heads[0]`` predicts 2 tokens ahead, ``heads[-1]``
+    n.
 
-    From the input x of the last decoder layer, head k computes ``lm_head(final_norm(head_k(x)))``; from the last hidden
-    state, which is already normed, ``lm_head(head_k(x))``. Norm and unembedding are the base model's and are neither
-    held nor saved here.
+    From the input x of the last decoder layer, head k computes ``lm_head(final_norm(head_k(x)))``;
+    from the last hidden state, which is already normed, ``lm_head(head_k(x))``. Norm and
+    unembedding are the base model's and are neither held nor saved here.
 
     Make them with `from_base_model`, load them with `from_pretrained`.
     """
@@ -94,13 +99,16 @@ class AuxiliaryHeads(PretrainedHeads):
         head_num_layers: int = 1,
         residual_bias: bool = False,
     ) -> AuxiliaryHeads:
-        """Fresh heads for ``model``, on its device and in its dtype. They predict nothing useful until trained.
+        """Fresh heads for ``model``, on its device and in its dtype. They predict nothing useful
+        until trained.
 
         Args:
-            model: a transformers causal language model, with or without PEFT adapters (which are left out).
+            model: a transformers causal language model, with or without PEFT adapters (which are
+                left out).
             num_heads: n - 1.
-            head_type: ``"residual"`` (starts as the identity) or ``"decoder_layer"`` (copies of the last layer, so
-                that with ``head_input="last_layer_input"`` every head starts with the model's own next-token logits).
+            head_type: ``"residual"`` (starts as the identity) or ``"decoder_layer"`` (copies of the
+                last layer, so that with ``head_input="last_layer_input"`` every head starts with
+                the model's own next-token logits).
             head_input: ``"last_layer_input"`` or ``"last_hidden_state"``.
             head_num_layers: blocks or layers per head.
             residual_bias: give residual blocks a bias, as other packages' have.
@@ -132,10 +140,12 @@ class AuxiliaryHeads(PretrainedHeads):
 
     @classmethod
     def from_config(cls, config: HeadsConfig, backbone: Backbone) -> AuxiliaryHeads:
-        """Heads of the described shape; a ``decoder_layer`` head starts as a copy of the last layer.
+        """Heads of the described shape; a ``decoder_layer`` head starts as a copy of the last
+        layer.
 
-        Copied rather than constructed: a constructed layer draws from the global generator, leaves the experts of a
-        mixture empty, and might be of another attention kind than the mask that the last layer is called with.
+        Copied rather than constructed: a constructed layer draws from the global generator, leaves
+        the experts of a mixture empty, and might be of another attention kind than the mask that
+        the last layer is called with.
         """
         weight = backbone.lm_head.weight
 
@@ -150,7 +160,9 @@ class AuxiliaryHeads(PretrainedHeads):
         return cls(config, [head_class(*stack) for stack in stacks])
 
     def train(self, mode: bool = True) -> AuxiliaryHeads:
-        """Frozen heads stay in evaluation mode: their dropout would add noise and draw from the global generator."""
+        """Frozen heads stay in evaluation mode: their dropout would add noise and draw from the
+        global generator.
+        """
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def require_fits(self, backbone: Backbone, source: str = "given") -> None:
@@ -179,16 +191,19 @@ class AuxiliaryHeads(PretrainedHeads):
         Args:
             index: 0 for the head that predicts 2 tokens ahead.
             captured: record of the base model's forward pass over ``(batch, tokens)``.
-            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens`` positions.
+            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens``
+                positions.
             backbone: whose final norm to use.
-            skip_queries: let decoder-layer heads compute the selected positions alone where they can.
+            skip_queries: let decoder-layer heads compute the selected positions alone where they
+                can.
 
         Returns:
             ``(selected, hidden)`` in the dtype of the hidden states.
         """
         hidden = getattr(captured, self.config.head_input)
         head = self.heads[index]
-        # Heads kept in fp32 for training run in the base model's half precision, as under mixed precision.
+        # Heads kept in fp32 for training run in the base model's half precision, as under mixed
+        # precision.
         mixed = hidden.dtype in (torch.bfloat16, torch.float16) and next(head.parameters()).dtype == torch.float32
         with torch.autocast(hidden.device.type, dtype=hidden.dtype) if mixed else nullcontext():
             states = head.states(hidden, rows, captured, skip_queries)
@@ -230,7 +245,9 @@ class AuxiliaryHeads(PretrainedHeads):
         return [unembedding.logits(s.to(unembedding.weight.dtype)).view(shape) for s in states]
 
     def plain_state_dict(self) -> dict[str, Tensor]:
-        """The heads' parameters, with LoRA inside the heads (``train_heads="lora"``) merged into them."""
+        """The heads' parameters, with LoRA inside the heads (``train_heads="lora"``) merged into
+        them.
+        """
         if not any(isinstance(module, BaseTunerLayer) for module in self.modules()):
             return self.state_dict()
         merged = copy.deepcopy(self)

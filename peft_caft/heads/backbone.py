@@ -1,8 +1,9 @@
-"""The parts of a causal language model that auxiliary heads lean on: last layer, final norm and unembedding.
+"""The parts of a causal language model that auxiliary heads lean on: last layer, final norm and
+unembedding.
 
-They are found by structure, not by architecture name, and what they compute is checked once against the model's own
-logits (`Backbone.verify`), so that a model that does something else at its output is refused instead of trained
-wrongly.
+They are found by structure, not by architecture name, and what they compute is checked once against
+the model's own logits (`Backbone.verify`), so that a model that does something else at its output
+is refused instead of trained wrongly.
 """
 
 from __future__ import annotations
@@ -62,10 +63,12 @@ class Captured:
     """What one forward pass of the base model left for the heads.
 
     Attributes:
-        last_layer_input: hidden states entering the last decoder layer, ``(batch, tokens, hidden)``, with their graph.
+        last_layer_input: hidden states entering the last decoder layer, ``(batch, tokens,
+            hidden)``, with their graph.
         last_hidden_state: hidden states after the final norm, same shape.
         last_layer_output: hidden states between the two, same shape.
-        layer_args: further positional arguments of the last layer (GPT-2 passes its mask so), cache removed.
+        layer_args: further positional arguments of the last layer (GPT-2 passes its mask so), cache
+            removed.
         layer_kwargs: its keyword arguments (mask, position embeddings, ...), cache removed.
         unembedding: kept here by `Backbone.unembedding`, for as long as the pass.
     """
@@ -80,7 +83,9 @@ class Captured:
 
 @dataclass
 class Backbone:
-    """References to the parts of one base model; it owns nothing. Resolved once, before FSDP wraps the modules."""
+    """References to the parts of one base model; it owns nothing. Resolved once, before FSDP wraps
+    the modules.
+    """
 
     model: PreTrainedModel
     trunk: nn.Module  # the module that runs the layers and the final norm
@@ -99,7 +104,8 @@ class Backbone:
         """Find the parts in a base model, with or without adapters.
 
         Raises:
-            TypeError: if ``model`` is not a decoder-only transformers model with a language-modelling head.
+            TypeError: if ``model`` is not a decoder-only transformers model with a
+                language-modelling head.
             ValueError: if its weights are not all in this process's devices.
         """
         base = base_model_of(model)
@@ -136,7 +142,9 @@ class Backbone:
 
     @property
     def last_layer(self) -> nn.Module:
-        """Looked up anew, since ``modules_to_save`` or FSDP may wrap it later; the wrapper gets the same arguments."""
+        """Looked up anew, since ``modules_to_save`` or FSDP may wrap it later; the wrapper gets the
+        same arguments.
+        """
         return self.layers[-1]
 
     @property
@@ -148,10 +156,11 @@ class Backbone:
         return whole_shape(self.lm_head.weight)[0]
 
     def unembedding(self, captured: Captured | None = None) -> Unembedding:
-        """The lm_head, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits; a constant unless it is trained.
+        """The lm_head, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits; a
+        constant unless it is trained.
 
-        Under autocast in its dtype. Made once for a pass, whose record it is kept in: to cast the weight copies it, and
-        under ZeRO-3 so does gathering it from all processes.
+        Under autocast in its dtype. Made once for a pass, whose record it is kept in: to cast the
+        weight copies it, and under ZeRO-3 so does gathering it from all processes.
         """
         if captured is not None and captured.unembedding is not None:
             return captured.unembedding
@@ -174,7 +183,9 @@ class Backbone:
 
     @contextmanager
     def capture(self) -> Iterator[list[Captured]]:
-        """Record, for each forward pass inside the block, what the heads need; hooks are gone afterwards."""
+        """Record, for each forward pass inside the block, what the heads need; hooks are gone
+        afterwards.
+        """
         records: list[Captured] = []
         seen: dict[str, Any] = {}
 
@@ -214,11 +225,12 @@ class Backbone:
 
     @contextmanager
     def starting_at_last_layer(self, hidden: Tensor | None) -> Iterator[None]:
-        """Inside the block the trunk passes over all layers but the last, which reads ``hidden`` instead.
+        """Inside the block the trunk passes over all layers but the last, which reads ``hidden``
+        instead.
 
         Args:
-            hidden: ``(batch, tokens, hidden)``, ``Captured.last_layer_input`` of an earlier pass over the same tokens;
-                None changes nothing.
+            hidden: ``(batch, tokens, hidden)``, ``Captured.last_layer_input`` of an earlier pass
+                over the same tokens; None changes nothing.
         """
         if hidden is None:
             yield
@@ -284,7 +296,9 @@ class _PassedOver(nn.Module):
 
 
 def _require_weights_at_hand(model: PreTrainedModel) -> None:
-    """A ``device_map`` over several GPUs is fine; weights that come from elsewhere for each call are not."""
+    """A ``device_map`` over several GPUs is fine; weights that come from elsewhere for each call
+    are not.
+    """
     processes = getattr(model, "tp_size", None) or 1
     if processes > 1:
         raise ValueError(
@@ -318,7 +332,9 @@ def _with_graph_if_trained(parameter: Tensor) -> Tensor:
 
 
 def layer_output(output: Any) -> Tensor:
-    """Hidden states a decoder layer returned: a tensor since transformers 5, the first of a tuple before."""
+    """Hidden states a decoder layer returned: a tensor since transformers 5, the first of a tuple
+    before.
+    """
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -335,7 +351,9 @@ def _trunk_and_layers(model: nn.Module, count: int) -> tuple[nn.Module, nn.Modul
 
 
 def _final_norm(trunk: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
-    """The last norm among the trunk's children after its layers, or before them (OPT), where embedding norms stand too."""
+    """The last norm among the trunk's children after its layers, or before them (OPT), where
+    embedding norms stand too.
+    """
     children = [(name, beneath_adapters(child)) for name, child in trunk.named_children()]
     position = next(index for index, (_, child) in enumerate(children) if child is layers)
     for candidates in (children[position + 1 :], children[:position]):

@@ -19,10 +19,11 @@ UNTRAINED = "These heads are **not trained**: they carry no knowledge of the bas
 
 
 def write_card(folder: Path, config: HeadsConfig, repo_id: str | None = None) -> None:
-    """Write ``README.md`` into an artifact's folder, and ``heads.png`` if there are figures and matplotlib.
+    """Write ``README.md`` into an artifact's folder, and ``heads.png`` if there are figures and
+    matplotlib.
 
-    Without matplotlib a plot that lies there stays; without figures it goes. The Hub repository ``repo_id`` is the one that
-    the card tells to load them from.
+    Without matplotlib a plot that lies there stays; without figures it goes. The Hub repository
+    ``repo_id`` is the one that the card tells to load them from.
     """
     plot = folder / PLOT_NAME
     evaluations = evaluations_of(config)
@@ -36,12 +37,15 @@ def write_card(folder: Path, config: HeadsConfig, repo_id: str | None = None) ->
 
 
 def evaluations_of(config: HeadsConfig) -> list[dict[str, Any]]:
-    """The evaluations that the heads' training recorded before and after; heads made elsewhere have none."""
+    """The evaluations that the heads' training recorded before and after; heads made elsewhere have
+    none.
+    """
     return [e for e in config.training.get("evaluations") or [] if e.get("before") and e.get("after")]
 
 
 def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool = False) -> str:
-    """Markdown with Hub metadata: what the heads are, for which base model, how to use them, how good they are.
+    """Markdown with Hub metadata: what the heads are, for which base model, how to use them, how
+    good they are.
 
     Args:
         repo_id: repository that the card is for; None for a folder.

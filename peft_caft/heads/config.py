@@ -1,4 +1,6 @@
-"""`HeadsConfig`: what auxiliary heads are, which base model they belong to and how they came to be (config.json)."""
+"""`HeadsConfig`: what auxiliary heads are, which base model they belong to and how they came to be
+(config.json).
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,13 @@ class HeadsConfig:
         final_norm: whether the base model's final norm stands between head and unembedding.
         residual_bias: whether residual blocks are ``x + SiLU(W x + b)``, as those of caft-llm are.
         hidden_size, vocab_size: sizes of the base model's unembedding.
-        unembedding_fingerprint: a few numbers that tell this unembedding from others, see `fingerprint`.
-        base_model_name_or_path, base_model_revision, base_model_class: where the base model came from.
+        unembedding_fingerprint: a few numbers that tell this unembedding from others, see
+            `fingerprint`.
+        base_model_name_or_path, base_model_revision, base_model_class: where the base model came
+            from.
         license: identifier on the Hub, such as ``"apache-2.0"``; None if nobody said.
-        training: provenance of stage 1 (data, settings, versions, per-head metrics); empty for untrained heads.
+        training: provenance of stage 1 (data, settings, versions, per-head metrics); empty for
+            untrained heads.
         weights_sha256: hash of ``model.safetensors``, set when saving.
     """
 
@@ -78,7 +83,8 @@ class HeadsConfig:
         """Read a heads ``config.json``.
 
         Raises:
-            ValueError: if it is not JSON, not a heads configuration, or of an unknown format version or head type.
+            ValueError: if it is not JSON, not a heads configuration, or of an unknown format
+                version or head type.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +112,8 @@ class HeadsConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def require_base_model(self, unembedding: Tensor, source: str) -> None:
-        """Check that these heads were made for the model with this unembedding ``(vocabulary, hidden)``.
+        """Check that these heads were made for the model with this unembedding ``(vocabulary,
+        hidden)``.
 
         Raises:
             ValueError: naming the field, what the base model has and what the heads expect.
@@ -138,10 +145,12 @@ class HeadsConfig:
 
 
 def fingerprint(unembedding: Tensor) -> list[float] | None:
-    """Sixteen numbers, of the order of one, that tell one unembedding from another, whatever dtype it is loaded in.
+    """Sixteen numbers, of the order of one, that tell one unembedding from another, whatever dtype
+    it is loaded in.
 
-    Each is the cosine between an evenly spaced row and a fixed wave, so that the rounding of fp16 or bf16 moves it far
-    less than another model would; a hash of the bytes would not survive a change of dtype.
+    Each is the cosine between an evenly spaced row and a fixed wave, so that the rounding of fp16
+    or bf16 moves it far less than another model would; a hash of the bytes would not survive a
+    change of dtype.
 
     Args:
         unembedding: ``(vocabulary, hidden)``, any floating dtype.
@@ -158,5 +167,6 @@ def fingerprint(unembedding: Tensor) -> list[float] | None:
     rows = unembedding.detach()[picked].cpu().double()  # some devices have no double
     wave = torch.cos(torch.arange(hidden, dtype=torch.float64) ** 2)
     cosines = (rows @ wave) / (rows.norm(dim=1) * wave.norm()).clamp_min(1e-12)
-    # A row of ordinary size has a cosine of about 1 / sqrt(hidden) with the wave: scale it to the order of one.
+    # A row of ordinary size has a cosine of about 1 / sqrt(hidden) with the wave: scale it to the
+    # order of one.
     return [round(value, 4) for value in (cosines * hidden**0.5).clamp(-8, 8).tolist()]

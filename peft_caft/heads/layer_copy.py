@@ -1,4 +1,6 @@
-"""A plain copy of a decoder layer, to become a head: without adapters, hooks, checkpointing, or quantised weights."""
+"""A plain copy of a decoder layer, to become a head: without adapters, hooks, checkpointing, or
+quantised weights.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,18 @@ from .backbone import beneath_adapters
 
 
 def plain_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A deep copy of ``layer`` that shares the model's configuration and whose parameters can be trained.
+    """A deep copy of ``layer`` that shares the model's configuration and whose parameters can be
+    trained.
 
     Args:
         layer: a decoder layer, with or without adapters.
-        dtype: of linear maps that are quantised in ``layer`` (bitsandbytes, torchao) and plain in the copy.
+        dtype: of linear maps that are quantised in ``layer`` (bitsandbytes, torchao) and plain in
+            the copy.
 
     Raises:
         ValueError: if an adapter is merged into the layer, whose own weights are then not at hand.
-        TypeError: if weights are quantised in a way that cannot be undone here (GPTQ, AWQ, HQQ and others).
+        TypeError: if weights are quantised in a way that cannot be undone here (GPTQ, AWQ, HQQ and
+            others).
     """
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in layer.modules()):
         raise ValueError(
@@ -49,7 +54,8 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _simplify(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every wrapper below ``module`` by what it wraps, and quantised linear maps by plain ones.
+    """Replace every wrapper below ``module`` by what it wraps, and quantised linear maps by plain
+    ones.
 
     Wrappers may be nested (``target_parameters``).
     """

@@ -1,7 +1,9 @@
-"""A decoder layer of a head, run on the hidden states of a forward pass that the base model has made.
+"""A decoder layer of a head, run on the hidden states of a forward pass that the base model has
+made.
 
-`replay` runs it for all positions. `LayerAtRows` runs it for some: keys and values are computed of all positions, queries and
-everything after them of the selected ones. Both use the layer as it is, whatever its architecture.
+`replay` runs it for all positions. `LayerAtRows` runs it for some: keys and values are computed of
+all positions, queries and everything after them of the selected ones. Both use the layer as it is,
+whatever its architecture.
 """
 
 from __future__ import annotations
@@ -22,16 +24,21 @@ WORTHWHILE = 0.9  # above this share of the positions, running for all of them i
 
 
 def replay(layer: nn.Module, hidden: Tensor, captured: Captured) -> Tensor:
-    """Output of ``layer`` for ``hidden``, both ``(batch, tokens, hidden)``, with the base model's mask and positions."""
+    """Output of ``layer`` for ``hidden``, both ``(batch, tokens, hidden)``, with the base model's
+    mask and positions.
+    """
     return layer_output(layer(hidden, *captured.layer_args, **captured.layer_kwargs))
 
 
 class LayerAtRows:
-    """Runs decoder layers for selected positions; finds out at the first call whether that gives what `replay` gives.
+    """Runs decoder layers for selected positions; finds out at the first call whether that gives
+    what `replay` gives.
 
-    transformers' attention hands its keys and values to a cache, if it is given one, and goes on with what the cache returns.
-    So the layer is called twice: with all positions, up to where a cache takes the keys and values and stops it, and with the
-    selected positions, for which another one returns what the first has taken.
+    transformers' attention hands its keys and values to a cache, if it is given one, and goes on
+    with what the cache returns.
+    So the layer is called twice: with all positions, up to where a cache takes the keys and values
+    and stops it, and with the selected positions, for which another one returns what the first has
+    taken.
     """
 
     def __init__(self) -> None:
@@ -43,7 +50,8 @@ class LayerAtRows:
         Args:
             layer: the decoder layer.
             hidden: its input, ``(batch, tokens, hidden)``.
-            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens`` positions.
+            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens``
+                positions.
             captured: what the base model called its last layer with.
 
         Returns:
@@ -90,7 +98,8 @@ class LayerAtRows:
 
 
 class Selection:
-    """Some positions of a batch as a rectangle: per sequence as many as the sequence with most of them has.
+    """Some positions of a batch as a rectangle: per sequence as many as the sequence with most of
+    them has.
 
     Attributes:
         index: int64 ``(batch, most)``, positions within the sequence; filled up with 0.
@@ -106,7 +115,9 @@ class Selection:
         self.index = rows.new_zeros(batch * most).index_copy(0, self.slots, rows % tokens).view(batch, most)
 
     def of(self, values: Tensor, dim: int = 1) -> Tensor:
-        """The selected positions of ``values``, whose first dimension is the batch (or 1) and ``dim`` the tokens."""
+        """The selected positions of ``values``, whose first dimension is the batch (or 1) and
+        ``dim`` the tokens.
+        """
         shape = [1] * values.dim()
         shape[0], shape[dim] = self.index.shape
         target = list(values.shape)
@@ -151,7 +162,9 @@ def _at_selection(
 def _selected_arguments(
     layer: nn.Module, hidden: Tensor, captured: Captured, selection: Selection
 ) -> dict[str, Any] | None:
-    """What the layer is called with for the selected positions; None if something in it has an unknown meaning."""
+    """What the layer is called with for the selected positions; None if something in it has an
+    unknown meaning.
+    """
     if _cache_name(layer) is None:
         return None
     batch, tokens = hidden.shape[:2]

@@ -15,12 +15,14 @@ BEFORE_COLOUR, AFTER_COLOUR = "#A9B4BC", "#0072B2"
 def plot_head_accuracy(
     path: str | os.PathLike, before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]
 ) -> None:
-    """Draw top-1 accuracy, top-5 accuracy and cross entropy of each auxiliary head, before and after stage 1.
+    """Draw top-1 accuracy, top-5 accuracy and cross entropy of each auxiliary head, before and
+    after stage 1.
 
     Args:
         path: the PNG file to write.
-        before: one entry per head with ``"tokens_ahead"`` (k = 2 ... n), ``"top1"`` and ``"top5"`` (fractions) and
-            ``"cross_entropy"`` (nats/token), as stage 1 records them in the heads' config.
+        before: one entry per head with ``"tokens_ahead"`` (k = 2 ... n), ``"top1"`` and ``"top5"``
+            (fractions) and ``"cross_entropy"`` (nats/token), as stage 1 records them in the heads'
+            config.
         after: the same heads, in the same order.
 
     Raises:

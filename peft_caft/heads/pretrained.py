@@ -1,8 +1,9 @@
-"""The methods of `AuxiliaryHeads` that every pretrained thing has: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
+"""The methods of `AuxiliaryHeads` that every pretrained thing has: ``save_pretrained``,
+``from_pretrained``, ``push_to_hub``.
 
-They stand on ``HfApi`` and ``hf_hub_download`` and not on huggingface_hub's ``ModelHubMixin``: that loads configuration and
-weights without knowing their commit, uploads a folder in several commits where Xet is at work (huggingface_hub 2), and
-returns no commit.
+They stand on ``HfApi`` and ``hf_hub_download`` and not on huggingface_hub's ``ModelHubMixin``: that
+loads configuration and weights without knowing their commit, uploads a folder in several commits
+where Xet is at work (huggingface_hub 2), and returns no commit.
 """
 
 from __future__ import annotations
@@ -48,11 +49,14 @@ class PretrainedHeads(nn.Module, ABC):
         """Name -> parameter, of the shapes that `from_config` makes."""
 
     def recorded_as(self, source: str) -> str:
-        """What a record calls these heads, which were loaded from ``source``: a path means nothing on another machine."""
+        """What a record calls these heads, which were loaded from ``source``: a path means nothing
+        on another machine.
+        """
         return f"{self.repo_id}@{self.commit}" if self.repo_id else os.path.basename(os.path.normpath(source))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write ``config.json``, ``model.safetensors``, a model card and, if they were evaluated, a plot.
+        """Write ``config.json``, ``model.safetensors``, a model card and, if they were evaluated, a
+        plot.
 
         A save that is interrupted leaves the old heads or the new ones, whole.
 
@@ -75,8 +79,8 @@ class PretrainedHeads(nn.Module, ABC):
     ) -> Heads:
         """Load heads, on the base model's device and in its dtype, without drawing a random number.
 
-        Configuration and weights come from one commit, which the heads then hold as ``commit`` (and their repository as
-        ``repo_id``).
+        Configuration and weights come from one commit, which the heads then hold as ``commit`` (and
+        their repository as ``repo_id``).
 
         Args:
             pretrained_model_name_or_path: folder, or repository id on the Hub.
@@ -88,10 +92,13 @@ class PretrainedHeads(nn.Module, ABC):
             force_download: download again what the cache holds.
 
         Raises:
-            FileNotFoundError: if there are no heads, or not at this revision, or not for this token.
+            FileNotFoundError: if there are no heads, or not at this revision, or not for this
+                token.
             PermissionError: if the token is unknown or may not read them.
-            ConnectionError: if the Hub cannot be reached or fails, and the cache does not hold them.
-            ValueError: if they are damaged, of an unknown kind or version, or made for another base model.
+            ConnectionError: if the Hub cannot be reached or fails, and the cache does not hold
+                them.
+            ValueError: if they are damaged, of an unknown kind or version, or made for another base
+                model.
             TypeError: if ``base_model`` is not a decoder-only causal language model.
         """
         source = os.fspath(pretrained_model_name_or_path)
@@ -132,15 +139,18 @@ class PretrainedHeads(nn.Module, ABC):
             token: Hub token; True or None takes the stored one.
             revision: branch to commit to; it is made if there is none.
             create_pr: open a pull request instead of changing the branch.
-            license: Hub identifier such as ``"apache-2.0"``; None keeps the one in the heads' configuration.
+            license: Hub identifier such as ``"apache-2.0"``; None keeps the one in the heads'
+                configuration.
             force: publish even over other things than heads of the same base model.
 
         Returns:
             the commit; its ``oid`` is the revision to load exactly these heads with.
 
         Raises:
-            FileExistsError: if the repository holds something else, such as heads of another base model.
-            FileNotFoundError, PermissionError, ConnectionError: see `peft_caft.basics.hub_errors.explained`.
+            FileExistsError: if the repository holds something else, such as heads of another base
+                model.
+            FileNotFoundError, PermissionError, ConnectionError: see
+                `peft_caft.basics.hub_errors.explained`.
         """
         to = Destination(repo_id, commit_message, private, token, revision, create_pr)
         with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +171,9 @@ def load_weights(heads: nn.Module, folder: str | os.PathLike) -> None:
 
 @torch.no_grad()
 def _fill(heads: nn.Module, files: HeadsFiles) -> None:
-    """Copy the weights in place: PEFT's low_cpu_mem_usage would turn newly registered parameters into meta tensors."""
+    """Copy the weights in place: PEFT's low_cpu_mem_usage would turn newly registered parameters
+    into meta tensors.
+    """
     own, weights = heads.state_dict(), files.read_weights()
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     got = {name: tuple(tensor.shape) for name, tensor in weights.items()}

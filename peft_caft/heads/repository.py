@@ -1,4 +1,6 @@
-"""A repository on the Hub that is written to: looked at first, then changed in one commit on top of what was seen."""
+"""A repository on the Hub that is written to: looked at first, then changed in one commit on top of
+what was seen.
+"""
 
 from __future__ import annotations
 
@@ -121,11 +123,13 @@ class Repository:
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in found.items()
         ]
-        # What an earlier push left and this one does not have would describe the wrong weights, or be taken for them.
+        # What an earlier push left and this one does not have would describe the wrong weights, or
+        # be taken for them.
         stale = set(PUBLISHED_NAMES if alone else (PLOT_NAME, CAFT_CONFIG_NAME)) & self.files - found.keys()
         operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
         with explained("repo_id", self.repo_id, self.to.revision, "write to"):
-            # Not upload_folder: with Xet it makes several commits (huggingface_hub 2), of which a reader meets the first.
+            # Not upload_folder: with Xet it makes several commits (huggingface_hub 2), of which a
+            # reader meets the first.
             return self.api.create_commit(
                 self.repo_id,
                 operations,

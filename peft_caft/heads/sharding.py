@@ -1,7 +1,8 @@
 """Parameters that an engine has spread over processes: whether they are, and how to get them whole.
 
-FSDP2 makes them DTensors. DeepSpeed's ZeRO-3 leaves empty tensors with attributes (``ds_id``, ``ds_shape``), already when
-transformers loads the model. All processes call the functions that read or write values together.
+FSDP2 makes them DTensors. DeepSpeed's ZeRO-3 leaves empty tensors with attributes (``ds_id``,
+``ds_shape``), already when transformers loads the model. All processes call the functions that read
+or write values together.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP or ZeRO-3 keeps the parameters of ``module``, or of a part of it, in several processes.
+    """Whether FSDP or ZeRO-3 keeps the parameters of ``module``, or of a part of it, in several
+    processes.
 
-    Its hooks gather them around whole forward and backward passes of such a module, and nothing less.
+    Its hooks gather them around whole forward and backward passes of such a module, and nothing
+    less.
     """
     return any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules()) or any(
         isinstance(parameter, DTensor) or _is_partitioned(parameter) for parameter in module.parameters()
@@ -62,8 +65,8 @@ def whole(parameter: Tensor) -> Tensor:
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
     """The module's own parameter of that name, partitioned or not.
 
-    For use in forward passes, where under ZeRO-3 ``module.name`` gathers it, and has it gathered in every later forward and
-    backward pass of the module that runs.
+    For use in forward passes, where under ZeRO-3 ``module.name`` gathers it, and has it gathered in
+    every later forward and backward pass of the module that runs.
     """
     parameter = dict(module.named_parameters(recurse=False)).get(name)
     return getattr(module, name, None) if parameter is None else parameter
@@ -103,19 +106,25 @@ def _is_partitioned(parameter: Tensor) -> bool:
 
 
 def gather(heads: nn.Module, target: nn.Module) -> None:
-    """Copy the parameters of sharded ``heads`` into ``target``, a module of the same shape; all processes call it together."""
+    """Copy the parameters of sharded ``heads`` into ``target``, a module of the same shape; all
+    processes call it together.
+    """
     for name, parameter in heads.named_parameters():
         copy_into(target.get_parameter(name), whole(parameter))
 
 
 def scatter(source: nn.Module, heads: nn.Module) -> None:
-    """Copy the parameters of ``source`` into sharded ``heads``; each process keeps its shards, and all call it together."""
+    """Copy the parameters of ``source`` into sharded ``heads``; each process keeps its shards, and
+    all call it together.
+    """
     for name, parameter in heads.named_parameters():
         copy_into(parameter, source.get_parameter(name))
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop the whole parameters that an evaluation left in the outermost module: only shards may be read and saved."""
+    """Drop the whole parameters that an evaluation left in the outermost module: only shards may be
+    read and saved.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

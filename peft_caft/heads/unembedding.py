@@ -1,4 +1,6 @@
-"""The lm_head: from final hidden states to logits and log-probabilities, and back to dL/dhidden, a chunk at a time."""
+"""The lm_head: from final hidden states to logits and log-probabilities, and back to dL/dhidden, a
+chunk at a time.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ class ChunkSize:
 
     Attributes:
         elements: at most so many logits.
-        enough_rows, enough_elements: about as many rows as have both: matrix products are at full speed, and what calling them
-            costs is hidden. 0: as many as ``elements`` allows.
+        enough_rows, enough_elements: about as many rows as have both: matrix products are at full
+            speed, and what calling them costs is hidden. 0: as many as ``elements`` allows.
     """
 
     elements: int
@@ -35,7 +37,8 @@ class ChunkSize:
         return min(self.most(vocabulary), max(self.enough_rows, self.enough_elements // vocabulary) or self.elements)
 
 
-# In fp32 these are at most 64 MiB on a CPU (about 24 MiB for a vocabulary of 49k), and 512 MiB on a GPU.
+# In fp32 these are at most 64 MiB on a CPU (about 24 MiB for a vocabulary of 49k), and 512 MiB on a
+# GPU.
 CHUNK_SIZES = {"cpu": ChunkSize(2**24, enough_rows=128, enough_elements=2**22), "cuda": ChunkSize(2**27)}
 
 
@@ -50,10 +53,11 @@ def chunks(rows: int, size: int) -> Iterator[slice]:
 
 
 def chunk_rows(rows: int, weight: Tensor) -> int:
-    """Rows whose logits are computed together: a constant for each kind of device, halved while memory is short of it.
+    """Rows whose logits are computed together: a constant for each kind of device, halved while
+    memory is short of it.
 
-    Chunks are nearly equal in size. Call it once per pass: free memory changes meanwhile. It follows free memory no more
-    closely than by halves, so that a repeated run computes the same.
+    Chunks are nearly equal in size. Call it once per pass: free memory changes meanwhile. It
+    follows free memory no more closely than by halves, so that a repeated run computes the same.
 
     Args:
         rows: number of hidden states.
@@ -74,9 +78,11 @@ _planned_kind: ContextVar[str | None] = ContextVar("planned_kind", default=None)
 
 @contextmanager
 def chunks_as_on(kind: str) -> Iterator[None]:
-    """Inside the block, chunks have the size that they have on an idle device of ``kind``, such as ``"cuda"``.
+    """Inside the block, chunks have the size that they have on an idle device of ``kind``, such as
+    ``"cuda"``.
 
-    For simulations: their tensors say that they are on the CPU, and free memory here says nothing about the planned device.
+    For simulations: their tensors say that they are on the CPU, and free memory here says nothing
+        about the planned device.
     """
     token = _planned_kind.set(kind)
     try:
@@ -86,12 +92,16 @@ def chunks_as_on(kind: str) -> Iterator[None]:
 
 
 def chunk_size_on(device: torch.device) -> ChunkSize:
-    """The size for the kind of ``device``; kinds that have no entry of their own take that of a GPU."""
+    """The size for the kind of ``device``; kinds that have no entry of their own take that of a
+    GPU.
+    """
     return CHUNK_SIZES.get(_planned_kind.get() or device.type, CHUNK_SIZES["cuda"])
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that a tensor on ``device`` could take; infinite where torch does not say, and in a simulation."""
+    """Bytes that a tensor on ``device`` could take; infinite where torch does not say, and in a
+    simulation.
+    """
     if _planned_kind.get() is not None:
         return float("inf")
     if device.type == "cuda":
@@ -132,7 +142,9 @@ class Unembedding:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     def in_compute_dtype(self, device_type: str) -> Unembedding:
-        """The same layer in the dtype of autocast, where that is on, for use with autocast switched off."""
+        """The same layer in the dtype of autocast, where that is on, for use with autocast switched
+        off.
+        """
         if not torch.is_autocast_enabled(device_type):
             return self
         dtype = torch.get_autocast_dtype(device_type)
@@ -140,7 +152,9 @@ class Unembedding:
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``(rows, vocabulary)``, fp32 or better, of ``(rows, hidden)`` in the dtype of the weight."""
+        """Logits ``(rows, vocabulary)``, fp32 or better, of ``(rows, hidden)`` in the dtype of the
+        weight.
+        """
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias).to(self.logits_dtype)
         return self._scaled_and_capped(logits)
 
@@ -154,19 +168,22 @@ class Unembedding:
     def workspace(self, size: int) -> Tensor:
         """Room for the linear map of chunks of ``size`` rows, to be used for all chunks in turn.
 
-        Memory that is new to the process is slow: with a buffer per chunk a step of a 128k vocabulary took 1.3 times as long.
+        Memory that is new to the process is slow: with a buffer per chunk a step of a 128k
+            vocabulary took 1.3 times as long.
         """
         return self.weight.new_empty(size, self.weight.shape[0])
 
     def log_probs(self, hidden: Tensor, workspace: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of a chunk, and its logits where `backward` needs them (with a soft cap).
+        """Log-probabilities of a chunk, and its logits where `backward` needs them (with a soft
+        cap).
 
         Args:
             hidden: ``(rows, hidden)`` in the dtype of the weight.
             workspace: `workspace` for at least as many rows; its content is lost.
 
         Returns:
-            ``(rows, vocabulary)``, fp32 or better, which may lie in the workspace; and logits of that shape, or None.
+            ``(rows, vocabulary)``, fp32 or better, which may lie in the workspace; and logits of
+            that shape, or None.
         """
         logits = workspace[: len(hidden)]
         if self.bias is None:
@@ -182,8 +199,8 @@ class Unembedding:
         """From dL/dlogits, which is overwritten, and, with a soft cap, the logits.
 
         Returns:
-            dL/dhidden ``(rows, hidden)`` and the gradient of the linear map's result, ``(rows, vocabulary)``, both in the dtype
-            of the weight.
+            dL/dhidden ``(rows, hidden)`` and the gradient of the linear map's result, ``(rows,
+            vocabulary)``, both in the dtype of the weight.
         """
         if self.softcap is not None:
             assert logits is not None
@@ -205,8 +222,8 @@ def target_scores(states: Tensor, targets: Tensor, unembedding: Unembedding, top
         top: how many of the most likely tokens to compare with; at most the vocabulary.
 
     Returns:
-        cross entropy, fp32 ``(rows,)``, nats; and which of the most likely tokens is the target, the first one first, bool
-        ``(rows, top)``.
+        cross entropy, fp32 ``(rows,)``, nats; and which of the most likely tokens is the target,
+        the first one first, bool ``(rows, top)``.
     """
     top = min(top, len(unembedding.weight))
     cross_entropies = [states.new_zeros(0, dtype=torch.float32)]

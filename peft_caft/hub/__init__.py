@@ -1,4 +1,5 @@
-"""What comes from elsewhere and goes elsewhere: inspect, publish, import, merge, the embedded model.
+"""What comes from elsewhere and goes elsewhere: inspect, publish, import, merge, the embedded
+model.
 
 Rule: imports method, heads and basics; never training.
 """

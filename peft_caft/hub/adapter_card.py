@@ -1,4 +1,6 @@
-"""The model card of a published adapter: what it was trained from, with which heads, and how to load it."""
+"""The model card of a published adapter: what it was trained from, with which heads, and how to
+load it.
+"""
 
 from __future__ import annotations
 

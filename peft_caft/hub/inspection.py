@@ -1,7 +1,8 @@
-"""What an artifact on disk or on the Hub is, heads or adapter, and whether it fits a base model (``peft-caft inspect``).
+"""What an artifact on disk or on the Hub is, heads or adapter, and whether it fits a base model
+(``peft-caft inspect``).
 
-Weights are looked at through the headers of safetensors files. Of the base model only the unembedding is read; its shapes
-come from its configuration, on the meta device.
+Weights are looked at through the headers of safetensors files. Of the base model only the
+unembedding is read; its shapes come from its configuration, on the meta device.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
         revision: branch, tag or commit of the artifact on the Hub.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: if there is no such artifact or it cannot be had.
+        FileNotFoundError, PermissionError, ConnectionError: if there is no such artifact or it
+            cannot be had.
         ValueError: if it is damaged.
     """
     try:
@@ -248,7 +250,9 @@ def _on_meta(model: str) -> PreTrainedModel:
 
 
 def _unembedding(model: str, base: PreTrainedModel) -> Tensor:
-    """The unembedding ``(vocabulary, hidden)`` out of the model's safetensors files, or else out of the whole model."""
+    """The unembedding ``(vocabulary, hidden)`` out of the model's safetensors files, or else out of
+    the whole model.
+    """
     unembedding = base.get_output_embeddings().weight
     names = [name for name, p in base.named_parameters(remove_duplicate=False) if p is unembedding]  # two where tied
     index = cached_file(model, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)

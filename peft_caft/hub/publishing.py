@@ -1,8 +1,10 @@
-"""Heads and adapters on the Hub: separate repositories, of which an adapter's names its heads by id and commit.
+"""Heads and adapters on the Hub: separate repositories, of which an adapter's names its heads by id
+and commit.
 
-Everything is published in one commit on top of the state that was looked at, so that a reader finds the old files or the
-new ones, and a push that someone else made meanwhile is never overwritten unseen. Only files known by name are uploaded:
-a run's folder also holds checkpoints, pickled arguments and paths of this machine.
+Everything is published in one commit on top of the state that was looked at, so that a reader finds
+the old files or the new ones, and a push that someone else made meanwhile is never overwritten
+unseen. Only files known by name are uploaded: a run's folder also holds checkpoints, pickled
+arguments and paths of this machine.
 """
 
 from __future__ import annotations
@@ -54,11 +56,12 @@ def push(
     """Publish a folder of heads or of an adapter, whichever it is.
 
     Args:
-        heads: for an adapter whose heads were a local folder: ``"org/name"`` or ``"org/name@revision"`` of those heads.
+        heads: for an adapter whose heads were a local folder: ``"org/name"`` or
+            ``"org/name@revision"`` of those heads.
         base_model: Hub id of the base model, if the folder names a local one.
         license: Hub identifier such as ``"apache-2.0"``.
-        force: publish over something else too, whose heads or adapter files go; and adapters with other heads than those
-            that they were trained with.
+        force: publish over something else too, whose heads or adapter files go; and adapters with
+            other heads than those that they were trained with.
 
     Raises:
         FileNotFoundError: if the folder holds neither; or see `hub_errors.explained`.
@@ -155,7 +158,9 @@ def _name_heads(config: CAFTConfig, given: str | None, token: str | bool | None,
 
 
 def _heads_config(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, HeadsConfig]:
-    """The configuration of heads on the Hub, and where it lies: under snapshots/COMMIT of the cache."""
+    """The configuration of heads on the Hub, and where it lies: under snapshots/COMMIT of the
+    cache.
+    """
     with explained("heads", repo_id, revision):
         path = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, token=token))
     return path, HeadsConfig.from_file(path)

@@ -1,4 +1,6 @@
-"""`CAFTCallback`: tells the schedule the optimizer step, logs the auxiliary losses, and guards against silence."""
+"""`CAFTCallback`: tells the schedule the optimizer step, logs the auxiliary losses, and guards
+against silence.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,20 @@ TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
 
 
 class CAFTCallback(TrainerCallback):
-    """Add to ``transformers.Trainer(..., callbacks=[CAFTCallback()])`` or TRL's ``SFTTrainer`` when training a CAFT model.
+    """Add to ``transformers.Trainer(..., callbacks=[CAFTCallback()])`` or TRL's ``SFTTrainer`` when
+    training a CAFT model.
 
-    Logs ``caft/gamma``, ``caft/aux_loss`` and ``caft/loss_head_2`` ... ``caft/loss_head_n`` (nats/token, means since
-    the last log of this process) into the trainer's log history. With ``train_heads`` other than ``"frozen"`` the
-    trained parameters of the heads are kept in every checkpoint, so that a resumed run goes on where it was.
+    Logs ``caft/gamma``, ``caft/aux_loss`` and ``caft/loss_head_2`` ... ``caft/loss_head_n``
+    (nats/token, means since the last log of this process) into the trainer's log history. With
+    ``train_heads`` other than ``"frozen"`` the trained parameters of the heads are kept in every
+    checkpoint, so that a resumed run goes on where it was.
 
     Raises:
-        RuntimeError: at the end of a training step in which no auxiliary loss was computed, or if the checkpoint to
-            resume from lacks the trained heads.
+        RuntimeError: at the end of a training step in which no auxiliary loss was computed, or if
+            the checkpoint to resume from lacks the trained heads.
         TypeError: if the model has no CAFT adapter.
-        ValueError: if TRL is too old, or its loss is another one than the next-token loss, or FSDP1 shards the model.
+        ValueError: if TRL is too old, or its loss is another one than the next-token loss, or FSDP1
+            shards the model.
     """
 
     def on_train_begin(
@@ -92,7 +97,9 @@ class CAFTCallback(TrainerCallback):
 
 
 def _refuse_other_objectives(args: TrainingArguments) -> None:
-    """Refuse settings of TRL's SFTTrainer with which CAFT would not train, or would train something else."""
+    """Refuse settings of TRL's SFTTrainer with which CAFT would not train, or would train something
+    else.
+    """
     if type(args).__name__ != "SFTConfig":
         return
     if args.loss_type == "dft":
@@ -108,7 +115,8 @@ def _refuse_other_objectives(args: TrainingArguments) -> None:
 
 
 def objective_of(model: nn.Module) -> AuxiliaryObjective:
-    """The CAFT tuner inside a (wrapped) PEFT model, or what `prepare_full_fine_tuning` has attached to a model.
+    """The CAFT tuner inside a (wrapped) PEFT model, or what `prepare_full_fine_tuning` has attached
+    to a model.
 
     Raises:
         TypeError: if there is none.

@@ -23,20 +23,24 @@ CAFT_CONFIG_FORMAT_VERSION = 1
 
 @dataclass
 class CAFTConfig(ObjectiveConfig, LoraConfig):
-    """Configuration of concept-aware fine-tuning (CAFT, https://arxiv.org/abs/2506.07833) with LoRA adapters.
+    """Configuration of concept-aware fine-tuning (CAFT, https://arxiv.org/abs/2506.07833) with LoRA
+    adapters.
 
     Every field of [`~peft.LoraConfig`] keeps its meaning. The training loss is
 
         L = CE_1 + beta * gamma(s) * sum_{k=2..n} alpha^(k-1) * CE_k
 
-    where CE_k is the cross entropy of the head that predicts token t+k from the hidden state at t, and CE_1 the
-    model's own next-token loss. Only ``CAUSAL_LM`` models have such a loss, so ``task_type`` is set to it.
+    where CE_k is the cross entropy of the head that predicts token t+k from the hidden state at t,
+    and CE_1 the model's own next-token loss. Only ``CAUSAL_LM`` models have such a loss, so
+    ``task_type`` is set to it.
 
-    On disk a CAFT adapter is a plain LoRA adapter (``adapter_config.json`` says ``LORA``), with the fields below in
-    ``caft_config.json`` beside it: it loads wherever a LoRA adapter loads, without this package.
+    On disk a CAFT adapter is a plain LoRA adapter (``adapter_config.json`` says ``LORA``), with the
+    fields below in ``caft_config.json`` beside it: it loads wherever a LoRA adapter loads, without
+    this package.
 
     Raises:
-        ValueError: if a field is out of range; the message names it, what came and what was expected.
+        ValueError: if a field is out of range; the message names it, what came and what was
+            expected.
     """
 
     def __post_init__(self) -> None:
@@ -47,14 +51,15 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
                 f"task_type: got {self.task_type!r}, expected 'CAUSAL_LM' (or None). CAFT predicts future tokens, which "
                 "only a causal language model does; use LoraConfig for other tasks."
             )
-        # PeftModel.forward without a task type calls the base model directly and bypasses the tuner.
+        # PeftModel.forward without a task type calls the base model directly and bypasses the
+        # tuner.
         self.task_type: TaskType = TaskType.CAUSAL_LM
         self.require_valid_objective()
 
     @property
     def init_weights(self) -> Any:
-        """Alias of ``init_lora_weights``: the name under which ``PeftModel.save_pretrained`` (peft 0.21) resets it for
-        every method but LORA when it converts a PiSSA-like adapter.
+        """Alias of ``init_lora_weights``: the name under which ``PeftModel.save_pretrained`` (peft
+        0.21) resets it for every method but LORA when it converts a PiSSA-like adapter.
         """
         return self.init_lora_weights
 
@@ -63,14 +68,18 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
         self.init_lora_weights = value
 
     def to_lora_config(self) -> LoraConfig:
-        """The same adapter as a plain ``LoraConfig``, without the CAFT fields; nothing is copied deeply."""
+        """The same adapter as a plain ``LoraConfig``, without the CAFT fields; nothing is copied
+        deeply.
+        """
         lora = object.__new__(LoraConfig)
         lora.__dict__.update({k: v for k, v in self.__dict__.items() if k not in caft_field_names()})
         lora.peft_type = PeftType.LORA
         return lora
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` as an ordinary LoRA adapter's, and ``caft_config.json`` beside it."""
+        """Write ``adapter_config.json`` as an ordinary LoRA adapter's, and ``caft_config.json``
+        beside it.
+        """
         self.to_lora_config().save_pretrained(save_directory, **kwargs)
         caft = {"format_version": CAFT_CONFIG_FORMAT_VERSION} | {n: getattr(self, n) for n in caft_field_names()}
         write_text(Path(save_directory) / CAFT_CONFIG_NAME, json.dumps(caft, indent=2) + "\n")
@@ -84,10 +93,12 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
         Args:
             pretrained_model_name_or_path: folder, or repository id on the Hub.
             subfolder: folder inside it.
-            kwargs: what ``huggingface_hub.hf_hub_download`` takes (``revision``, ``token``, ``cache_dir``, ...).
+            kwargs: what ``huggingface_hub.hf_hub_download`` takes (``revision``, ``token``,
+                ``cache_dir``, ...).
 
         Raises:
-            FileNotFoundError: if there is no ``caft_config.json``: the adapter is a plain LoRA adapter.
+            FileNotFoundError: if there is no ``caft_config.json``: the adapter is a plain LoRA
+                adapter.
             ValueError: if the format version or a field is unknown.
         """
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
@@ -98,7 +109,9 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
 
 
 def target_modules(given: str) -> str | list[str]:
-    """``target_modules`` as PEFT takes it, from a text: ``"all-linear"``, or module names with commas."""
+    """``target_modules`` as PEFT takes it, from a text: ``"all-linear"``, or module names with
+    commas.
+    """
     return given if given == "all-linear" else given.split(",")
 
 

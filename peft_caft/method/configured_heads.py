@@ -37,7 +37,9 @@ def make_heads(config: ObjectiveConfig, model: nn.Module) -> AuxiliaryHeads:
 
 
 def add_lora(heads: AuxiliaryHeads, config: CAFTConfig, adapter_name: str) -> None:
-    """LoRA of the adapter's rank in every linear layer of the heads, without moving the global random state."""
+    """LoRA of the adapter's rank in every linear layer of the heads, without moving the global
+    random state.
+    """
     targets = [name for name, module in heads.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     lora = LoraConfig(
         r=config.r,
@@ -48,8 +50,8 @@ def add_lora(heads: AuxiliaryHeads, config: CAFTConfig, adapter_name: str) -> No
     )
     with torch.random.fork_rng():
         inject_adapter_in_model(lora, heads, adapter_name)
-        # PEFT's low_cpu_mem_usage makes every parameter registered here a meta tensor, for the adapter file to fill;
-        # LoRA inside heads is in no file.
+        # PEFT's low_cpu_mem_usage makes every parameter registered here a meta tensor, for the
+        # adapter file to fill; LoRA inside heads is in no file.
         for layer in [module for module in heads.modules() if isinstance(module, LoraLayer)]:
             device = layer.get_base_layer().weight.device
             linears = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])

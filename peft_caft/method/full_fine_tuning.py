@@ -1,4 +1,6 @@
-"""Full fine-tuning with the objective of CAFT: all parameters of the base model train, and it stays the plain model that it is."""
+"""Full fine-tuning with the objective of CAFT: all parameters of the base model train, and it stays
+the plain model that it is.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,15 @@ NAME = "caft_objective"
 
 @dataclass
 class FullFineTuningConfig(ObjectiveConfig):
-    """Configuration of full fine-tuning with the objective of CAFT (https://arxiv.org/abs/2506.07833).
+    """Configuration of full fine-tuning with the objective of CAFT
+    (https://arxiv.org/abs/2506.07833).
 
-    The loss, and the fields that it shares with `CAFTConfig`, are explained there. ``train_heads`` is ``"frozen"`` or ``"full"``.
+    The loss, and the fields that it shares with `CAFTConfig`, are explained there. ``train_heads``
+    is ``"frozen"`` or ``"full"``.
 
     Raises:
-        ValueError: if a field is out of range; the message names it, what came and what was expected.
+        ValueError: if a field is out of range; the message names it, what came and what was
+            expected.
     """
 
     freeze_unembedding: bool = field(
@@ -47,10 +52,10 @@ class FullFineTuningConfig(ObjectiveConfig):
 class FullFineTuning(AuxiliaryObjective, nn.Module):
     """The objective, attached to a model; made by `prepare_full_fine_tuning`.
 
-    It is a submodule of the model, works by hooks on its forward, and has no part in its state dict: class, weights and
-    ``save_pretrained`` of the model are the plain ones. Where the model is in training mode and is called with labels and
-    gradients, its loss includes the auxiliary loss, and its outputs hold no logits unless the call asks for them, as
-    `CAFTModel.forward` explains.
+    It is a submodule of the model, works by hooks on its forward, and has no part in its state
+    dict: class, weights and ``save_pretrained`` of the model are the plain ones. Where the model is
+    in training mode and is called with labels and gradients, its loss includes the auxiliary loss,
+    and its outputs hold no logits unless the call asks for them, as `CAFTModel.forward` explains.
 
     Attributes:
         config: as given; says what the heads really are.
@@ -71,7 +76,8 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
         self.register_load_state_dict_post_hook(heads_are_never_missing)
         self._pass: TrainingPass | None = None
         self._precision: dict[str, Any] = {}
-        # Hooks, and not another forward: whoever wraps or replaces the model's forward later (accelerate, TRL) stays within them.
+        # Hooks, and not another forward: whoever wraps or replaces the model's forward later
+        # (accelerate, TRL) stays within them.
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -100,7 +106,8 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
         return True
 
     def _note_precision(self, trunk: nn.Module, args: tuple) -> None:
-        # accelerate switches autocast on inside of the model's hooks; the losses are computed as the model is.
+        # accelerate switches autocast on inside of the model's hooks; the losses are computed as
+        # the model is.
         device_type = self.gamma.device.type
         self._precision = {
             "device_type": device_type,
@@ -130,16 +137,20 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
             return finish(training_pass, outputs, model.forward, args)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Nothing, so that the model's state dict is the plain one: heads are an artifact of their own."""
+        """Nothing, so that the model's state dict is the plain one: heads are an artifact of their
+        own.
+        """
         return kwargs.get("destination", {})
 
 
 def prepare_full_fine_tuning(model: PreTrainedModel, config: FullFineTuningConfig) -> PreTrainedModel:
-    """Attach the objective of CAFT to a causal language model of which all parameters are to be trained.
+    """Attach the objective of CAFT to a causal language model of which all parameters are to be
+    trained.
 
-    The model itself is returned, ready for ``Trainer`` or TRL's ``SFTTrainer`` with `CAFTCallback`. ``save_pretrained`` and the
-    checkpoints of a trainer are those of the plain model. `FullFineTuning.detach_from` undoes it; a bare loop tells the schedule
-    with ``model.caft_objective.set_training_progress(step, total_steps)``.
+    The model itself is returned, ready for ``Trainer`` or TRL's ``SFTTrainer`` with `CAFTCallback`.
+    ``save_pretrained`` and the checkpoints of a trainer are those of the plain model.
+    `FullFineTuning.detach_from` undoes it; a bare loop tells the schedule with
+    ``model.caft_objective.set_training_progress(step, total_steps)``.
 
     Args:
         model: from ``AutoModelForCausalLM.from_pretrained``, in fp32 or bf16 on any device.

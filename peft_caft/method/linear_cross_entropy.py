@@ -1,7 +1,8 @@
 """Cross entropy of a linear layer's logits, in chunks of rows, without ever holding all logits.
 
-The forward pass, which has the logits of a chunk in hand, computes dL/dhidden there, and where the layer is trained (full
-fine-tuning) its gradient too: memory is one chunk of logits plus these. In plain torch, the same is
+The forward pass, which has the logits of a chunk in hand, computes dL/dhidden there, and where the
+layer is trained (full fine-tuning) its gradient too: memory is one chunk of logits plus these. In
+plain torch, the same is
 
     logits = scale(hidden @ weight.T + bias)
     losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
@@ -23,15 +24,18 @@ def linear_cross_entropy(
     """Cross entropies between ``unembedding.logits(hidden)`` and ``targets``, and their sum.
 
     Args:
-        hidden: ``(rows, hidden)``, any floating dtype; computed in the dtype of the weight or of autocast.
+        hidden: ``(rows, hidden)``, any floating dtype; computed in the dtype of the weight or of
+            autocast.
         targets: int64 ``(rows,)``, all of them valid token ids.
         unembedding: the layer; its weight and bias are constants unless they require a gradient.
-        weights: fp32 ``(rows,)``, factor of each row in the sum; all 1 if None. In half precision best about 1 in size (see
-            `split_factor`): they are applied before dL/dlogits is rounded.
+        weights: fp32 ``(rows,)``, factor of each row in the sum; all 1 if None. In half precision
+            best about 1 in size (see `split_factor`): they are applied before dL/dlogits is
+            rounded.
 
     Returns:
-        sum over rows of weight * cross entropy, scalar, differentiable in ``hidden`` and the layer, 0 for no rows; and the cross
-        entropies themselves, ``(rows,)``, without graph. Both in nats, fp32 (float64 for a float64 layer).
+        sum over rows of weight * cross entropy, scalar, differentiable in ``hidden`` and the layer,
+        0 for no rows; and the cross entropies themselves, ``(rows,)``, without graph. Both in nats,
+        fp32 (float64 for a float64 layer).
     """
     grad_enabled = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(hidden, targets, unembedding, weights, grad_enabled, *unembedding.trained)[:2]
@@ -40,8 +44,8 @@ def linear_cross_entropy(
 def split_factor(factor: Tensor) -> tuple[Tensor, Tensor]:
     """``factor``, fp32 scalar, as a product of a number in [1/2, 1), or 0, and a power of two.
 
-    A gradient that is multiplied by the first before it is rounded to half precision, and by the second afterwards, is rounded
-    once, and neither overflows nor vanishes on the way.
+    A gradient that is multiplied by the first before it is rounded to half precision, and by the
+    second afterwards, is rounded once, and neither overflows nor vanishes on the way.
     """
     mantissa, exponent = torch.frexp(factor)
     return mantissa, torch.ldexp(torch.ones_like(mantissa), exponent)
@@ -50,7 +54,9 @@ def split_factor(factor: Tensor) -> tuple[Tensor, Tensor]:
 def plain_cross_entropy(
     hidden: Tensor, targets: Tensor, unembedding: Unembedding, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy` as one would write it, with all logits at once: what the chunks are compared with."""
+    """`linear_cross_entropy` as one would write it, with all logits at once: what the chunks are
+    compared with.
+    """
     logits = unembedding.logits(hidden.to(unembedding.weight.dtype))
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return (losses if weights is None else losses * weights).sum(), losses.detach()
@@ -118,7 +124,9 @@ class _LayerGradient:
         self.bias = None if layer.bias is None else torch.zeros_like(layer.bias, dtype=layer.logits_dtype)
 
     def add(self, grad_linear: Tensor, states: Tensor, weights: Tensor | None) -> None:
-        """A chunk: the gradient of its logits before scale and cap, its hidden states, and factors of its rows."""
+        """A chunk: the gradient of its logits before scale and cap, its hidden states, and factors
+        of its rows.
+        """
         if weights is not None:
             grad_linear = grad_linear * weights
         if grad_linear.dtype == self.weight.dtype:

@@ -1,4 +1,6 @@
-"""Going on with a saved CAFT adapter, as CAFT: PEFT itself reads it as the plain LoRA adapter that it is on disk."""
+"""Going on with a saved CAFT adapter, as CAFT: PEFT itself reads it as the plain LoRA adapter that
+it is on disk.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def load_adapter(
     """Load a saved CAFT adapter for further CAFT training.
 
     Args:
-        model: the base model, or a CAFT ``PeftModel`` to which the adapter is added (inactive) under ``adapter_name``.
+        model: the base model, or a CAFT ``PeftModel`` to which the adapter is added (inactive)
+            under ``adapter_name``.
         adapter: folder, or Hub repository id.
         adapter_name: name of the adapter in the model.
         is_trainable: False loads it for inference, without its heads.

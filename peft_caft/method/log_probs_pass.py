@@ -4,8 +4,9 @@ It calls the model with ``fused_lm_head=True``, gets a log-probability for every
 
     loss = -sum(log_probs) / num_items_in_batch
 
-So the auxiliary loss cannot be added to a loss here. Its gradient travels in ``log_probs``: their values stay what they are, and
-whatever factor they are multiplied with on the way to the loss, the auxiliary loss gets too.
+So the auxiliary loss cannot be added to a loss here. Its gradient travels in ``log_probs``: their
+values stay what they are, and whatever factor they are multiplied with on the way to the loss, the
+auxiliary loss gets too.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def asks_for_log_probs(kwargs: dict[str, Any]) -> bool:
 
 @dataclass
 class LogProbsPass:
-    """A forward pass of the base model that returned log-probabilities; what `NextToken` is for one that returned a loss.
+    """A forward pass of the base model that returned log-probabilities; what `NextToken` is for one
+    that returned a loss.
 
     Attributes:
-        outputs: what the model returned, with ``log_probs``, fp32 ``(batch, tokens - 1)``, 0 where there is no label, and
-            ``label_mask``, bool of that shape.
+        outputs: what the model returned, with ``log_probs``, fp32 ``(batch, tokens - 1)``, 0 where
+            there is no label, and ``label_mask``, bool of that shape.
         captured: what the heads need of it.
         labels: int64 ``(batch, tokens)``, unshifted.
         supervised: number of next-token targets.
@@ -59,7 +61,9 @@ class LogProbsPass:
         backbone.verify(self.captured, "log-probabilities", -losses, self.outputs.log_probs[mask].to(losses.device))
 
     def with_auxiliary(self, total: Tensor) -> Any:
-        """The outputs with the gradient of ``total`` in the log-probabilities, and ``total`` in the loss that is their mean."""
+        """The outputs with the gradient of ``total`` in the log-probabilities, and ``total`` in the
+        loss that is their mean.
+        """
         total = total.to(self.outputs.log_probs.device)
         log_probs = _CarryingGradient.apply(self.outputs.log_probs, total, self.outputs.label_mask)
         loss = self.outputs.loss + total / max(1, self.supervised)
@@ -67,7 +71,9 @@ class LogProbsPass:
 
 
 def log_probs_pass(backbone: Backbone, kwargs: dict[str, Any]) -> Generator[dict[str, Any], Any, LogProbsPass]:
-    """A call of the base model with labels for a caller that wants log-probabilities, as `next_token_pass` is for a loss."""
+    """A call of the base model with labels for a caller that wants log-probabilities, as
+    `next_token_pass` is for a loss.
+    """
     with backbone.capture() as records:
         outputs = yield kwargs
     one = torch.ones((), device=outputs.log_probs.device)
@@ -75,7 +81,9 @@ def log_probs_pass(backbone: Backbone, kwargs: dict[str, Any]) -> Generator[dict
 
 
 class _CarryingGradient(torch.autograd.Function):
-    """Returns ``log_probs`` as they are; backward, ``total`` gets the negative of what each of them gets."""
+    """Returns ``log_probs`` as they are; backward, ``total`` gets the negative of what each of them
+    gets.
+    """
 
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, total: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""The auxiliary loss of CAFT: sum over heads of alpha^(k-1) * CE_k (arXiv 2506.07833, equation of the objective)."""
+"""The auxiliary loss of CAFT: sum over heads of alpha^(k-1) * CE_k (arXiv 2506.07833, equation of
+the objective).
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ class AuxiliaryLoss:
     """The auxiliary loss of one batch, and what it is made of.
 
     Attributes:
-        total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar, fp32, nats, differentiable.
-        sums: one fp32 scalar per head without graph, nats; estimates of the full sum when positions are sampled.
-            ``sums[i]`` belongs to the head that predicts i + 2 tokens ahead.
+        total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar, fp32, nats,
+            differentiable.
+        sums: one fp32 scalar per head without graph, nats; estimates of the full sum when positions
+            are sampled. ``sums[i]`` belongs to the head that predicts i + 2 tokens ahead.
         counts: number of positions that each sum is about (before sampling).
     """
 
@@ -49,9 +52,10 @@ def auxiliary_loss(
 ) -> AuxiliaryLoss:
     """Cross entropies of all heads on one batch.
 
-    Only rows with a target reach a residual head and the unembedding; of a decoder-layer head all rows take part as keys and
-    values. Frozen heads are differentiated at once, one after the other, and leave nothing but the gradient of their input, and
-    of final norm and unembedding where these are trained.
+    Only rows with a target reach a residual head and the unembedding; of a decoder-layer head all
+    rows take part as keys and values. Frozen heads are differentiated at once, one after the other,
+    and leave nothing but the gradient of their input, and of final norm and unembedding where these
+    are trained.
 
     Args:
         heads: the auxiliary heads.
@@ -60,12 +64,13 @@ def auxiliary_loss(
         labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
         attention_mask, position_ids: as the model got them, see `supervised_rows`.
         decay: alpha.
-        weight: of all heads together: in the objective beta * gamma over the number of next-token targets.
-        fraction: p; with p < 1 each position takes part with probability p and weighs 1/p, which leaves the
-            expectation of loss and gradient unchanged.
+        weight: of all heads together: in the objective beta * gamma over the number of next-token
+            targets.
+        fraction: p; with p < 1 each position takes part with probability p and weighs 1/p, which
+            leaves the expectation of loss and gradient unchanged.
         sampling_seed: seed of that draw, which no other random number depends on.
-        fast_paths: False computes the same in the plainest way: all logits of a head, decoder layers for all positions, and
-            gradients by autograd in the backward pass.
+        fast_paths: False computes the same in the plainest way: all logits of a head, decoder
+            layers for all positions, and gradients by autograd in the backward pass.
     """
     unembedding = backbone.unembedding(captured)
     weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=labels.device))
@@ -106,7 +111,9 @@ def auxiliary_loss(
 
 
 def _computed_together(heads: AuxiliaryHeads, rows: list[Tensor], weight: Tensor) -> list[list[int]]:
-    """Decoder layers one by one, for their memory; residual heads in groups that fill two chunks of logits, for large products."""
+    """Decoder layers one by one, for their memory; residual heads in groups that fill two chunks of
+    logits, for large products.
+    """
     groups: list[list[int]] = []
     together = 2 * chunk_size_on(weight.device).enough(weight.shape[0]) if heads.config.head_type == "residual" else 0
     for index in range(len(rows)):
@@ -118,7 +125,9 @@ def _computed_together(heads: AuxiliaryHeads, rows: list[Tensor], weight: Tensor
 
 
 def _can_be_differentiated_at_once(heads: AuxiliaryHeads, captured: Captured, hidden: Tensor) -> bool:
-    """Whether a part of a backward pass is possible here, and the heads and what their layers are called with are constants."""
+    """Whether a part of a backward pass is possible here, and the heads and what their layers are
+    called with are constants.
+    """
     if is_sharded(heads):
         return False
     arguments = (*captured.layer_args, *captured.layer_kwargs.values())
@@ -135,7 +144,9 @@ def _trained_norm(heads: AuxiliaryHeads, backbone: Backbone) -> list[Tensor]:
 
 
 class _Differentiated(torch.autograd.Function):
-    """A loss whose gradients are known: ``total`` forward, ``grads`` of ``inputs`` times the incoming gradient backward."""
+    """A loss whose gradients are known: ``total`` forward, ``grads`` of ``inputs`` times the
+    incoming gradient backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:

@@ -23,23 +23,26 @@ from .registration import register
 
 
 class CAFTModel(AuxiliaryObjective, LoraModel):
-    """Concept-aware fine-tuning of a causal language model with LoRA (https://arxiv.org/abs/2506.07833).
+    """Concept-aware fine-tuning of a causal language model with LoRA
+    (https://arxiv.org/abs/2506.07833).
 
-    Made by ``get_peft_model(model, CAFTConfig(...))``. In training mode, with labels and gradients, its forward adds
+    Made by ``get_peft_model(model, CAFTConfig(...))``. In training mode, with labels and gradients,
+    its forward adds
 
         beta * gamma(s) * sum_{k=2..n} alpha^(k-1) * CE_k
 
-    to the model's own loss CE_1. Every CE_k is divided by the same number as CE_1, the next-token targets of the batch
-    or ``num_items_in_batch`` if the trainer passes it. In evaluation, with the adapter disabled, or after
-    ``merge_and_unload``, it is a plain LoRA model.
+    to the model's own loss CE_1. Every CE_k is divided by the same number as CE_1, the next-token
+    targets of the batch or ``num_items_in_batch`` if the trainer passes it. In evaluation, with the
+    adapter disabled, or after ``merge_and_unload``, it is a plain LoRA model.
 
-    The heads live in this tuner, one set per adapter, and never in the base model or in the saved adapter. They see
-    the base model's own final norm and unembedding even where an adapter changes those (``modules_to_save``): no
-    auxiliary gradient reaches a trained copy of the lm_head.
+    The heads live in this tuner, one set per adapter, and never in the base model or in the saved
+    adapter. They see the base model's own final norm and unembedding even where an adapter changes
+    those (``modules_to_save``): no auxiliary gradient reaches a trained copy of the lm_head.
 
     Attributes:
         auxiliary_heads: `AuxiliaryHeads` per adapter name; adapters loaded for inference have none.
-        gamma: fp32 scalar buffer, not saved: the weight of the auxiliary loss at the current optimizer step.
+        gamma: fp32 scalar buffer, not saved: the weight of the auxiliary loss at the current
+            optimizer step.
     """
 
     # Makes PEFT's inject_adapter_in_model, which would drop the heads with the tuner, refuse CAFT.
@@ -63,7 +66,8 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
                 "The auxiliary heads keep using the base model's frozen lm_head, so no auxiliary gradient reaches it.",
                 stacklevel=2,
             )
-        # Two conversions of peft.utils.transformers_weight_conversion (mixture-of-experts models) test for LORA.
+        # Two conversions of peft.utils.transformers_weight_conversion (mixture-of-experts models)
+        # test for LORA.
         config.peft_type = PeftType.LORA
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -136,20 +140,22 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
 
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward; in training with ``labels`` its loss includes the auxiliary loss.
+        """The base model's forward; in training with ``labels`` its loss includes the auxiliary
+        loss.
 
-        Then it computes no logits, and those of the output are None, unless the call asks for them, as for instance with
-        ``logits_to_keep=0``, transformers' value for the logits of all tokens. In evaluation nothing differs from the base
-        model. Asked for log-probabilities (``fused_lm_head``, TRL's SFTTrainer), it hides the auxiliary gradient in them, see
+        Then it computes no logits, and those of the output are None, unless the call asks for them,
+        as for instance with ``logits_to_keep=0``, transformers' value for the logits of all tokens.
+        In evaluation nothing differs from the base model. Asked for log-probabilities
+        (``fused_lm_head``, TRL's SFTTrainer), it hides the auxiliary gradient in them, see
         `peft_caft.method.log_probs_pass`.
 
         Args:
-            args, kwargs: of the base model. ``labels`` is int64 ``(batch, tokens)``, unshifted, -100 where
-                unsupervised. A batch without any supervised token has loss 0.
+            args, kwargs: of the base model. ``labels`` is int64 ``(batch, tokens)``, unshifted,
+                -100 where unsupervised. A batch without any supervised token has loss 0.
 
         Raises:
-            ValueError: if the adapter was loaded for inference, the schedule does not know where the run is, more than one
-                adapter is active, or rows are split over processes.
+            ValueError: if the adapter was loaded for inference, the schedule does not know where
+                the run is, more than one adapter is active, or rows are split over processes.
         """
         training_pass = self._training_pass(kwargs)
         return self.model(*args, **kwargs) if training_pass is None else run(training_pass, self.model, args)
@@ -172,7 +178,9 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
         return self.auxiliary_heads[name]
 
     def _output_is_the_base_models(self) -> bool:
-        """Whether norm and lm_head run as the base model has them, so that its logits can be compared."""
+        """Whether norm and lm_head run as the base model has them, so that its logits can be
+        compared.
+        """
         assert self._backbone is not None
         own = {id(self._backbone.lm_head), id(self._backbone.final_norm)}
         replaced = self.model.get_output_embeddings()
@@ -204,8 +212,9 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: Any, peft_config: Any, path_initial_model_for_weight_conversion: str, *args: Any
     ) -> dict[str, Tensor]:
-        # PEFT would read the initial adapter from its folder as LORA and refuse to mix the two types; the weights of
-        # an adapter that is there already are loaded whatever the type on disk.
+        # PEFT would read the initial adapter from its folder as LORA and refuse to mix the two
+        # types; the weights of an adapter that is there already are loaded whatever the type on
+        # disk.
         initial = copy.deepcopy(peft_config)
         initial.inference_mode = True
         peft_model.add_adapter(os.path.basename(path_initial_model_for_weight_conversion), initial)

@@ -1,7 +1,8 @@
 """The model's own next-token loss, CE_1, without its logits.
 
-transformers' causal language models compute the logits of all tokens, keep them for the backward pass, and take the mean over
-the supervised ones. Here the model runs up to its final hidden states, and `linear_cross_entropy` does the rest.
+transformers' causal language models compute the logits of all tokens, keep them for the backward
+pass, and take the mean over the supervised ones. Here the model runs up to its final hidden states,
+and `linear_cross_entropy` does the rest.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ class NextToken:
     """A forward pass of the base model and its next-token loss.
 
     Attributes:
-        outputs: what the model returned: logits of all tokens, or of at most one token per row if ``logits_left_out``.
+        outputs: what the model returned: logits of all tokens, or of at most one token per row if
+            ``logits_left_out``.
         captured: what the heads need of it.
-        loss: CE_1 and what the model adds to it, such as the load balancing of a mixture of experts; scalar with graph,
-            nats, 0 if there is no target.
+        loss: CE_1 and what the model adds to it, such as the load balancing of a mixture of
+            experts; scalar with graph, nats, 0 if there is no target.
         supervised: number of next-token targets.
-        divisor: of all losses: that number, or ``num_items_in_batch`` if the trainer passed it; fp32 scalar.
+        divisor: of all losses: that number, or ``num_items_in_batch`` if the trainer passed it;
+            fp32 scalar.
         logits_left_out: see `logits_can_be_left_out`.
     """
 
@@ -52,7 +55,9 @@ class NextToken:
         backbone.verify(self.captured, "logits", unembedding.logits(states), logits[:1, -1:])
 
     def with_auxiliary(self, total: Tensor) -> Any:
-        """The model's outputs with ``total`` added to the loss, and None for logits that are not those of all tokens."""
+        """The model's outputs with ``total`` added to the loss, and None for logits that are not
+        those of all tokens.
+        """
         loss = self.loss + total.to(self.loss.device)
         if not isinstance(self.outputs, ModelOutput):
             return (loss, *self.outputs[1:])
@@ -63,11 +68,13 @@ class NextToken:
 def next_token_pass(
     backbone: Backbone, kwargs: dict[str, Any], leave_out_logits: bool = True
 ) -> Generator[dict[str, Any], Any, NextToken]:
-    """A call of the base model with labels: yields its keyword arguments, is sent its outputs, and returns what came of it.
+    """A call of the base model with labels: yields its keyword arguments, is sent its outputs, and
+    returns what came of it.
 
     Args:
         backbone: of the model.
-        kwargs: of its forward, with ``labels``, int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
+        kwargs: of its forward, with ``labels``, int64 ``(batch, tokens)``, unshifted, -100 where
+            unsupervised.
         leave_out_logits: False has the model compute its logits and its loss itself.
 
     Raises:
@@ -76,7 +83,8 @@ def next_token_pass(
     if leave_out_logits and logits_can_be_left_out(backbone, kwargs):
         with backbone.capture() as records:
             outputs = yield _without_logits(kwargs, tokens=0 if backbone.verified else 1)
-        # A model that does not understand these arguments takes the mean over no tokens, which is no number.
+        # A model that does not understand these arguments takes the mean over no tokens, which is
+        # no number.
         if backbone.verified or (outputs.loss is not None and bool(torch.isfinite(outputs.loss.detach()))):
             supervised, divisor, loss = _mean_loss(backbone, records[-1], kwargs)
             # Without any target the loss is 0, whatever the model adds to it.
@@ -97,8 +105,8 @@ def next_token_pass(
 def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
     """Whether a forward pass with labels need not compute the logits of all tokens.
 
-    Not if the caller asks for them (``logits_to_keep``) or for a tuple, nor if the model has a loss of its own, or another
-    lm_head than the base model's (a trained copy, or one with an adapter).
+    Not if the caller asks for them (``logits_to_keep``) or for a tuple, nor if the model has a loss
+    of its own, or another lm_head than the base model's (a trained copy, or one with an adapter).
     """
     model = backbone.model
     return (
@@ -118,10 +126,12 @@ def _takes_loss_arguments(model: PreTrainedModel) -> bool:
 
 
 def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Arguments with which the model computes the logits of a row's last token or of none, and a loss without any target.
+    """Arguments with which the model computes the logits of a row's last token or of none, and a
+    loss without any target.
 
-    What is left of that loss is what the model adds to the cross entropy, and otherwise 0. The tokens are given as indices: a slice
-    of hidden states is not contiguous, and for its product torch may copy the lm_head once per row (bf16 on a CPU).
+    What is left of that loss is what the model adds to the cross entropy, and otherwise 0. The
+    tokens are given as indices: a slice of hidden states is not contiguous, and for its product
+    torch may copy the lm_head once per row (bf16 on a CPU).
     """
     labels = kwargs["labels"]
     nothing = labels.new_full((len(labels), tokens), IGNORE_INDEX)
@@ -130,7 +140,9 @@ def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
-    """The number of next-token targets, the divisor, and CE_1, with graph: the same targets as in transformers' loss."""
+    """The number of next-token targets, the divisor, and CE_1, with graph: the same targets as in
+    transformers' loss.
+    """
     device = captured.last_hidden_state.device
     rows, targets = supervised_rows(kwargs["labels"].to(device), 1)
     divisor = _divisor(kwargs, len(rows), device)
@@ -145,7 +157,8 @@ def _refuse_shifted_labels(backbone: Backbone, loss: Tensor, logits: Tensor, lab
     """Refuse, once, a model that takes its labels as shifted already, as XLNet does.
 
     Raises:
-        TypeError: if its loss is the mean cross entropy between logits and labels of the same positions.
+        TypeError: if its loss is the mean cross entropy between logits and labels of the same
+            positions.
     """
     backbone.shift_verified = True
     rows = zip(logits, labels.to(logits.device), strict=True)

@@ -1,4 +1,6 @@
-"""`AuxiliaryObjective`: the schedule and the training forward that LoRA's tuner and full fine-tuning share."""
+"""`AuxiliaryObjective`: the schedule and the training forward that LoRA's tuner and full
+fine-tuning share.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from .progress import Progress
 
 HEADS_PREFIX = "auxiliary_heads."
 
-# Yields the keyword arguments to call the base model with, is sent what it returned, and returns the outputs for the caller.
+# Yields the keyword arguments to call the base model with, is sent what it returned, and returns
+# the outputs for the caller.
 TrainingPass = Generator[dict[str, Any], Any, Any]
 
 
@@ -27,7 +30,8 @@ class AuxiliaryObjective:
     """A module that adds the auxiliary loss to the loss of a base model while it trains.
 
     Attributes:
-        gamma: fp32 scalar buffer, not saved: the weight of the auxiliary loss at the current optimizer step.
+        gamma: fp32 scalar buffer, not saved: the weight of the auxiliary loss at the current
+            optimizer step.
         auxiliary_heads: module that holds the heads.
     """
 
@@ -51,11 +55,13 @@ class AuxiliaryObjective:
         self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
 
     def set_training_progress(self, step: int, total_steps: int | None = None) -> None:
-        """Tell the schedule where the run is; `CAFTCallback` does it for Trainer, a bare loop calls it every step.
+        """Tell the schedule where the run is; `CAFTCallback` does it for Trainer, a bare loop calls
+        it every step.
 
         Args:
             step: s, optimizer steps done so far (0 before the first).
-            total_steps: S, optimizer steps of the whole run; None takes ``total_steps`` of the configuration.
+            total_steps: S, optimizer steps of the whole run; None takes ``total_steps`` of the
+                configuration.
 
         Raises:
             ValueError: if S is unknown or not positive, or s is negative.
@@ -64,16 +70,21 @@ class AuxiliaryObjective:
         self._update_gamma(self._active_config())
 
     def forget_training_progress(self) -> None:
-        """End a run: the next one must tell its own progress, or the first training forward is an error."""
+        """End a run: the next one must tell its own progress, or the first training forward is an
+        error.
+        """
         self._progress = Progress()
 
     def _update_gamma(self, config: ObjectiveConfig) -> None:
-        # Written through .data: module.to(bfloat16) may have cast the buffer, and gamma needs its digits.
+        # Written through .data: module.to(bfloat16) may have cast the buffer, and gamma needs its
+        # digits.
         self.gamma.data = torch.full_like(self.gamma, self._progress.gamma(config), dtype=torch.float32)
 
     @contextmanager
     def auxiliary_loss_enabled(self, enabled: bool) -> Iterator[None]:
-        """Within the block, compute the auxiliary loss or not, e.g. for trainers with another objective."""
+        """Within the block, compute the auxiliary loss or not, e.g. for trainers with another
+        objective.
+        """
         before = self._auxiliary_loss_enabled
         self._auxiliary_loss_enabled = enabled
         try:
@@ -83,10 +94,12 @@ class AuxiliaryObjective:
 
     @contextmanager
     def fast_paths_enabled(self, enabled: bool) -> Iterator[None]:
-        """Within the block, compute the losses fast and in little memory, or in the plainest way, to compare the two.
+        """Within the block, compute the losses fast and in little memory, or in the plainest way,
+        to compare the two.
 
-        The plainest way: the model computes all its logits and its own loss, heads compute all logits at once and decoder
-        layers for all positions, and all gradients are computed by autograd in the backward pass.
+        The plainest way: the model computes all its logits and its own loss, heads compute all
+        logits at once and decoder layers for all positions, and all gradients are computed by
+        autograd in the backward pass.
         """
         before = self._fast_paths_enabled
         self._fast_paths_enabled = enabled
@@ -100,7 +113,9 @@ class AuxiliaryObjective:
 
     @torch.compiler.disable
     def _training_pass(self, kwargs: dict[str, Any]) -> TrainingPass | None:
-        """A call of the base model with the auxiliary loss, to be run by `run`; None for one without it."""
+        """A call of the base model with the auxiliary loss, to be run by `run`; None for one
+        without it.
+        """
         if not self._wants_auxiliary_loss():
             return None
         _refuse_parts_of_rows(kwargs)
@@ -175,7 +190,9 @@ def _advance(training_pass: TrainingPass, outputs: Any) -> tuple[bool, Any]:
 
 
 def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
-    """Refuse shifted labels: context and sequence parallelism pass them, since a process then holds a part of every row."""
+    """Refuse shifted labels: context and sequence parallelism pass them, since a process then holds
+    a part of every row.
+    """
     if kwargs.get("shift_labels") is not None:
         raise ValueError(
             "shift_labels: given, expected labels alone. Under context or sequence parallelism (cp_size or sp_size > 1) the "
@@ -185,5 +202,7 @@ def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
 
 
 def heads_are_never_missing(module: nn.Module, incompatible: Any) -> None:
-    """After loading a state dict, none of which holds heads; PEFT and transformers would warn of them."""
+    """After loading a state dict, none of which holds heads; PEFT and transformers would warn of
+    them.
+    """
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if HEADS_PREFIX not in key]

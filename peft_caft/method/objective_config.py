@@ -1,4 +1,6 @@
-"""`ObjectiveConfig`: the settings of CAFT's objective, whatever it trains. Imports no torch: the command line reads it."""
+"""`ObjectiveConfig`: the settings of CAFT's objective, whatever it trains. Imports no torch: the
+command line reads it.
+"""
 
 from __future__ import annotations
 

@@ -36,11 +36,13 @@ class RecentLosses:
 
         Args:
             decay: alpha.
-            reduce: sums a tensor over the processes, all of which then call this; None for the losses of this one alone.
+            reduce: sums a tensor over the processes, all of which then call this; None for the
+                losses of this one alone.
 
         Returns:
-            ``loss_head_k``: mean cross entropy over the positions that supervise head k; ``aux_loss``: sum over heads
-            of alpha^(k-1) * CE_k, with CE_k divided by the number of next-token targets as in the training loss.
+            ``loss_head_k``: mean cross entropy over the positions that supervise head k;
+            ``aux_loss``: sum over heads of alpha^(k-1) * CE_k, with CE_k divided by the number of
+            next-token targets as in the training loss.
         """
         if not self._head_sums:
             return {}
@@ -60,10 +62,12 @@ class RecentLosses:
 
 @dataclass
 class Progress:
-    """Steps of the run as `CAFTModel.set_training_progress` told them, or counted by forward passes if it never did.
+    """Steps of the run as `CAFTModel.set_training_progress` told them, or counted by forward passes
+    if it never did.
 
     Attributes:
-        computed: forward passes whose auxiliary loss was computed (or is zero by ``aux_loss_weight=0``).
+        computed: forward passes whose auxiliary loss was computed (or is zero by
+            ``aux_loss_weight=0``).
         recent: auxiliary losses since they were last read.
     """
 
@@ -109,7 +113,9 @@ class Progress:
         return gamma(config.aux_loss_schedule, self.step, total_steps)
 
     def forward_seed(self) -> int:
-        """Seed for the sampling of positions: new for every forward pass, the same again after a resume."""
+        """Seed for the sampling of positions: new for every forward pass, the same again after a
+        resume.
+        """
         return self.step * 1_000_003 + self.forwards_since_told
 
     def auxiliary_loss_computed(self, auxiliary: AuxiliaryLoss | None, supervised: int) -> None:

@@ -1,7 +1,8 @@
 """Makes ``CAFT`` a PEFT method: the one place where a table of another library is extended.
 
-``peft.utils.register_peft_method`` refuses a name that the ``PeftType`` enum lacks, and offers no way to add one, so
-the member is added by hand, once. ``PeftType`` mixes in ``str``, hence ``str.__new__``.
+``peft.utils.register_peft_method`` refuses a name that the ``PeftType`` enum lacks, and offers no
+way to add one, so the member is added by hand, once. ``PeftType`` mixes in ``str``, hence
+``str.__new__``.
 """
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -25,6 +26,8 @@ def peft_type() -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register the CAFT configuration and tuner with PEFT; the parameters keep LoRA's prefix, as AdaLoRA's do."""
+    """Register the CAFT configuration and tuner with PEFT; the parameters keep LoRA's prefix, as
+    AdaLoRA's do.
+    """
     if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix="lora_")

@@ -16,18 +16,21 @@ def supervised_rows(
 ) -> tuple[Tensor, Tensor]:
     """Positions from which the head for ``tokens_ahead`` = k has a target, and the targets.
 
-    Position t has one where label[t+k] is set and t and t+k belong to one document: their positions differ by k
-    where ``position_ids`` are given (packed and padding-free batches restart them), and neither is padding.
+    Position t has one where label[t+k] is set and t and t+k belong to one document: their positions
+    differ by k where ``position_ids`` are given (packed and padding-free batches restart them), and
+    neither is padding.
 
     Args:
         labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
         tokens_ahead: k >= 1; k = 1 gives the model's own next-token targets.
-        attention_mask: ``(batch, tokens)``, 0 for padding; masks of other shapes say nothing about padding here.
+        attention_mask: ``(batch, tokens)``, 0 for padding; masks of other shapes say nothing about
+            padding here.
         position_ids: int64 ``(batch, tokens)`` or ``(1, tokens)``.
 
     Returns:
-        rows, int64 ``(supervised,)``, indices into the flattened ``batch * tokens`` positions, and the target token
-        ids, int64 ``(supervised,)``. Both are empty when no sequence is longer than k.
+        rows, int64 ``(supervised,)``, indices into the flattened ``batch * tokens`` positions, and
+        the target token ids, int64 ``(supervised,)``. Both are empty when no sequence is longer
+        than k.
     """
     tokens = labels.shape[1]
     if tokens <= tokens_ahead:
@@ -46,14 +49,17 @@ def supervised_rows(
 
 
 def supervised_count(labels: Tensor) -> Tensor:
-    """Number of next-token targets, the divisor of CE_1: a label in the first column has no position before it."""
+    """Number of next-token targets, the divisor of CE_1: a label in the first column has no
+    position before it.
+    """
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
 def sample_rows(rows: Tensor, fraction: float, positions: int, seed: int) -> Tensor:
     """Which of ``rows`` survive when every position is kept with probability ``fraction``.
 
-    The draw is over positions, on the CPU, so that all heads given the same seed see the same positions.
+    The draw is over positions, on the CPU, so that all heads given the same seed see the same
+    positions.
 
     Args:
         rows: int64 ``(supervised,)``, values below ``positions``.

@@ -12,7 +12,8 @@ from ..basics.hub_errors import explained, first_line
 
 
 def read_config(model: str) -> PretrainedConfig:
-    """A model's configuration, out of a ``config.json``, a folder that holds one, or the Hub (or its cache).
+    """A model's configuration, out of a ``config.json``, a folder that holds one, or the Hub (or
+    its cache).
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: if it is not there or cannot be had.

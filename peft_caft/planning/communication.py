@@ -1,25 +1,33 @@
-"""Bytes that each device sends in a training step on several of them: arithmetic, from the sizes of parameters.
+"""Bytes that each device sends in a training step on several of them: arithmetic, from the sizes of
+parameters.
 
-A step is one forward and one backward pass on every device, and an update. Rings: to gather B bytes on all of N devices, or to sum
-them and leave each device its part, each device sends B (N - 1) / N; to sum them on all devices, twice that. So nothing depends on
-the batch. Assumptions:
+A step is one forward and one backward pass on every device, and an update. Rings: to gather B bytes
+on all of N devices, or to sum them and leave each device its part, each device sends B (N - 1) / N;
+to sum them on all devices, twice that. So nothing depends on the batch. Assumptions:
 
 - DDP sums the adapter's gradients, fp32, on all devices.
-- ZeRO-2 does so too (DeepSpeed's ``use_multi_rank_bucket_allreduce``, the default), keeps a part, and gathers the updated adapter.
-- FSDP: FSDP2 as accelerate 1.15 wraps a model and as `examples/accelerate/fsdp2.yaml` sets it, with ``reshard_after_forward``.
-  Units of their own are each decoder layer, also one that is a head, the embedding and the lm_head; what is left, with residual
-  heads and the final norm, is the root. Every unit is gathered in the forward pass. Layers and the embedding (fetched ahead though
-  nothing needs it) are gathered again in the backward pass, with and without gradient checkpointing, which computes a layer again
-  while it is whole. Embedding and lm_head that share a weight are one unit, gathered once. Each parameter is cut along its first
-  dimension, and filled up to a multiple of N: a LoRA of rank r < N is sent as one of rank N. Gradients are summed in parts.
-  Not counted: in GPT-2, and where else accelerate finds the final norm, that is in the lm_head's unit, which CAFT gathers again.
-- ZeRO-3: every parameter is gathered forward, and all but the embedding backward; the lm_head once more for the losses of CAFT,
-  which need it outside of its module. That is the most: DeepSpeed keeps what it needs again within 10^9 parameters
-  (``stage3_max_reuse_distance``), which is also why checkpointing adds nothing, and small parameters are not divided.
-- Base model and heads travel in their dtype, adapters and gradients in fp32 (under DeepSpeed with its ``bf16`` and ``fp16`` off).
-  QLoRA: the packed 4 bits. Not counted: buffers, the gradient norm and other single numbers.
+- ZeRO-2 does so too (DeepSpeed's ``use_multi_rank_bucket_allreduce``, the default), keeps a part,
+  and gathers the updated adapter.
+- FSDP: FSDP2 as accelerate 1.15 wraps a model and as `examples/accelerate/fsdp2.yaml` sets it, with
+  ``reshard_after_forward``. Units of their own are each decoder layer, also one that is a head, the
+  embedding and the lm_head; what is left, with residual heads and the final norm, is the root.
+  Every unit is gathered in the forward pass. Layers and the embedding (fetched ahead though nothing
+  needs it) are gathered again in the backward pass, with and without gradient checkpointing, which
+  computes a layer again while it is whole. Embedding and lm_head that share a weight are one unit,
+  gathered once. Each parameter is cut along its first dimension, and filled up to a multiple of N:
+  a LoRA of rank r < N is sent as one of rank N. Gradients are summed in parts. Not counted: in
+  GPT-2, and where else accelerate finds the final norm, that is in the lm_head's unit, which CAFT
+  gathers again.
+- ZeRO-3: every parameter is gathered forward, and all but the embedding backward; the lm_head once
+  more for the losses of CAFT, which need it outside of its module. That is the most: DeepSpeed
+  keeps what it needs again within 10^9 parameters (``stage3_max_reuse_distance``), which is also
+  why checkpointing adds nothing, and small parameters are not divided.
+- Base model and heads travel in their dtype, adapters and gradients in fp32 (under DeepSpeed with
+  its ``bf16`` and ``fp16`` off). QLoRA: the packed 4 bits. Not counted: buffers, the gradient norm
+  and other single numbers.
 
-`benchmarks/scale.py` and `tests/test_communication.py` compare this with the collectives that torch and accelerate call.
+`benchmarks/scale.py` and `tests/test_communication.py` compare this with the collectives that torch
+and accelerate call.
 """
 
 from __future__ import annotations
@@ -37,7 +45,8 @@ from .memory import NF4_PACKED, heads_of, quantised_weights
 
 @dataclass(frozen=True)
 class Gathered:
-    """Bytes of parameters by the time at which they have to be whole, with what they are filled up with.
+    """Bytes of parameters by the time at which they have to be whole, with what they are filled up
+    with.
 
     Attributes:
         layers: the base model's decoder layers with their adapters.

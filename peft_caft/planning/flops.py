@@ -1,9 +1,11 @@
-"""What one training step costs in floating-point operations per token, counted from a model's shapes: LoRA, and CAFT.
+"""What one training step costs in floating-point operations per token, counted from a model's
+shapes: LoRA, and CAFT.
 
-A multiplication and an addition are two operations. Counted is what runs through matrix multiplications: two operations a
-weight of a linear map forward, two for the gradient of its input, two more for its own gradient if it is trained; and the
-scores of the attention. Norms, activations, softmax and the optimizer are left out, as is usual (Kaplan et al.,
-arXiv 2001.08361). So these are lower limits of the work, and ratios of them what a step could take at best.
+A multiplication and an addition are two operations. Counted is what runs through matrix
+multiplications: two operations a weight of a linear map forward, two for the gradient of its input,
+two more for its own gradient if it is trained; and the scores of the attention. Norms, activations,
+softmax and the optimizer are left out, as is usual (Kaplan et al., arXiv 2001.08361). So these are
+lower limits of the work, and ratios of them what a step could take at best.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ class ModelShapes:
 
     Attributes:
         hidden_size, vocab_size, num_layers: of the model.
-        layer_weights: weights of the linear maps of all layers together; of the experts of a mixture the active ones.
-        last_layer_weights: the same of the last layer alone, of which decoder-layer heads are copies.
+        layer_weights: weights of the linear maps of all layers together; of the experts of a
+            mixture the active ones.
+        last_layer_weights: the same of the last layer alone, of which decoder-layer heads are
+            copies.
         key_value_weights: those of them that make keys and values.
         attention_width: query heads times their size.
         adapter_weights: of LoRA, in the layers.
@@ -114,8 +118,10 @@ def lora_step(
 
     Args:
         shapes: of the model with its adapters.
-        keys: how many keys a query meets on average, half the length of a row where the causal mask saves work.
-        supervised: share of the tokens whose logits are computed: 1 for the loss of transformers, whose logits cover all.
+        keys: how many keys a query meets on average, half the length of a row where the causal mask
+            saves work.
+        supervised: share of the tokens whose logits are computed: 1 for the loss of transformers,
+            whose logits cover all.
         gradient_checkpointing: run every layer forward once more.
     """
     passes = FORWARD * (2 if gradient_checkpointing else 1)
@@ -144,7 +150,8 @@ def caft_step(
         num_heads: n - 1.
         supervised: s, share of the tokens with a label.
         aux_token_fraction: p, share of those that the heads see.
-        head_num_layers: blocks or layers of a head; in a stack of layers all but the last need every token.
+        head_num_layers: blocks or layers of a head; in a stack of layers all but the last need
+            every token.
     """
     require_choice("head_type", head_type, HEAD_TYPES)
     require_token_fraction(aux_token_fraction)

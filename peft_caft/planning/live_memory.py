@@ -1,8 +1,10 @@
-"""Bytes of tensors alive while code runs: of real tensors, or of tensors that have a shape and no data.
+"""Bytes of tensors alive while code runs: of real tensors, or of tensors that have a shape and no
+data.
 
-`LiveMemory` counts. `Simulation` lets code run that believes to compute on a CPU, but whose tensors of numbers are fake
-(``FakeTensorMode``): a training step of any size then takes seconds and next to no memory, and makes and frees the same tensors
-as the real one.
+`LiveMemory` counts. `Simulation` lets code run that believes to compute on a CPU, but whose tensors
+of numbers are fake
+(``FakeTensorMode``): a training step of any size then takes seconds and next to no memory, and
+makes and frees the same tensors as the real one.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ NUMBER_OF = torch.ops.aten._local_scalar_dense.default
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside the block, until they are freed.
 
-    What an operation allocates and frees within itself is not seen, nor is what the allocator keeps or rounds up.
+    What an operation allocates and frees within itself is not seen, nor is what the allocator keeps
+    or rounds up.
 
     Attributes:
         live: bytes alive now, by kind.
@@ -53,7 +56,9 @@ class LiveMemory(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these, which were there before, when an operation returns one or a view of it."""
+        """Do not count these, which were there before, when an operation returns one or a view of
+        it.
+        """
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[storage._cdata] = weakref.ref(storage, partial(self._forget, storage._cdata))
@@ -95,8 +100,9 @@ class LiveMemory(TorchDispatchMode):
 class Simulation(LiveMemory):
     """`LiveMemory` in which floating-point tensors have shapes and no data.
 
-    Token ids, positions and what follows from them stay real, since shapes depend on them (which rows are supervised). Where
-    the code asks for a number of a fake tensor, or compares one, it is taken as 0.
+    Token ids, positions and what follows from them stay real, since shapes depend on them (which
+    rows are supervised). Where the code asks for a number of a fake tensor, or compares one, it is
+    taken as 0.
 
         simulation = Simulation()
         simulation.take_over(model)  # which was built on the meta device
@@ -119,7 +125,9 @@ class Simulation(LiveMemory):
         self._fake.__exit__(*error)
 
     def take_over(self, model: nn.Module) -> None:
-        """Make fake tensors on the CPU of all parameters, buffers and their gradients; they are not counted."""
+        """Make fake tensors on the CPU of all parameters, buffers and their gradients; they are not
+        counted.
+        """
         made: dict[int, Tensor] = {}  # shared parameters stay shared
 
         def fake(tensor: Tensor) -> Tensor:
@@ -160,7 +168,8 @@ class Simulation(LiveMemory):
             with unset_fake_temporarily():
                 return _zero(args[0]).item()
         if func is GROUPED_PRODUCT and (dtype := args[0].dtype) != torch.bfloat16:
-            # torch 2.13 computes it on a CPU in other dtypes too, but knows the shape of the result in bfloat16 alone.
+            # torch 2.13 computes it on a CPU in other dtypes too, but knows the shape of the result
+            # in bfloat16 alone.
             return func(
                 *(a.bfloat16() if isinstance(a, Tensor) and a.dtype == dtype else a for a in args), **kwargs
             ).to(dtype)

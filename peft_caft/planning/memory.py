@@ -1,19 +1,25 @@
-"""Memory that training takes on each device: what a step needs (`simulated_step`), and parameters, whole or in shards.
+"""Memory that training takes on each device: what a step needs (`simulated_step`), and parameters,
+whole or in shards.
 
 Assumptions, all about parameters:
 
-- Adapters are fp32, as PEFT makes them; their gradients too, and AdamW keeps two fp32 values for each. Heads are frozen.
-- QLoRA: bitsandbytes NF4 with double quantisation of the linear layers, save the lm_head. Everything else stays in the dtype of
-  the model: embeddings, lm_head, norms, heads (`layer_copy` dequantises the layer of which it makes one), and the experts of a
-  mixture, which transformers keeps in one tensor of three dimensions. One matrix at a time is dequantised.
-- DDP: everything whole, and a copy of the gradients in the buckets that are sent (torch's ``gradient_as_bucket_view=False``).
+- Adapters are fp32, as PEFT makes them; their gradients too, and AdamW keeps two fp32 values for
+  each. Heads are frozen.
+- QLoRA: bitsandbytes NF4 with double quantisation of the linear layers, save the lm_head.
+  Everything else stays in the dtype of the model: embeddings, lm_head, norms, heads (`layer_copy`
+  dequantises the layer of which it makes one), and the experts of a mixture, which transformers
+  keeps in one tensor of three dimensions. One matrix at a time is dequantised.
+- DDP: everything whole, and a copy of the gradients in the buckets that are sent (torch's
+  ``gradient_as_bucket_view=False``).
 - ZeRO-2: gradients and optimizer states are divided evenly, parameters are whole.
-- FSDP (full shard): parameters are divided too, save the constants of 4-bit weights, which are no parameters. Each decoder layer
-  is a unit, also as a head, and of these two are whole at a time in the backward pass, since the next one is fetched early. The
-  lm_head is while the losses and heads are differentiated, or all the time if it is also the embedding; what else lies in no
-  layer, with residual heads, all the time; an embedding of its own is not (accelerate 1.15).
-- ZeRO-3: divided in the same way; DeepSpeed keeps parameters whole until 10^9 are (``stage3_max_live_parameters``). The losses of
-  CAFT have a copy of the lm_head besides. Small parameters, which it does not divide, are counted as if it did
+- FSDP (full shard): parameters are divided too, save the constants of 4-bit weights, which are no
+  parameters. Each decoder layer is a unit, also as a head, and of these two are whole at a time in
+  the backward pass, since the next one is fetched early. The lm_head is while the losses and heads
+  are differentiated, or all the time if it is also the embedding; what else lies in no layer, with
+  residual heads, all the time; an embedding of its own is not (accelerate 1.15).
+- ZeRO-3: divided in the same way; DeepSpeed keeps parameters whole until 10^9 are
+  (``stage3_max_live_parameters``). The losses of CAFT have a copy of the lm_head besides. Small
+  parameters, which it does not divide, are counted as if it did
   (``stage3_param_persistence_threshold``); its buckets are not counted (``reduce_bucket_size``).
 """
 
@@ -31,7 +37,8 @@ from ..method.model import CAFTModel
 from .simulated_step import StepMemory
 
 PLACEMENTS = ("one device", "DDP", "ZeRO-2", "FSDP", "ZeRO-3")
-# 4 bits; an 8-bit constant for each 64 weights; an fp32 constant for each 256 of those (QLoRA, arXiv 2305.14314, section 3).
+# 4 bits; an 8-bit constant for each 64 weights; an fp32 constant for each 256 of those (QLoRA,
+# arXiv 2305.14314, section 3).
 NF4_PACKED, NF4_CONSTANTS = 0.5, 1 / 64 + 4 / (64 * 256)
 NF4_BYTES = NF4_PACKED + NF4_CONSTANTS
 ADAM_STATES = 2
@@ -70,7 +77,9 @@ class ModelBytes:
 
     @classmethod
     def of(cls, model: PeftModel, quantised: bool = False) -> ModelBytes:
-        """Counted from ``model``, which may be on the meta device; ``quantised``: as if it had been loaded for QLoRA."""
+        """Counted from ``model``, which may be on the meta device; ``quantised``: as if it had been
+        loaded for QLoRA.
+        """
         backbone = Backbone.of(model)
         layers = list(backbone.layers)
         heads = heads_of(model)
@@ -107,7 +116,9 @@ class ModelBytes:
         )
 
     def gathered(self, placement: str) -> float:
-        """Bytes of the parameters that are whole on every device at a time, beside its shard of all."""
+        """Bytes of the parameters that are whole on every device at a time, beside its shard of
+        all.
+        """
         if placement == "FSDP":
             layers = 2 * self.largest_layer
             if self.embedding:  # else the lm_head, as embedding, stays whole
@@ -126,11 +137,12 @@ class DeviceMemory:
     Attributes:
         weights: of the base model.
         adapter: LoRA's parameters.
-        gradients: of these, counted as if they were there all the time, as they are while gradients are accumulated; under DDP
-            also their copy in buckets.
+        gradients: of these, counted as if they were there all the time, as they are while gradients
+            are accumulated; under DDP also their copy in buckets.
         optimizer: AdamW's two states for each.
         heads: the auxiliary heads' parameters.
-        working_weights: parameters that are whole for a moment: gathered ones, and a dequantised matrix.
+        working_weights: parameters that are whole for a moment: gathered ones, and a dequantised
+            matrix.
         activations, head_activations, loss: see `StepMemory`.
     """
 
@@ -179,7 +191,9 @@ def heads_of(model: PeftModel) -> nn.Module | None:
 
 
 def quantised_weights(backbone: Backbone) -> dict[int, nn.Parameter]:
-    """Weights that bitsandbytes quantises, by their identity: those of all linear maps but the lm_head."""
+    """Weights that bitsandbytes quantises, by their identity: those of all linear maps but the
+    lm_head.
+    """
     return {
         id(module.weight): module.weight
         for name, module in backbone.model.named_modules()

@@ -1,4 +1,6 @@
-"""What training a model with LoRA and with CAFT would take, from its configuration alone (``peft-caft plan``)."""
+"""What training a model with LoRA and with CAFT would take, from its configuration alone
+(``peft-caft plan``).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from .simulated_step import Batch, StepMemory, model_on_meta, simulate_step
 
 METHODS = ("lora", *HEAD_TYPES)
 GIB = 2**30
-# Of a GPU's memory: what CUDA and its libraries take, and the share that is lost between the allocator's blocks.
+# Of a GPU's memory: what CUDA and its libraries take, and the share that is lost between the
+# allocator's blocks.
 RESERVED_BYTES, LOST_SHARE = 0.5 * GIB, 0.05
 
 
@@ -59,7 +62,8 @@ class Cost:
         aux_token_fraction: p; None for LoRA.
         flops: per token of the batch, supervised or not.
         over_lora: flops over those of LoRA with the loss of transformers, minus 1.
-        over_skipping_lora: the same over a LoRA step that leaves out the logits of tokens without a label.
+        over_skipping_lora: the same over a LoRA step that leaves out the logits of tokens without a
+            label.
         over_lora_checkpointing: as ``over_lora``, both with gradient checkpointing.
     """
 
@@ -83,7 +87,9 @@ class Option:
     communication: Communication
 
     def fits(self, gpu_memory: float) -> bool:
-        """Whether a GPU of so many GiB holds it, with a reserve for CUDA and what the allocator cannot use."""
+        """Whether a GPU of so many GiB holds it, with a reserve for CUDA and what the allocator
+        cannot use.
+        """
         return self.memory.total * (1 + LOST_SHARE) + RESERVED_BYTES <= gpu_memory * GIB
 
 
@@ -118,11 +124,14 @@ class Plan:
 
 
 def plan(settings: PlanSettings) -> Plan:
-    """Count parameters and operations, and simulate the steps' memory; a few seconds a step for 32 layers.
+    """Count parameters and operations, and simulate the steps' memory; a few seconds a step for 32
+    layers.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: if there is no such model or its configuration cannot be had.
-        ValueError, TypeError: if it is no decoder-only causal language model, or a setting does not fit it.
+        FileNotFoundError, PermissionError, ConnectionError: if there is no such model or its
+            configuration cannot be had.
+        ValueError, TypeError: if it is no decoder-only causal language model, or a setting does not
+            fit it.
     """
     config = read_config(settings.model)
     models = {method: _model(config, settings, method) for method in METHODS}
@@ -166,7 +175,9 @@ def plan(settings: PlanSettings) -> Plan:
 
 
 def _shards_heads(placement: str, method: str) -> bool:
-    """Whether `sharding.is_sharded` holds of the heads in a forward pass; under FSDP it does of those that are units of their own."""
+    """Whether `sharding.is_sharded` holds of the heads in a forward pass; under FSDP it does of
+    those that are units of their own.
+    """
     return method != "lora" and (placement == "ZeRO-3" or (placement == "FSDP" and method == "decoder_layer"))
 
 
@@ -190,7 +201,9 @@ def _model(config: PretrainedConfig, settings: PlanSettings, method: str) -> Pef
 
 @contextmanager
 def _explained(backbone: Backbone) -> Iterator[None]:
-    """Turn what an unusual architecture makes the counting or the simulation raise into one ValueError."""
+    """Turn what an unusual architecture makes the counting or the simulation raise into one
+    ValueError.
+    """
     try:
         yield
     except (RuntimeError, NotImplementedError, LookupError, AttributeError) as error:
@@ -223,7 +236,9 @@ def _parameters(models: dict[str, PeftModel]) -> dict[str, int]:
 
 
 def _costs(shapes: ModelShapes, settings: PlanSettings) -> list[Cost]:
-    """LoRA, and each head type with all supervised positions and with a share of them (a quarter unless one is set)."""
+    """LoRA, and each head type with all supervised positions and with a share of them (a quarter
+    unless one is set).
+    """
     keys, s = settings.tokens / 2, settings.supervised
     sampled = settings.aux_token_fraction if settings.aux_token_fraction < 1 else 0.25
 

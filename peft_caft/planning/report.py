@@ -76,7 +76,9 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _communication(plan: Plan) -> str:
-    """What each device sends, which gradient checkpointing does not change, and what CAFT adds to LoRA's."""
+    """What each device sends, which gradient checkpointing does not change, and what CAFT adds to
+    LoRA's.
+    """
     options = [option for option in plan.options if not option.gradient_checkpointing]
     unit, name = (GB, "GB") if max(o.communication.total for o in options) >= GB else (MB, "MB")
     totals = {(o.placement, o.qlora, o.method): o.communication.total for o in options}
@@ -95,7 +97,9 @@ def _communication(plan: Plan) -> str:
 
 
 def _fitting(plan: Plan) -> str:
-    """What fits, in a sentence for each method: the first option that does, the plainest ones coming first."""
+    """What fits, in a sentence for each method: the first option that does, the plainest ones
+    coming first.
+    """
     limit = plan.settings.gpu_memory
     if limit is None:
         least, most = (pick(plan.options, key=_total) for pick in (min, max))

@@ -1,4 +1,6 @@
-"""What ``peft-caft plan`` is asked for. Imports no torch, so that the command line shows it at once."""
+"""What ``peft-caft plan`` is asked for. Imports no torch, so that the command line shows it at
+once.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class PlanSettings:
     """What to plan; each field is an option of ``peft-caft plan``.
 
     Raises:
-        ValueError: if a field is out of range; the message names it, what came and what was expected.
+        ValueError: if a field is out of range; the message names it, what came and what was
+            expected.
     """
 
     model: str = setting("Base model: folder, config.json or Hub id. No weights are read.", group=DATA)

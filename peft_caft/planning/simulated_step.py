@@ -1,7 +1,8 @@
 """Memory of one training step, LoRA's or CAFT's, from a model's configuration alone.
 
-The step itself is run, with all the code of transformers, PEFT and this package, on tensors without data (`Simulation`). So
-nothing about an architecture is assumed here, and what changes there changes here.
+The step itself is run, with all the code of transformers, PEFT and this package, on tensors without
+data (`Simulation`). So nothing about an architecture is assumed here, and what changes there
+changes here.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ ACTIVATIONS, HEAD_ACTIVATIONS, LOSS = "activations", "head_activations", "loss"
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes at the moment of a training step at which most are needed, without parameters, gradients and optimizer.
+    """Bytes at the moment of a training step at which most are needed, without parameters,
+    gradients and optimizer.
 
     Attributes:
-        activations: what the base model's layers, with their adapters, keep for the backward pass or just work with.
+        activations: what the base model's layers, with their adapters, keep for the backward pass
+            or just work with.
         head_activations: the same of auxiliary heads, with dL/dh of their losses.
         loss: logits, log-probabilities and gradients of them.
     """
@@ -46,7 +49,8 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one device computes at a time: rows of equal length without padding, whose last tokens are supervised.
+    """What one device computes at a time: rows of equal length without padding, whose last tokens
+    are supervised.
 
     Attributes:
         rows: number of rows.
@@ -92,16 +96,19 @@ def simulate_step(
     device: str = "cuda",
     sharded_heads: bool = False,
 ) -> StepMemory:
-    """Simulate forward and backward pass of a training step, when gradients are there already (accumulation).
+    """Simulate forward and backward pass of a training step, when gradients are there already
+    (accumulation).
 
     Args:
         model: from `model_on_meta`; its tensors become fake ones, and it can be simulated again.
         batch: what is trained on.
-        gradient_checkpointing: keep the layers' inputs alone and run each layer once more in the backward pass.
+        gradient_checkpointing: keep the layers' inputs alone and run each layer once more in the
+            backward pass.
         autocast: in bfloat16, as ``TrainingArguments(bf16=True)`` does.
         device: ``"cuda"`` or ``"cpu"``, on which the size of a chunk of logits depends.
-        sharded_heads: as where an engine divides the heads' parameters (`sharding.is_sharded`): heads then compute all tokens, and
-            keep what their backward pass needs until the base model's.
+        sharded_heads: as where an engine divides the heads' parameters (`sharding.is_sharded`):
+            heads then compute all tokens, and keep what their backward pass needs until the base
+            model's.
     """
     base = model.get_base_model()
     with warnings.catch_warnings():
@@ -125,7 +132,9 @@ def simulate_step(
 
 
 class _Phase:
-    """Where a step is, so that new tensors can be told apart: in the base model, or between its forward and backward pass."""
+    """Where a step is, so that new tensors can be told apart: in the base model, or between its
+    forward and backward pass.
+    """
 
     def __init__(self, backbone: Backbone, has_heads: bool) -> None:
         self._trunk = backbone.trunk

@@ -1,4 +1,6 @@
-"""Options that stand behind those of a command: fields of ``TrainingArguments`` and of ``LoraConfig``."""
+"""Options that stand behind those of a command: fields of ``TrainingArguments`` and of
+``LoraConfig``.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def trainer_arguments(
     options: list[str] | None = None,
     set_by_command: Mapping[str, str] | None = None,
 ) -> TrainingArguments:
-    """TrainingArguments, each value from the first of: ``options``, ``yaml_file``, ``defaults``, transformers.
+    """TrainingArguments, each value from the first of: ``options``, ``yaml_file``, ``defaults``,
+    transformers.
 
     Args:
         output: run folder; checkpoints go below it.
@@ -50,8 +53,8 @@ def trainer_arguments(
 
     Raises:
         FileNotFoundError: if there is no such YAML file.
-        ValueError: naming an option or YAML key that TrainingArguments lacks, that the command would overwrite, or whose value
-            is refused.
+        ValueError: naming an option or YAML key that TrainingArguments lacks, that the command
+            would overwrite, or whose value is refused.
     """
     own = _yaml(yaml_file)
     given = [*own, *(_name(word) for word in options or [] if word.startswith("--"))]
@@ -77,11 +80,13 @@ def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Fields of ``LoraConfig`` among options, and the other options.
 
     Args:
-        options: as on a command line: ``["--use-dora", "--rank-pattern", '{"q_proj": 4}', "--seed", "1"]``. A field of kind true
-            or false needs no value; lists and mappings are JSON, or words with commas.
+        options: as on a command line: ``["--use-dora", "--rank-pattern", '{"q_proj": 4}', "--seed",
+            "1"]``. A field of kind true or false needs no value; lists and mappings are JSON, or
+            words with commas.
 
     Raises:
-        ValueError: naming an option that only Python can give, that the command sets itself, or whose value is of another type.
+        ValueError: naming an option that only Python can give, that the command sets itself, or
+            whose value is of another type.
     """
     hints = get_type_hints(LoraConfig)
     names = {field.name for field in dataclasses.fields(LoraConfig)}
@@ -114,7 +119,9 @@ def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def training_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The trainer arguments that decide a result, for comparing a run with the one that it would resume."""
+    """The trainer arguments that decide a result, for comparing a run with the one that it would
+    resume.
+    """
     names = (
         "learning_rate",
         "per_device_train_batch_size",

@@ -1,15 +1,17 @@
-"""JSONL training data: reading it with errors that name file and line, and turning rows into supervised tokens.
+"""JSONL training data: reading it with errors that name file and line, and turning rows into
+supervised tokens.
 
 A row has one of three forms:
 
-- ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}``: the chat template of
-  the tokenizer is applied, and the loss is on what the assistant says;
-- ``{"prompt": "...", "completion": "..."}``: plain text, the loss is on the completion and the end of text;
+- ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}``:
+  the chat template of the tokenizer is applied, and the loss is on what the assistant says;
+- ``{"prompt": "...", "completion": "..."}``: plain text, the loss is on the completion and the end
+  of text;
 - ``{"text": "..."}``: the loss is on everything.
 
-``"complete": false`` says that the row's last answer was cut off where it was made (`peft-caft distill` writes it), so
-that no end of it is learned. ``"last_answer_only": true`` leaves earlier answers of a chat unsupervised, because somebody
-else gave them.
+``"complete": false`` says that the row's last answer was cut off where it was made (`peft-caft
+distill` writes it), so that no end of it is learned. ``"last_answer_only": true`` leaves earlier
+answers of a chat unsupervised, because somebody else gave them.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class EncodedData:
     """Rows ready for a trainer.
 
     Attributes:
-        rows: ``{"input_ids": list[int], "labels": list[int]}``, labels unshifted, -100 where unsupervised.
+        rows: ``{"input_ids": list[int], "labels": list[int]}``, labels unshifted, -100 where
+            unsupervised.
         truncated: rows that were cut to the maximal length.
         dropped: rows of which nothing supervised was left.
     """
@@ -68,7 +71,8 @@ def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming file and line, if a line is not JSON or not a row of a known form, or if there is no row.
+        ValueError: naming file and line, if a line is not JSON or not a row of a known form, or if
+            there is no row.
     """
     path = Path(path)
     if not path.is_file():
@@ -146,8 +150,8 @@ def encode(
         quiet: show no progress bar.
 
     Raises:
-        ValueError: naming the row, if the tokenizer has no chat template for its messages or one that refuses or rewrites
-            them; or if no row has a supervised token left.
+        ValueError: naming the row, if the tokenizer has no chat template for its messages or one
+            that refuses or rewrites them; or if no row has a supervised token left.
     """
     encoded, truncated, dropped = [], 0, 0
     numbered = enumerate(
@@ -180,7 +184,8 @@ def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple
     if "text" in row:
         input_ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
         return input_ids, list(input_ids)
-    # Tokenized apart, as at inference, where the prompt's tokens are fixed before the first token of the answer.
+    # Tokenized apart, as at inference, where the prompt's tokens are fixed before the first token
+    # of the answer.
     prompt = tokenizer(row["prompt"])["input_ids"]
     answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
     if complete:
@@ -221,8 +226,8 @@ def _tokens_after(input_ids: list[int], text: str, longer: str, tokenizer: PreTr
     whole = tokenizer(longer, add_special_tokens=False)["input_ids"]
     if whole[: len(input_ids)] == input_ids:
         return whole[len(input_ids) :]
-    # A token spans the seam, as when an answer begins with the white space that the prompt ends with. At inference the
-    # prompt's tokens are fixed before the first token of the answer.
+    # A token spans the seam, as when an answer begins with the white space that the prompt ends
+    # with. At inference the prompt's tokens are fixed before the first token of the answer.
     return tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"]
 
 

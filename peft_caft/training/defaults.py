@@ -1,4 +1,6 @@
-"""What the commands set in ``TrainingArguments`` unless told otherwise. Imports nothing, so that ``--help`` is quick."""
+"""What the commands set in ``TrainingArguments`` unless told otherwise. Imports nothing, so that
+``--help`` is quick.
+"""
 
 from __future__ import annotations
 

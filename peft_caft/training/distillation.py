@@ -1,4 +1,6 @@
-"""Self-distillation: the base model's own answers to prompts, as training data for heads (``peft-caft distill``)."""
+"""Self-distillation: the base model's own answers to prompts, as training data for heads
+(``peft-caft distill``).
+"""
 
 from __future__ import annotations
 
@@ -31,21 +33,24 @@ REASONS = ("empty", "repetitive", "untrainable", "duplicate")
 
 
 def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str, Any]:
-    """Let the base model answer prompts and write its answers as JSONL; an interrupted run is taken up where it was.
+    """Let the base model answer prompts and write its answers as JSONL; an interrupted run is taken
+    up where it was.
 
-    Under several processes (``accelerate launch``) each answers a share. The result does not depend on interruptions; it
-    does on ``batch_size``, because the random numbers of a batch are drawn together.
+    Under several processes (``accelerate launch``) each answers a share. The result does not depend
+    on interruptions; it does on ``batch_size``, because the random numbers of a batch are drawn
+    together.
 
     Returns:
-        the provenance, which is also written beside the output: settings, counts, tokens, seconds, versions.
+        the provenance, which is also written beside the output: settings, counts, tokens, seconds,
+            versions.
 
     Raises:
         FileExistsError, FileNotFoundError, ValueError, OSError: as the message says.
     """
     _require_valid(settings)
     git_commit()  # remembered for the provenance: a long run is of the code that it began with
-    # Without an accelerator accelerate must be told so, or each process takes itself for the only one. Processes that are
-    # done wait for the others, however long those take.
+    # Without an accelerator accelerate must be told so, or each process takes itself for the only
+    # one. Processes that are done wait for the others, however long those take.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
     if settings.backend == "vllm" and state.num_processes > 1:
         raise ValueError(
@@ -170,8 +175,8 @@ def _batches(prompts: list[Prompt], samples: int, size: int) -> list[list[tuple[
 
 
 def _order(count: int) -> list[int]:
-    """Order in which batches are answered: the longest first, so that too little memory shows at once; the others mixed, so
-    that the estimated time is honest and processes get equal shares.
+    """Order in which batches are answered: the longest first, so that too little memory shows at
+    once; the others mixed, so that the estimated time is honest and processes get equal shares.
     """
     others = list(range(1, count))
     random.Random(0).shuffle(others)

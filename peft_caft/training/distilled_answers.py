@@ -35,12 +35,14 @@ class AnswerReader:
             ids: tokens of the answer, up to and with the one that ended it, if any did.
 
         Returns:
-            ``prompt_index``; ``sample``; ``answer``, without special tokens; ``complete``: the model ended it; ``tokens``:
-            how many were generated; ``rejected``: the reason, see `rejection`, or ``"untrainable"`` if the chat template does
-            not let prompt and answer be told apart, or None; ``same_tokens``: the row, tokenized for training, has
-            the very tokens that the model wrote.
+            ``prompt_index``; ``sample``; ``answer``, without special tokens; ``complete``: the
+            model ended it; ``tokens``: how many were generated; ``rejected``: the reason, see
+            `rejection`, or ``"untrainable"`` if the chat template does not let prompt and answer be
+            told apart, or None; ``same_tokens``: the row, tokenized for training, has the very
+            tokens that the model wrote.
         """
-        # A special token in the midst would be read as another turn when trained on: the answer ends before it.
+        # A special token in the midst would be read as another turn when trained on: the answer
+        # ends before it.
         end = next((position for position, token in enumerate(ids) if token in self.ends), len(ids))
         complete = end < len(ids) and ids[end] in self.stops
         kept = ids[:end]
@@ -66,7 +68,9 @@ class AnswerReader:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _trained_on(self, prompt: Prompt, answer: str, complete: bool) -> list[int] | None:
-        """The row, tokenized for training; None if the chat template shows the prompt differently with an answer to it."""
+        """The row, tokenized for training; None if the chat template shows the prompt differently
+        with an answer to it.
+        """
         row = prompt.row(answer) | {"complete": complete}
         try:
             return encode([row], self.tokenizer, max_length=2**31, quiet=True).rows[0]["input_ids"]
@@ -81,8 +85,9 @@ class AnswerReader:
 def rejection(answer: str, ids: list[int], max_repetition: float = 0.5) -> str | None:
     """Why an answer itself is no use for training, or None.
 
-    ``"empty"``: nothing but white space. ``"repetitive"``: of its runs of 8 tokens, a larger share than ``max_repetition``
-    has occurred before in it, as when a line or a phrase is repeated over and over; 1 turns this off.
+    ``"empty"``: nothing but white space. ``"repetitive"``: of its runs of 8 tokens, a larger share
+    than ``max_repetition`` has occurred before in it, as when a line or a phrase is repeated over
+    and over; 1 turns this off.
     """
     if not answer.strip():
         return "empty"

@@ -1,4 +1,6 @@
-"""The engine that a run is launched with, by its training arguments or by `accelerate launch`; known before any model is."""
+"""The engine that a run is launched with, by its training arguments or by `accelerate launch`;
+known before any model is.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def engine_name(args: TrainingArguments) -> str | None:
 
 
 def require_dtype(model: PreTrainedModel, dtype: str, args: TrainingArguments) -> None:
-    """Refuse a model that was loaded in another dtype than asked for: under ZeRO-3 DeepSpeed's own settings decide that.
+    """Refuse a model that was loaded in another dtype than asked for: under ZeRO-3 DeepSpeed's own
+    settings decide that.
 
     Raises:
         ValueError: if it was.

@@ -1,4 +1,6 @@
-"""Stage 2 of CAFT, and the same without it: fine-tune on a JSONL file, so that one setting makes the difference."""
+"""Stage 2 of CAFT, and the same without it: fine-tune on a JSONL file, so that one setting makes
+the difference.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,8 @@ def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:
 
 
 def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
-    """Fine-tune and write a LoRA adapter, or the whole model, to ``settings.output``; an interrupted run goes on.
+    """Fine-tune and write a LoRA adapter, or the whole model, to ``settings.output``; an
+    interrupted run goes on.
 
     The same seed gives LoRA and CAFT the same initial adapter and the same order of data.
 
@@ -99,8 +102,8 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         overwrite: replace a finished run.
 
     Returns:
-        the summary, also written as ``summary.json``: held-out next-token loss before and after (nats/token), seconds,
-        peak memory, trainable parameters, log history.
+        the summary, also written as ``summary.json``: held-out next-token loss before and after
+        (nats/token), seconds, peak memory, trainable parameters, log history.
 
     Raises:
         FileExistsError, FileNotFoundError, ValueError, TypeError: as the message says.
@@ -138,7 +141,8 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         with args.main_process_first(local=False):
             needed = (*random_states(args.world_size), *([TRAINED_HEADS_NAME] if has_trained_heads else []))
             resume_from = folder.begin(recorded, overwrite and is_first, needed)
-        # Not by trainer.evaluate(): accelerate would take the model for wrapped then, and each process would train by itself.
+        # Not by trainer.evaluate(): accelerate would take the model for wrapped then, and each
+        # process would train by itself.
         args.eval_on_start = held_out is not None and resume_from is None
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = Trainer(
@@ -193,7 +197,8 @@ class _Clock(TrainerCallback):
 
 
 def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
-    """What is to be saved, gathered from the processes that hold parts of it; None where every process has the whole model.
+    """What is to be saved, gathered from the processes that hold parts of it; None where every
+    process has the whole model.
 
     All processes call it together; the first one gets it.
     """
@@ -217,7 +222,9 @@ def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
 def _record_of_trained_heads(
     settings: FineTuningSettings, args: TrainingArguments, data_sha256: str, rows: int, heads: AuxiliaryHeads
 ) -> dict[str, Any]:
-    """What heads that were trained along say of themselves, in place of what stage 1 wrote about other weights."""
+    """What heads that were trained along say of themselves, in place of what stage 1 wrote about
+    other weights.
+    """
     return {
         "stage": f"2, along with an adapter ({settings.train_heads})",
         "data": [{"file": Path(settings.data).name, "rows": rows, "sha256": data_sha256}],

@@ -45,11 +45,14 @@ class Backend(Protocol):
     batch_size: int
 
     def answers(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
-        """Tokens of one answer per prompt, up to and with the token that ended it; the same again for the same seed."""
+        """Tokens of one answer per prompt, up to and with the token that ended it; the same again
+        for the same seed.
+        """
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
-    """Tokens that end an answer: of the generation config, of the tokenizer, and the chat template's end of turn.
+    """Tokens that end an answer: of the generation config, of the tokenizer, and the chat
+    template's end of turn.
 
     Raises:
         ValueError: if there is none.
@@ -119,7 +122,8 @@ def until_stop(ids: list[int], stop_token_ids: list[int]) -> list[int]:
 
 
 class VLLMBackend:
-    """An installed vLLM. Written against its documented interface; it has not been run by the authors of this package.
+    """An installed vLLM. Written against its documented interface; it has not been run by the
+    authors of this package.
 
     Raises:
         ModuleNotFoundError: if vLLM is not installed.

@@ -1,4 +1,6 @@
-"""The files that stage 1 learns from and is measured on: read, a part held out, encoded, described for the provenance."""
+"""The files that stage 1 learns from and is measured on: read, a part held out, encoded, described
+for the provenance.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ class DataFile:
 def read_files(
     data: list[str], eval_data: list[str] | None, max_rows: int | None, eval_rows: int
 ) -> tuple[list[RawFile], list[RawFile]]:
-    """Each training and each held-out file; without the latter a tenth of each training file is held out.
+    """Each training and each held-out file; without the latter a tenth of each training file is
+    held out.
 
     Args:
         data, eval_data: paths of JSONL files.

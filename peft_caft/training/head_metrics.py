@@ -1,4 +1,6 @@
-"""How well auxiliary heads predict held-out data: cross entropy, top-1, top-5 and acceptance length."""
+"""How well auxiliary heads predict held-out data: cross entropy, top-1, top-5 and acceptance
+length.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class HeadMetrics:
     Attributes:
         tokens_ahead: k.
         cross_entropy: mean, nats per token.
-        top1, top5: fraction of targets that are the most likely token, or among the five most likely.
+        top1, top5: fraction of targets that are the most likely token, or among the five most
+            likely.
         tokens: number of targets.
     """
 
@@ -43,8 +46,9 @@ class HeadEvaluation:
 
     Attributes:
         heads: one entry per head.
-        acceptance_length: mean number of consecutive heads, from k = 2 on, whose most likely token is the right one, over
-            the positions that have a target for every head; between 0 and n - 1.
+        acceptance_length: mean number of consecutive heads, from k = 2 on, whose most likely token
+            is the right one, over the positions that have a target for every head; between 0 and n
+            - 1.
     """
 
     heads: list[HeadMetrics]
@@ -105,7 +109,9 @@ def evaluate_heads(
 
 
 def length_sorted(rows: list[dict[str, list[int]]], collate: Callable, batch_size: int) -> DataLoader:
-    """Batches of rows of about one length, long ones first, so that little is padding and memory runs out at once."""
+    """Batches of rows of about one length, long ones first, so that little is padding and memory
+    runs out at once.
+    """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     return DataLoader([rows[index] for index in order], batch_size=batch_size, collate_fn=collate)
 
@@ -126,8 +132,9 @@ def batch_totals(
         attention_mask: ``(batch, tokens)`` or None.
 
     Returns:
-        float64 ``(heads + 1, 4)``: for each head the sums of cross entropies, top-1 hits, top-5 hits, and the number of
-        targets; in the last row the sum of accepted lengths, two zeros, and the number of positions with all targets.
+        float64 ``(heads + 1, 4)``: for each head the sums of cross entropies, top-1 hits, top-5
+        hits, and the number of targets; in the last row the sum of accepted lengths, two zeros, and
+        the number of positions with all targets.
     """
     unembedding = backbone.unembedding(captured)
     exact = torch.float32 if labels.device.type == "mps" else torch.float64  # Apple's devices have no double

@@ -1,7 +1,8 @@
 """The module and the Trainer of stage 1: the frozen base model with trainable heads on it.
 
-The objective is the auxiliary sum alone, with beta = gamma = 1: sum over heads of alpha^(k-1) * CE_k, against the tokens of
-the text (hard targets) or the base model's own distributions (soft targets).
+The objective is the auxiliary sum alone, with beta = gamma = 1: sum over heads of alpha^(k-1) *
+CE_k, against the tokens of the text (hard targets) or the base model's own distributions (soft
+targets).
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ from .soft_targets import soft_auxiliary_loss
 
 
 class HeadPretraining(nn.Module):
-    """The frozen base model with trainable heads, as a module that ``transformers.Trainer`` can train.
+    """The frozen base model with trainable heads, as a module that ``transformers.Trainer`` can
+    train.
 
-    The base model runs up to its last layer's norm and computes no logits of its own; with soft targets its distributions
-    are computed at the supervised positions alone. Where hidden states are given, only its last layer runs.
+    The base model runs up to its last layer's norm and computes no logits of its own; with soft
+    targets its distributions are computed at the supervised positions alone. Where hidden states
+    are given, only its last layer runs.
     """
 
     loss_type = "ForCausalLM"  # tells Trainer that labels are shifted, for num_items_in_batch
@@ -63,7 +66,8 @@ class HeadPretraining(nn.Module):
         self._sampling_seeds = count()
         self.recent = RecentLosses()
         self._backbone = Backbone.of(model)
-        # What FSDP shards one by one: the layers of the base model, and the heads that are copies of one.
+        # What FSDP shards one by one: the layers of the base model, and the heads that are copies
+        # of one.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self._backbone.layers})
 
     def begin_step(self, seed: int, step: int, process: int) -> None:
@@ -89,7 +93,8 @@ class HeadPretraining(nn.Module):
 
         Args:
             input_ids, labels, attention_mask: ``(batch, tokens)``.
-            hidden_states: what enters the base model's last layer, ``(batch, tokens, hidden)``, from an earlier pass.
+            hidden_states: what enters the base model's last layer, ``(batch, tokens, hidden)``,
+                from an earlier pass.
             num_items_in_batch: divisor of the loss; next-token targets of this batch if None.
 
         Returns:
@@ -131,7 +136,8 @@ class _TellStep(TrainerCallback):
 
 
 class HeadTrainer(Trainer):
-    """Trainer whose checkpoints hold the heads artifact instead of the whole model, and that evaluates every head.
+    """Trainer whose checkpoints hold the heads artifact instead of the whole model, and that
+    evaluates every head.
 
     ``eval_dataset`` is a dict of encoded rows by name.
     """
@@ -149,14 +155,18 @@ class HeadTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).heads
 
     def trained_heads(self) -> AuxiliaryHeads:
-        """The heads with whole parameters; a copy on the CPU where they are sharded. All processes call this together."""
+        """The heads with whole parameters; a copy on the CPU where they are sharded. All processes
+        call this together.
+        """
         if self.sharded:
             gather(self._heads, self._whole_heads)
         return self._whole_heads
 
     @torch.no_grad()
     def round_heads(self, dtype: torch.dtype) -> None:
-        """Leave in the heads what ``dtype`` can hold, so that the next evaluation is about the heads as they are saved."""
+        """Leave in the heads what ``dtype`` can hold, so that the next evaluation is about the
+        heads as they are saved.
+        """
         if not self.sharded:
             self._heads.to(dtype)
         else:  # whose dtype is fixed
@@ -164,7 +174,9 @@ class HeadTrainer(Trainer):
                 copy_into(parameter, whole(parameter).to(dtype))
 
     def evaluate_heads(self, description: str) -> dict[str, HeadEvaluation]:
-        """`HeadEvaluation` of every evaluation set; under several processes each takes a share of the rows."""
+        """`HeadEvaluation` of every evaluation set; under several processes each takes a share of
+        the rows.
+        """
         evaluations = {}
         self.model_wrapped.eval()
         for name, rows in self.eval_dataset.items():
@@ -189,7 +201,9 @@ class HeadTrainer(Trainer):
         return evaluations
 
     def evaluate_before(self) -> dict[str, HeadEvaluation]:
-        """Evaluate, once, the untrained heads; at the latest before the first step or the first checkpoint that is loaded."""
+        """Evaluate, once, the untrained heads; at the latest before the first step or the first
+        checkpoint that is loaded.
+        """
         if self._before is None:
             self._before = self.evaluate_heads("Held-out, before training")
         return self._before
@@ -199,7 +213,9 @@ class HeadTrainer(Trainer):
         return self.model_wrapped(**batch.to(self.args.device))["totals"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Per-head metrics of every set into the log; ``eval_loss`` is the objective with hard targets, over all sets."""
+        """Per-head metrics of every set into the log; ``eval_loss`` is the objective with hard
+        targets, over all sets.
+        """
         metrics = {}
         evaluations = self.evaluate_heads("Held-out")
         for name, evaluation in evaluations.items():
@@ -235,7 +251,8 @@ class HeadTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.evaluate_before()
-        # A run interrupted between its last step and its end is at its end: Trainer would take one step more.
+        # A run interrupted between its last step and its end is at its end: Trainer would take one
+        # step more.
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -274,7 +291,8 @@ class HeadTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # Trainer would load the checkpoint before the untrained heads are evaluated, and miss the frozen base model in it.
+        # Trainer would load the checkpoint before the untrained heads are evaluated, and miss the
+        # frozen base model in it.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.evaluate_before()
         deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)

@@ -1,4 +1,6 @@
-"""Stage 1 of CAFT as one run: data, heads, training, evaluation before and after, artifact. Made once per base model."""
+"""Stage 1 of CAFT as one run: data, heads, training, evaluation before and after, artifact. Made
+once per base model.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ from .settings import HeadTrainingSettings
 
 
 def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
-    """Train heads and write them to ``settings.output``; an interrupted run is taken up at its last checkpoint.
+    """Train heads and write them to ``settings.output``; an interrupted run is taken up at its last
+    checkpoint.
 
     Args:
         settings: model, data and heads.
@@ -42,8 +45,8 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         overwrite: replace a finished run.
 
     Returns:
-        the training record that the heads' ``config.json`` holds, with peak memory and the Trainer's log history; also
-        written as ``summary.json``.
+        the training record that the heads' ``config.json`` holds, with peak memory and the
+        Trainer's log history; also written as ``summary.json``.
 
     Raises:
         FileExistsError, FileNotFoundError, ValueError, TypeError, OSError: as the message says.
@@ -157,7 +160,9 @@ def _prepare_evaluation(settings: HeadTrainingSettings, args: TrainingArguments)
 
 
 def _provenance_of_model(model: str) -> dict[str, Any] | None:
-    """Where a local base model's weights came from, if its folder says so: a conversion may have rounded them."""
+    """Where a local base model's weights came from, if its folder says so: a conversion may have
+    rounded them.
+    """
     path = Path(model, "provenance.json")
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 

@@ -1,9 +1,11 @@
-"""Hidden states of a data set, computed once and read from disk in every later epoch and run of stage 1.
+"""Hidden states of a data set, computed once and read from disk in every later epoch and run of
+stage 1.
 
-What is kept is the input of the base model's last layer, at every position: from it that layer, the final norm and every kind
-of head follow at a thirtieth of the model's cost. ``hidden_states.bin`` holds the rows one after the other, ``done.bin`` one
-byte per batch that is on disk, ``cache.json`` what they belong to. An interrupted run goes on with the batches that are not
-marked, whatever the number of processes.
+What is kept is the input of the base model's last layer, at every position: from it that layer, the
+final norm and every kind of head follow at a thirtieth of the model's cost. ``hidden_states.bin``
+holds the rows one after the other, ``done.bin`` one byte per batch that is on disk, ``cache.json``
+what they belong to. An interrupted run goes on with the batches that are not marked, whatever the
+number of processes.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class CachedRows(torch.utils.data.Dataset):
-    """Encoded rows with their hidden states, ``{"input_ids", "labels", "hidden_states": (tokens, hidden)}``.
+    """Encoded rows with their hidden states, ``{"input_ids", "labels", "hidden_states": (tokens,
+    hidden)}``.
 
     Args:
         rows: as `peft_caft.training.data.encode` gives them.
-        states: ``(tokens of all rows, hidden)``, the bits of numbers of ``dtype``, mapped from the disk.
+        states: ``(tokens of all rows, hidden)``, the bits of numbers of ``dtype``, mapped from the
+            disk.
         dtype: of the hidden states.
     """
 
@@ -190,7 +194,9 @@ def _batches(rows: list[dict[str, list[int]]]) -> list[list[int]]:
 
 @torch.no_grad()
 def _check(data: CachedRows, backbone: Backbone, collate: Callable) -> None:
-    """Compare the shortest row's states, and the last layer run on them, with a whole pass of the model."""
+    """Compare the shortest row's states, and the last layer run on them, with a whole pass of the
+    model.
+    """
     index = min(range(len(data)), key=lambda i: len(data.rows[i]["input_ids"]))
     batch = with_hidden_states(collate)([data[index]]).to(backbone.lm_head.weight.device)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}

@@ -17,17 +17,19 @@ HEAD_LOSS = "caft/loss_head_"  # and the number of tokens ahead, in the log of a
 def plot_training(
     path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, float]]], aux_loss_weight: float = 0.01
 ) -> None:
-    """Draw the training loss of several runs; for CAFT runs also gamma and the losses of the auxiliary heads.
+    """Draw the training loss of several runs; for CAFT runs also gamma and the losses of the
+    auxiliary heads.
 
-    The upper panel compares next-token losses. The loss that Trainer logs for a CAFT run contains the auxiliary term,
-    so ``aux_loss_weight * caft/gamma * caft/aux_loss`` is subtracted from it. A pale line shows the logged values, the
-    strong line their running mean.
+    The upper panel compares next-token losses. The loss that Trainer logs for a CAFT run contains
+    the auxiliary term, so ``aux_loss_weight * caft/gamma * caft/aux_loss`` is subtracted from it. A
+    pale line shows the logged values, the strong line their running mean.
 
     Args:
         path: the PNG file to write.
-        runs: name of the run -> ``trainer.state.log_history``. Entries with ``"step"`` (optimizer steps) and ``"loss"``
-            (nats/token) are drawn; others, such as evaluations, are ignored. Entries of a CAFT run also have
-            ``"caft/gamma"`` (0 to 1), ``"caft/aux_loss"`` and ``"caft/loss_head_2"`` ... (nats/token).
+        runs: name of the run -> ``trainer.state.log_history``. Entries with ``"step"`` (optimizer
+            steps) and ``"loss"`` (nats/token) are drawn; others, such as evaluations, are ignored.
+            Entries of a CAFT run also have ``"caft/gamma"`` (0 to 1), ``"caft/aux_loss"`` and
+            ``"caft/loss_head_2"`` ... (nats/token).
         aux_loss_weight: beta of the CAFT runs.
 
     Raises:

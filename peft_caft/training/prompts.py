@@ -1,4 +1,6 @@
-"""Prompts for `peft-caft distill`: from JSONL or a dataset, read with errors that name file and line, turned into tokens."""
+"""Prompts for `peft-caft distill`: from JSONL or a dataset, read with errors that name file and
+line, turned into tokens.
+"""
 
 from __future__ import annotations
 
@@ -62,18 +64,22 @@ class PromptRows:
 def read_prompts(
     source: str, split: str | None = None, column: str | None = None, limit: int | None = None
 ) -> PromptRows:
-    """Read prompts from a JSONL file, or ``hf:NAME`` or ``hf:NAME:CONFIG`` with the library ``datasets``.
+    """Read prompts from a JSONL file, or ``hf:NAME`` or ``hf:NAME:CONFIG`` with the library
+    ``datasets``.
 
     Args:
-        source: NAME is a dataset of the Hub, a folder of data files, or one that ``Dataset.save_to_disk`` wrote.
+        source: NAME is a dataset of the Hub, a folder of data files, or one that
+            ``Dataset.save_to_disk`` wrote.
         split: of a dataset; ``"train"`` if None.
-        column: holds the prompt (a string) or the chat (a list of messages); ``messages`` or ``prompt`` if None.
+        column: holds the prompt (a string) or the chat (a list of messages); ``messages`` or
+            ``prompt`` if None.
         limit: take the first so many rows.
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
         ModuleNotFoundError: if ``datasets`` is needed and not installed.
-        ValueError: naming file and line, if a line is not JSON or lacks the column, or if there are no rows.
+        ValueError: naming file and line, if a line is not JSON or lacks the column, or if there are
+            no rows.
     """
     if source.startswith(DATASET):
         result = _read_dataset(source, split or "train", column, limit)
@@ -140,8 +146,8 @@ def prepare_prompts(
 ) -> tuple[list[Prompt], int]:
     """Turn rows into prompts as the model reads them; of equal ones, the first is kept.
 
-    A string becomes a user message where the tokenizer has a chat template. Assistant messages at the end of a chat are cut
-    off, because the model answers itself.
+    A string becomes a user message where the tokenizer has a chat template. Assistant messages at
+    the end of a chat are cut off, because the model answers itself.
 
     Args:
         rows: as `read_prompts` gives them.
@@ -151,8 +157,8 @@ def prepare_prompts(
         the prompts and the number of duplicates left out.
 
     Raises:
-        ValueError: naming the row, if it is of another form; or if a chat or a system message meets a tokenizer without
-            chat template.
+        ValueError: naming the row, if it is of another form; or if a chat or a system message meets
+            a tokenizer without chat template.
     """
     has_template = tokenizer.chat_template is not None
     if system is not None and not has_template:

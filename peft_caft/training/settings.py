@@ -1,4 +1,6 @@
-"""What training commands are asked for. Imports no torch, so that the command line shows it at once."""
+"""What training commands are asked for. Imports no torch, so that the command line shows it at
+once.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Cross entropy of several heads' logits against the base model's own next-token distributions (self-distillation).
+"""Cross entropy of several heads' logits against the base model's own next-token distributions
+(self-distillation).
 
-The base model's distribution for token t+k is in its own forward pass, at position t+k-1. All heads are compared with it
-chunk by chunk: one chunk of the model's probabilities serves every head, and, as in `linear_cross_entropy`, the gradient
-is computed where the logits are at hand, so that no logits are kept. In plain torch, for one head:
+The base model's distribution for token t+k is in its own forward pass, at position t+k-1. All heads
+are compared with it
+chunk by chunk: one chunk of the model's probabilities serves every head, and, as in
+`linear_cross_entropy`, the gradient is computed where the logits are at hand, so that no logits are
+kept. In plain torch, for one head:
 
     teacher = softmax(scale(teacher_states[rows] @ weight.T + bias))
     loss = -(teacher * log_softmax(scale(states @ weight.T + bias))).sum()
@@ -27,17 +30,21 @@ from ..method.targets import sample_rows, supervised_rows
 def soft_cross_entropy(
     states: list[Tensor], rows: list[Tensor], teacher_states: Tensor, unembedding: Unembedding
 ) -> list[Tensor]:
-    """Sums over rows of the cross entropy between each head's logits and the teacher's distributions.
+    """Sums over rows of the cross entropy between each head's logits and the teacher's
+    distributions.
 
     Args:
-        states: for each head ``(rows_i, hidden)``, any floating dtype; computed in the dtype of the weight or of autocast.
-        rows: for each head int64 ``(rows_i,)``, ascending: the row of ``teacher_states`` that each state has to match.
-        teacher_states: ``(teacher_rows, hidden)``, final hidden states of the teacher; no gradient reaches them.
+        states: for each head ``(rows_i, hidden)``, any floating dtype; computed in the dtype of the
+            weight or of autocast.
+        rows: for each head int64 ``(rows_i,)``, ascending: the row of ``teacher_states`` that each
+            state has to match.
+        teacher_states: ``(teacher_rows, hidden)``, final hidden states of the teacher; no gradient
+            reaches them.
         unembedding: the frozen layer, which both sides share.
 
     Returns:
-        one scalar per head, fp32 (float64 for a float64 layer), nats, differentiable in the states; 0 for no rows. Its
-        minimum is the entropy of the teacher, not 0.
+        one scalar per head, fp32 (float64 for a float64 layer), nats, differentiable in the states;
+        0 for no rows. Its minimum is the entropy of the teacher, not 0.
     """
     needs_grad = torch.is_grad_enabled() and any(s.requires_grad for s in states)
     return list(
@@ -101,11 +108,12 @@ def soft_auxiliary_loss(
     fraction: float = 1.0,
     sampling_seed: int = 0,
 ) -> AuxiliaryLoss:
-    """`auxiliary_loss` with the base model's own distributions as targets, at the same positions (self-distillation).
+    """`auxiliary_loss` with the base model's own distributions as targets, at the same positions
+    (self-distillation).
 
-    Head k at t learns what the base model predicts for token t+k when it has read the tokens up to t+k-1, which the same
-    forward pass computed. With ``fraction`` < 1 it is the predicted tokens that are drawn: each needs the base model's
-    logits once, for all heads.
+    Head k at t learns what the base model predicts for token t+k when it has read the tokens up to
+    t+k-1, which the same forward pass computed. With ``fraction`` < 1 it is the predicted tokens
+    that are drawn: each needs the base model's logits once, for all heads.
     """
     states, teacher_rows, counts = [], [], []
     for index in range(len(heads.heads)):

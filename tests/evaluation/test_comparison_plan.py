@@ -154,7 +154,10 @@ def test_ratio_of_operations_is_the_one_counted_by_hand():
         ({"tuning": {"learning_rates": 1e-3}}, "tuning.learning_rates: got 0.001, expected a list"),
         ({"tuning": {"learning_rates": ["fast"]}}, "tuning.learning_rates: got 'fast', expected a number"),
         ({"sizes": {"train": 1, "dev": 1}}, "sizes.test: got None, expected a number of rows"),
-        ({"settings": {"rank": 8}}, "settings: got the key 'rank', expected some of heads, heads_revision, num_auxiliary_heads"),
+        (
+            {"settings": {"rank": 8}},
+            "settings: got the key 'rank', expected some of heads, heads_revision, num_auxiliary_heads",
+        ),
         ({"settings": {"output": "x"}}, "settings: got the key 'output'"),
         ({"settings": {"r": "8"}}, "settings.r: got '8', expected a whole number"),
         ({"settings": {"method": "dora"}}, "settings.method: got 'dora', expected 'caft' or 'lora'"),
