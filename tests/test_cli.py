@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -21,7 +23,9 @@ from transformers import AutoModelForCausalLM
 from peft_caft import AuxiliaryHeads
 from peft_caft.basics.files import file_sha256
 from peft_caft.basics.run_folder import RunFolder, last_whole_checkpoint
+from peft_caft.method.objective_config import ObjectiveConfig
 from peft_caft.training.arguments import trainer_arguments
+from peft_caft.training.settings import FineTuningSettings
 
 from .support.commands import peft_caft
 from .support.places import EXAMPLES, ROOT
@@ -308,6 +312,39 @@ def test_wrong_yaml_key_is_named(tmp_path):
         trainer_arguments(str(tmp_path), {}, str(yaml_file))
 
 
+def test_fields_of_lora_config_reach_the_adapter_and_its_record(files, tmp_path):
+    options = ["--use-dora", "--rank-pattern", '{"q_proj": 2}', "--lora_bias", "false", "--max_steps", "1", *SMALL]
+    places = ["--model", files["model"], "--data", files["data"], "--output", str(tmp_path / "out")]
+    peft_caft("train", *places, "--method", "lora", *options)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["rank_pattern"], config["lora_bias"]) == (True, {"q_proj": 2}, False)
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert recorded["lora"] == {"use_dora": True, "rank_pattern": {"q_proj": 2}, "lora_bias": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--load-in-4bit", "--load-in-8bit"], "load_in_8bit: got true together with load_in_4bit"),
+        (["--load-in-4bit", "--method", "full"], "load_in_4bit: got True with method='full'"),
+        (["--use-dora", "--method", "caft_full"], "lora: got {'use_dora': True} with method='caft_full'"),
+        (["--output_dir", "elsewhere"], "output_dir: given, but this command sets it"),
+        (["--eval_on_start", "true"], "eval_on_start: given, but this command sets it"),
+        (["--aux-loss-decay", "2"], "aux_loss_decay (alpha): got 2.0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_any_work(options, message, files, tmp_path):
+    places = ["--model", files["model"], "--data", files["data"], "--output", str(tmp_path / "out")]
+    assert message in peft_caft("train", *places, *options, expect=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_four_bits_without_bitsandbytes_say_what_to_install(files, tmp_path):
+    places = ["--model", files["model"], "--data", files["data"], "--output", str(tmp_path / "out")]
+    assert "pip install bitsandbytes" in peft_caft("train", *places, "--load-in-4bit", expect=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["missing", "out"], "no adapter_config.json in 'missing'"), (["{adapter}", "{existing}"], "exists")],
@@ -338,11 +375,40 @@ def test_readme_shows_the_example():
     assert [line for line in block.splitlines() if line and line not in script] == []
 
 
-@pytest.mark.parametrize("command", ["train-heads", "train", "evaluate", "merge", "demo"])
-def test_every_command_explains_itself(command):
-    output = peft_caft(command, "--help")
-    assert "Usage:" in output
-    assert "--help" in output
+def test_commands_are_listed_in_the_order_of_the_work_with_whole_sentences():
+    listed = " ".join(peft_caft("--help").partition("Commands:")[2].split())
+    order = [
+        "plan",
+        "concepts",
+        "distill",
+        "train-heads",
+        "train",
+        "merge",
+        "inspect",
+        "push",
+        "import-heads",
+        "evaluate",
+        "compare",
+        "demo",
+    ]
+    sentences = [re.search(rf"(?:^| ){name} ([A-Z].*?\.)(?= |$)", listed) for name in order]
+    assert all(sentences), listed
+    assert [match.start() for match in sentences] == sorted(match.start() for match in sentences)
+    assert "..." not in listed
+    for name, sentence in zip(order, sentences, strict=True):
+        assert sentence.group(1) in " ".join(peft_caft(name, "--help").split())
+
+
+def test_options_stand_in_groups_and_say_what_they_are():
+    output = peft_caft("train", "--help")
+    groups = re.findall(r"^([A-Z][a-z ]+):$", output, re.MULTILINE)
+    assert groups == ["Model and data", "Adapter", "Objective", "Run"]
+    for cls in (FineTuningSettings, ObjectiveConfig):
+        for field in dataclasses.fields(cls):
+            if field.name not in ("lora", "heads_commit", "total_steps"):
+                assert f"--{field.name.replace('_', '-')} " in output
+                assert " ".join(field.metadata["help"].split()[:3]) in " ".join(output.split())
+    assert re.search(r"--lora-dropout <?\w+>? +LoRA dropout probability\.\s+\[default: 0\.0\]", output, re.IGNORECASE)
 
 
 @pytest.mark.parametrize(("command", "rate"), [("train-heads", "0.002"), ("train", "0.0001")])

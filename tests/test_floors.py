@@ -14,6 +14,21 @@ import peft_caft
 
 PACKAGE = Path(peft_caft.__file__).parent
 HEAVY = ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "numpy")
+SEEN_BY_HELP = {  # what a command is asked for, and what that is made of
+    *(
+        "peft_caft.cli",
+        *(f"peft_caft.cli.{name}" for name in ("app", "options", "planning", "training", "hub", "evaluation")),
+    ),
+    *("peft_caft.cli.concepts", "peft_caft.cli.demo", "peft_caft.training.defaults"),
+    *(f"peft_caft.{room}" for room in ("basics", "heads", "method", "training", "planning", "evaluation", "concepts")),
+    *(f"peft_caft.{room}.settings" for room in ("basics", "training", "planning", "evaluation", "concepts")),
+    *(
+        "peft_caft.basics.checks",
+        "peft_caft.heads.config",
+        "peft_caft.method.objective_config",
+        "peft_caft.method.schedule",
+    ),
+}
 OPTIONAL = ("typer", "matplotlib", "datasets", "trl", "rdkit", "biotite", "gguf")
 
 
@@ -43,6 +58,23 @@ def test_public_names_load_the_method_and_what_it_stands_on_alone():
     loaded = loaded_by("import peft_caft\nfor name in peft_caft.__all__: getattr(peft_caft, name)")
     assert {room_of(name) for name in loaded if name.startswith("peft_caft.")} == {"basics", "heads", "method"}
     assert not loaded & {*OPTIONAL, "transformers.trainer"}
+
+
+def test_help_of_every_command_needs_no_torch():
+    """Told by what is imported and not by the clock."""
+    loaded = loaded_by(
+        "import contextlib, io\n"
+        "from peft_caft.cli.app import app, main\n"
+        "shown = {}\n"
+        "for command in ('', *(command.name for command in app.registered_commands)):\n"
+        "    sys.argv = ['peft-caft', *([command] if command else []), '--help']\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as output:\n"
+        "        main()\n"
+        "    shown[command] = output.getvalue()\n"
+        "assert len(shown) == 13 and all('--help' in text for text in shown.values()), shown"
+    )
+    assert not loaded & {*HEAVY, *OPTIONAL} - {"typer"}
+    assert {name for name in loaded if name.startswith("peft_caft.")} <= SEEN_BY_HELP
 
 
 def test_a_name_that_the_package_lacks_is_an_attribute_error():

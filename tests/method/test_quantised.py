@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 
 import pytest
 import torch
-from peft import prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_caft import AuxiliaryHeads
 from peft_caft.heads.config import HEAD_TYPES
+from peft_caft.training import fine_tuning
 
+from ..support.commands import peft_caft
 from ..support.gradients import caft, gradients
-from ..support.tiny_checkpoint import tiny_llama
+from ..support.tiny_checkpoint import save_checkpoint, tiny_llama, write_chats
 from ..support.tiny_models import tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None")
@@ -92,3 +95,24 @@ def test_pretrained_heads_of_the_whole_model_fit_its_quantised_form(head_type, c
         assert torch.equal(model.auxiliary_heads["default"].state_dict()[name], tensor), name
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="see `make test-optional`")
+@pytest.mark.parametrize(("option", "kind"), [("--load-in-4bit", "Linear4bit"), ("--load-in-8bit", "Linear8bitLt")])
+def test_the_command_trains_on_a_quantised_base_and_writes_a_plain_adapter(option, kind, tmp_path, monkeypatch):
+    model = save_checkpoint(tmp_path / "model", hidden_size=64, intermediate_size=64)
+    data = write_chats(tmp_path / "data.jsonl", 20)
+    kinds: set[str] = set()
+    prepare = fine_tuning.prepare
+    monkeypatch.setattr(
+        fine_tuning,
+        "prepare",
+        lambda base, s: kinds.update(type(m).__name__ for m in base.modules()) or prepare(base, s),
+    )
+    places = ["--model", model, "--data", data, "--eval-data", data, "--output", str(tmp_path / "out")]
+    peft_caft("train", *places, option, "--max_steps", "4", "--learning_rate", "1e-2", "--use_cpu", "true")
+    assert kind in kinds
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "out")
+    assert torch.isfinite(plain(input_ids=tokens() % 32).logits).all()
