@@ -15,12 +15,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .backbone import Backbone, Captured
+from .backbone import Backbone
 from .config import DEFAULT_NUM_HEADS, HeadsConfig, fingerprint
 from .layer_copy import plain_copy
 from .layer_replay import LayerAtRows, replay
 from .pretrained import PretrainedHeads
 from .sharding import gathered, whole
+from .watched_pass import Captured
 
 
 class ResidualBlock(nn.Module):

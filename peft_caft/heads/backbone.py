@@ -8,29 +8,18 @@ is refused instead of trained wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .sharding import parameter_of, whole, whole_shape
 from .unembedding import Unembedding
-
-CACHES = (
-    "cache",
-    "past_key_values",
-    "past_key_value",
-    "layer_past",
-)  # what transformers' layers call it; `cache` from 5.24
-CACHE_ARGUMENTS = (*CACHES, "use_cache")
-LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")  # handed down to the layers, which do not read them
+from .watched_pass import Captured, LayerStack
 
 
 def beneath_adapters(module: nn.Module) -> nn.Module:
@@ -58,38 +47,13 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-@dataclass
-class Captured:
-    """What one forward pass of the base model left for the heads.
-
-    Attributes:
-        last_layer_input: hidden states entering the last decoder layer, ``(batch, tokens,
-            hidden)``, with their graph.
-        last_hidden_state: hidden states after the final norm, same shape.
-        last_layer_output: hidden states between the two, same shape.
-        layer_args: further positional arguments of the last layer (GPT-2 passes its mask so), cache
-            removed.
-        layer_kwargs: its keyword arguments (mask, position embeddings, ...), cache removed.
-        unembedding: kept here by `Backbone.unembedding`, for as long as the pass.
-    """
-
-    last_layer_input: Tensor
-    last_hidden_state: Tensor
-    last_layer_output: Tensor
-    layer_args: tuple[Any, ...] = ()
-    layer_kwargs: dict[str, Any] = field(default_factory=dict)
-    unembedding: Unembedding | None = None
-
-
-@dataclass
-class Backbone:
+@dataclass(kw_only=True)
+class Backbone(LayerStack):
     """References to the parts of one base model; it owns nothing. Resolved once, before FSDP wraps
     the modules.
     """
 
     model: PreTrainedModel
-    trunk: nn.Module  # the module that runs the layers and the final norm
-    layers: nn.ModuleList
     final_norm: nn.Module | None
     lm_head: nn.Module
     logit_scale: float
@@ -97,7 +61,6 @@ class Backbone:
     verified: bool = False
     shift_verified: bool = False
     logits_needed: bool = False  # seen at the first pass without logits
-    layers_return_tuples: bool = False  # seen at the first captured pass
 
     @classmethod
     def of(cls, model: nn.Module) -> Backbone:
@@ -141,13 +104,6 @@ class Backbone:
         )
 
     @property
-    def last_layer(self) -> nn.Module:
-        """Looked up anew, since ``modules_to_save`` or FSDP may wrap it later; the wrapper gets the
-        same arguments.
-        """
-        return self.layers[-1]
-
-    @property
     def hidden_size(self) -> int:
         return whole_shape(self.lm_head.weight)[1]
 
@@ -181,75 +137,6 @@ class Backbone:
         """The base model's final norm, where it has one."""
         return states if self.final_norm is None else self.final_norm(states)
 
-    @contextmanager
-    def capture(self) -> Iterator[list[Captured]]:
-        """Record, for each forward pass inside the block, what the heads need; hooks are gone
-        afterwards.
-        """
-        records: list[Captured] = []
-        seen: dict[str, Any] = {}
-
-        def before_last_layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            dropped = (*CACHE_ARGUMENTS, *LOSS_ARGUMENTS)
-            kwargs = {n: v for n, v in kwargs.items() if n not in dropped and not isinstance(v, Cache)}
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            seen["hidden"] = hidden
-            seen["args"] = tuple(None if isinstance(value, Cache) else value for value in args[1:])
-            seen["kwargs"] = kwargs
-
-        def after_last_layer(module: nn.Module, args: tuple, output: Any) -> None:
-            seen["output"] = layer_output(output)
-            self.layers_return_tuples = not isinstance(output, Tensor)
-
-        def after_trunk(module: nn.Module, args: tuple, output: Any) -> None:
-            if "hidden" not in seen:
-                raise RuntimeError(
-                    "torch.compile: a graph that was compiled without hooks ran in place of the last layer, as torch before 2.13 "
-                    "does where evaluation comes before training. Set torch._dynamo.config.skip_nnmodule_hook_guards = False before "
-                    "training, or use a newer torch."
-                )
-            last_hidden_state = output["last_hidden_state"] if isinstance(output, dict) else output[0]
-            records.append(Captured(seen["hidden"], last_hidden_state, seen["output"], seen["args"], seen["kwargs"]))
-            seen.clear()
-
-        hooks = [
-            self.last_layer.register_forward_pre_hook(before_last_layer, with_kwargs=True),
-            self.last_layer.register_forward_hook(after_last_layer),
-            self.trunk.register_forward_hook(after_trunk),
-        ]
-        try:
-            yield records
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextmanager
-    def starting_at_last_layer(self, hidden: Tensor | None) -> Iterator[None]:
-        """Inside the block the trunk passes over all layers but the last, which reads ``hidden``
-        instead.
-
-        Args:
-            hidden: ``(batch, tokens, hidden)``, ``Captured.last_layer_input`` of an earlier pass
-                over the same tokens; None changes nothing.
-        """
-        if hidden is None:
-            yield
-            return
-
-        def replace_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
-
-        skipped = list(self.layers)[:-1]
-        hook = self.last_layer.register_forward_pre_hook(replace_input, with_kwargs=True, prepend=True)
-        try:
-            for index, layer in enumerate(skipped):
-                self.layers[index] = _PassedOver(layer, self.layers_return_tuples)
-            yield
-        finally:
-            hook.remove()
-            for index, layer in enumerate(skipped):
-                self.layers[index] = layer
-
     @torch.no_grad()
     def verify(self, captured: Captured, what: str, own: Tensor, expected: Tensor) -> None:
         """Check, once, that norm, unembedding and logit scaling are all there is after the layers.
@@ -278,21 +165,6 @@ class Backbone:
                     "yet; please report it."
                 )
         self.verified = True
-
-
-class _PassedOver(nn.Module):
-    """Stands for a decoder layer and does nothing; the model may still read the layer's attributes."""
-
-    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
-        super().__init__()
-        self.__dict__["layer"] = layer  # not registered: it is no part of anything while it is passed over
-        self.returns_tuple = returns_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
 def _require_weights_at_hand(model: PreTrainedModel) -> None:
@@ -329,13 +201,6 @@ def _with_graph_if_trained(parameter: Tensor) -> Tensor:
             "gradient would be lost. Set FullFineTuningConfig(freeze_unembedding=True), or train with FSDP2 or ZeRO-2."
         )
     return parameter
-
-
-def layer_output(output: Any) -> Tensor:
-    """Hidden states a decoder layer returned: a tensor since transformers 5, the first of a tuple
-    before.
-    """
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _trunk_and_layers(model: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList | None]:

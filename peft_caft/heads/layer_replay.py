@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import CACHES, Captured, layer_output
 from .sharding import is_sharded
+from .watched_pass import CACHES, Captured, layer_output
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..heads.backbone import Backbone, Captured
+from ..heads.backbone import Backbone
 from ..heads.sharding import is_sharded
+from ..heads.watched_pass import Captured
 from .linear_cross_entropy import linear_cross_entropy
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from ..heads.backbone import Backbone, Captured
+from ..heads.backbone import Backbone
 from ..heads.sharding import is_sharded
 from ..heads.unembedding import chunk_size_on
+from ..heads.watched_pass import Captured
 from .linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
 from .targets import sample_rows, supervised_rows
 

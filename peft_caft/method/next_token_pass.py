@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from ..heads.backbone import Backbone, Captured
+from ..heads.backbone import Backbone
+from ..heads.watched_pass import Captured
 from .linear_cross_entropy import linear_cross_entropy, split_factor
 from .targets import IGNORE_INDEX, supervised_count, supervised_rows
 

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from ..heads.backbone import Backbone, Captured
+from ..heads.backbone import Backbone
 from ..heads.unembedding import target_scores
+from ..heads.watched_pass import Captured
 from ..method.targets import supervised_rows
 
 TOP = 5

@@ -23,9 +23,10 @@ from transformers.trainer import SCHEDULER_NAME
 
 from ..basics.checks import require_choice, require_token_fraction
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from ..heads.backbone import Backbone, Captured
+from ..heads.backbone import Backbone
 from ..heads.pretrained import load_weights
 from ..heads.sharding import copy_into, gather, reshard, scatter, shards_parameters, whole
+from ..heads.watched_pass import Captured
 from ..method.loss import auxiliary_loss
 from ..method.progress import RecentLosses
 from ..method.targets import IGNORE_INDEX, supervised_count

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from ..heads.backbone import Backbone, Captured
+from ..heads.backbone import Backbone
 from ..heads.unembedding import Unembedding, chunk_rows, chunks
+from ..heads.watched_pass import Captured
 from ..method.loss import (
     AuxiliaryLoss,
 )
