@@ -1,4 +1,4 @@
-"""Checks of values that a user gives; each error names the field, what came and what was expected."""
+"""Checks of values that a user gives: errors name the field, what came and what was expected."""
 
 import json
 import re
