@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,26 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from ..basics.files import file_sha256, full_disk_explained, replacing, write_text
+from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, peak_memory_mib, provenance, source_name, weights_digest
 from ..training.data import read_jsonl, require_tokenizer_of
-from ..training.generation import Sampling, TransformersBackend, stop_token_ids
+from ..training.generation import (
+    Sampling,
+    TransformersBackend,
+    answer_batches,
+    batches_by_length,
+    context_length,
+    stop_tokens_of,
+)
 from .evaluator import Evaluator
 from .reference_losses import PromptAndAnswer, encode_answers
 from .report import markdown_report, metrics_of, summarise
 from .settings import EvaluationSettings
-from .task import Row, Task, load_task
+from .task import load_task
 
 
 class EvaluationParts(Parts):
@@ -66,10 +71,11 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
     rows = read_jsonl(settings.data, settings.max_rows)
     base = base_model_of(settings.model, settings.adapter)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    sampling = _sampling(settings, task, base, tokenizer)
+    max_new_tokens = settings.max_new_tokens or task.max_new_tokens
+    sampling = Sampling(settings.temperature, 1.0, 0, max_new_tokens, stop_tokens_of(base, tokenizer))
     encoded = encode_answers(rows, tokenizer, sampling.stop_token_ids)
     model = load_model(base, settings.adapter, settings.dtype)
-    _require_room(encoded, model, sampling.max_new_tokens)
+    _require_room(encoded, model, max_new_tokens)
     require_tokenizer_of(model, tokenizer)
     recorded = asdict(settings) | {
         "task": task.name,
@@ -80,23 +86,26 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
         "data": Path(settings.data).name,
         "data_sha256": file_sha256(settings.data),
         "tokens_sha256": hashlib.sha256(json.dumps([e.ids for e in encoded]).encode()).hexdigest(),
-        "max_new_tokens": sampling.max_new_tokens,
+        "max_new_tokens": max_new_tokens,
         "stop_token_ids": sampling.stop_token_ids,
     }
     del recorded["output"]
     parts = EvaluationParts(Path(settings.output) / "rows.jsonl")
     parts.output.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_explained(parts.output, "All batches that were finished are"):
-        if done := parts.begin(recorded, overwrite):
-            return done
-        pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        backend = TransformersBackend(model, sampling, settings.batch_size, pad_token_id)
-        _answer(Evaluator(task, tokenizer, backend, settings.answers), rows, encoded, parts, settings.seed)
-        results = _join(parts)
-        finished = list(parts.finished())
+        if earlier := parts.begin(recorded, overwrite):
+            return earlier
+        backend = TransformersBackend(model, tokenizer, sampling, settings.batch_size)
+        evaluator = Evaluator(task, tokenizer, backend, rows, encoded, settings.answers)
+        batches = batches_by_length(range(len(rows)), lambda index: len(encoded[index].ids), settings.batch_size)
+        finished = {batch["batch"] for batch in parts.finished()}
+        answer_batches(batches, finished, evaluator.results, parts, settings.seed, "Evaluating")
+        done = list(parts.finished())
+        results = sorted((r for batch in done for r in batch["results"]), key=lambda result: result["row"])
+        write_jsonl(parts.output, results)
         record = summarise(task, rows, results) | {
             "generated_tokens": sum(r["generated_tokens"] for r in results),
-            "seconds": round(sum(batch["seconds"] for batch in finished), 1),
+            "seconds": round(sum(batch["seconds"] for batch in done), 1),
             "peak_memory_mib": peak_memory_mib(),
             "settings": recorded,
             **provenance(),
@@ -140,59 +149,12 @@ def load_model(base: str, adapter: str | None, dtype: str) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _sampling(settings: EvaluationSettings, task: Task, base: str, tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    try:
-        generation_config = GenerationConfig.from_pretrained(base)
-    except OSError:  # a model need not have one
-        generation_config = None
-    stops = stop_token_ids(tokenizer, generation_config)
-    return Sampling(settings.temperature, 1.0, 0, settings.max_new_tokens or task.max_new_tokens, stops)
-
-
 def _require_room(encoded: list[PromptAndAnswer], model: nn.Module, max_new_tokens: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     for number, row in enumerate(encoded, start=1):
         needed = max(len(row.prompt) + max_new_tokens, len(row.ids))
-        if context is not None and needed > context:
+        if needed > context:
             raise ValueError(
                 f"row {number}: its prompt of {len(row.prompt):,} tokens and an answer of up to {needed - len(row.prompt):,} are longer than "
                 f"the model's context, expected at most {context:,}. Lower --max-new-tokens, or leave the row out."
             )
-
-
-def _answer(evaluator: Evaluator, rows: list[Row], encoded: list[PromptAndAnswer], parts: Parts, seed: int) -> None:
-    """Answer and score in batches of about equal length, the longest first, so that too little
-    memory shows at once.
-    """
-    order = sorted(range(len(rows)), key=lambda index: (-len(encoded[index].ids), index))
-    size = evaluator.backend.batch_size
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    finished = {batch["batch"] for batch in parts.finished()}
-    done = sum(len(batches[number]) for number in finished)
-    # Every other one, then the rest: batches of all lengths early, so that the estimated time is
-    # honest.
-    turns = [*range(0, len(batches), 2), *range(1, len(batches), 2)]
-    tokens, started = 0, time.perf_counter()
-    with (
-        tqdm(total=len(rows), initial=done, desc="Evaluating", unit=" rows", smoothing=0) as bar,
-        parts.appending(0) as append,
-    ):
-        for number in (turn for turn in turns if turn not in finished):
-            begun, batch = time.perf_counter(), batches[number]
-            own = evaluator.results(
-                [rows[index] for index in batch], [encoded[index] for index in batch], seed * 1_000_003 + number * 4099
-            )
-            results = [{"row": index} | result for index, result in zip(batch, own, strict=True)]
-            append({"batch": number, "seconds": round(time.perf_counter() - begun, 3), "results": results})
-            tokens += sum(result["generated_tokens"] for result in own)
-            if evaluator.generates:
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
-            bar.update(len(batch))
-
-
-def _join(parts: Parts) -> list[dict[str, Any]]:
-    """Write ``rows.jsonl`` in the order of the data."""
-    results = sorted((r for batch in parts.finished() for r in batch["results"]), key=lambda r: r["row"])
-    with replacing(parts.output) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    return results

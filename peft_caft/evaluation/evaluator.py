@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..training.generation import TransformersBackend, special_token_ids
+from ..training.generation import TransformersBackend, position_of_first, special_token_ids, text_of
 from .reference_losses import PromptAndAnswer, answer_losses
 from .report import common_scores
 from .task import Row, Scores, Task, answer_of
@@ -21,28 +22,37 @@ class Evaluator:
     """Answers and scores batches of rows.
 
     Attributes:
-        generates: whether the model answers; without, there is the cross entropy of the references
-            alone.
+        rows: all rows of the data.
+        encoded: their tokens.
+        generates: whether the model answers; without, only the cross entropy of the references is
+            measured.
     """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     backend: TransformersBackend
+    rows: list[Row]
+    encoded: list[PromptAndAnswer]
     generates: bool = True
 
-    def results(self, rows: list[Row], encoded: list[PromptAndAnswer], seed: int) -> list[dict[str, Any]]:
-        """One result per row.
+    @cached_property
+    def _special(self) -> set[int]:
+        return special_token_ids(self.tokenizer)
+
+    def results(self, batch: list[int], seed: int) -> tuple[list[dict[str, Any]], int]:
+        """Answer and score the rows of one batch.
 
         Args:
-            rows: of one batch.
-            encoded: their tokens.
-            seed: of the sampling.
+            batch: indices into ``rows``.
+            seed: seed of the sampling.
 
         Returns:
-            ``reference`` and ``answer``, None if there is none; ``generated_tokens``; ``scores`` by
+            one result per row, and the number of generated tokens. A result holds ``row``, its
+            index; ``reference``; ``answer``, None without one; ``generated_tokens``; ``scores`` by
             metric, None where undefined; ``groups`` that the row belongs to; ``answer_losses``, the
             cross entropy of each token of the reference, nats.
         """
+        rows, encoded = [self.rows[index] for index in batch], [self.encoded[index] for index in batch]
         losses = answer_losses(self.backend.model, encoded, self.backend.pad_token_id)
         if self.generates:
             answers = self.backend.answers([row.prompt for row in encoded], seed)
@@ -52,8 +62,9 @@ class Evaluator:
         else:
             answers, texts, ended = [[] for _ in rows], [None] * len(rows), [None] * len(rows)
             scores = {metric.name: [None] * len(rows) for metric in self.task.metrics}
-        return [
+        results = [
             {
+                "row": index,
                 "reference": answer_of(row),
                 "answer": text,
                 "generated_tokens": len(answers[position]),
@@ -62,11 +73,12 @@ class Evaluator:
                 "groups": self.task.groups(row, self.tokenizer) | {"tokens of the reference": length_group(len(own))},
                 "answer_losses": [round(loss, 6) for loss in own],
             }
-            for position, (row, text, own) in enumerate(zip(rows, texts, losses, strict=True))
+            for position, (index, row, text, own) in enumerate(zip(batch, rows, texts, losses, strict=True))
         ]
+        return results, sum(map(len, answers))
 
     def _scores(self, rows: list[Row], answers: list[str]) -> Scores:
-        """`Task.score`, checked: a task is a user's own, and its mistakes are to be told from ours."""
+        """`Task.score`, checked, so that a mistake in a user's task is not taken for one of ours."""
         try:
             scores = self.task.score(rows, answers)
         except KeyError as error:
@@ -83,9 +95,7 @@ class Evaluator:
 
     def _text(self, ids: list[int]) -> str:
         """The answer without special tokens; what stands after one of them is another turn."""
-        ends = special_token_ids(self.tokenizer)
-        end = next((position for position, token in enumerate(ids) if token in ends), len(ids))
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text_of(ids[: position_of_first(ids, self._special)], self.tokenizer)
 
 
 def _number(value: float | None) -> float | None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..basics.files import default_cache_dir, file_sha256, write_text
+from ..basics.files import default_cache_dir, file_sha256, write_jsonl, write_text
 from ..basics.provenance import git_commit, versions
 from ..basics.tables import markdown_table
 from .task import INSTALL, Row, Splits, Task, answer_of, prompt_of
@@ -91,7 +91,7 @@ def _write(task: Task, folder: Path, built: Splits, disjoint: dict[str, dict[str
     files = {}
     for split, rows in built.rows.items():
         path = folder / f"{split}.jsonl"
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_jsonl(path, rows)
         files[path.name] = {
             "rows": len(rows),
             "prompt_characters": sum(len(prompt_of(row)) for row in rows),

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-import time
 from collections import Counter
 from dataclasses import asdict
 from datetime import timedelta
@@ -16,16 +14,24 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..basics.checks import require_choice
-from ..basics.files import file_sha256, full_disk_explained, replacing, write_text
+from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, provenance, source_name, weights_digest
 from .data import require_tokenizer_of
 from .distilled_answers import AnswerReader
-from .generation import Backend, Sampling, TransformersBackend, VLLMBackend, stop_token_ids
+from .generation import (
+    Backend,
+    Sampling,
+    TransformersBackend,
+    VLLMBackend,
+    answer_batches,
+    batches_by_length,
+    context_length,
+    stop_tokens_of,
+)
 from .prompts import Prompt, prepare_prompts, read_prompts
 from .settings import BACKENDS, DistillationSettings
 
@@ -63,7 +69,15 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
     config = AutoConfig.from_pretrained(settings.model)
     fitting = _fitting(prompts, config, settings.max_new_tokens)
     backend, weights_sha256 = _backend(settings, tokenizer, state)
-    batches = _batches(fitting, settings.samples_per_prompt, backend.batch_size)
+    requests = [(prompt, sample) for prompt in fitting for sample in range(settings.samples_per_prompt)]
+    batches = batches_by_length(requests, lambda request: len(request[0].input_ids), backend.batch_size)
+    reader = AnswerReader(tokenizer, backend.sampling.stop_token_ids, settings.max_repetition)
+
+    def answers(batch: list[tuple[Prompt, int]], seed: int) -> tuple[list[dict[str, Any]], int]:
+        found = backend.answers([prompt.input_ids for prompt, _ in batch], seed)
+        results = [reader.read(prompt, sample, ids) for (prompt, sample), ids in zip(batch, found, strict=True)]
+        return results, sum(map(len, found))
+
     recorded = asdict(settings) | {
         "model": source_name(settings.model),
         "model_revision": getattr(config, "_commit_hash", None),
@@ -83,9 +97,8 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
             return done or {}
         finished = {batch["batch"] for batch in parts.finished()}
         state.wait_for_everyone()  # nobody writes before all have read
-        pending = [number for number in _order(len(batches)) if number not in finished]
-        _answer(
-            pending[state.process_index :: state.num_processes], batches, backend, settings, tokenizer, parts, state
+        answer_batches(
+            batches, finished, answers, parts, settings.seed, "Distilling", state.process_index, state.num_processes
         )
         state.wait_for_everyone()
         if not state.is_main_process:
@@ -120,9 +133,7 @@ def _require_valid(settings: DistillationSettings) -> None:
 
 
 def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Prompt]:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return prompts
+    context = context_length(config)
     if max_new_tokens >= context:
         raise ValueError(
             f"max_new_tokens: got {max_new_tokens:,}, expected less than {context:,}, the model's context, which also holds "
@@ -141,23 +152,18 @@ def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Pr
 def _backend(
     settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase, state: PartialState
 ) -> tuple[Backend, str | None]:
-    try:
-        generation_config = GenerationConfig.from_pretrained(settings.model)
-    except OSError:  # a model need not have one
-        generation_config = None
     sampling = Sampling(
         settings.temperature,
         settings.top_p,
         settings.top_k,
         settings.max_new_tokens,
-        stop_token_ids(tokenizer, generation_config),
+        stop_tokens_of(settings.model, tokenizer),
     )
     if settings.backend == "vllm":
         return VLLMBackend(settings.model, settings.dtype, sampling, settings.batch_size or 1024), None
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(state.device).eval()
     require_tokenizer_of(model, tokenizer)
-    pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return TransformersBackend(model, sampling, settings.batch_size or 32, pad_token_id), weights_digest(model)
+    return TransformersBackend(model, tokenizer, sampling, settings.batch_size or 32), weights_digest(model)
 
 
 def _tokens_sha256(prompts: list[Prompt]) -> str:
@@ -165,59 +171,6 @@ def _tokens_sha256(prompts: list[Prompt]) -> str:
     for prompt in prompts:
         digest.update(json.dumps(prompt.input_ids).encode())
     return digest.hexdigest()
-
-
-def _batches(prompts: list[Prompt], samples: int, size: int) -> list[list[tuple[Prompt, int]]]:
-    """(prompt, sample number) in batches of prompts of about equal length, longest first."""
-    by_length = sorted(prompts, key=lambda prompt: (-len(prompt.input_ids), prompt.index))
-    requests = [(prompt, sample) for prompt in by_length for sample in range(samples)]
-    return [requests[start : start + size] for start in range(0, len(requests), size)]
-
-
-def _order(count: int) -> list[int]:
-    """Order in which batches are answered: the longest first, so that too little memory shows at
-    once; the others mixed, so that the estimated time is honest and processes get equal shares.
-    """
-    others = list(range(1, count))
-    random.Random(0).shuffle(others)
-    return [0, *others][:count]
-
-
-def _answer(
-    pending: list[int],
-    batches: list[list[tuple[Prompt, int]]],
-    backend: Backend,
-    settings: DistillationSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    parts: Parts,
-    state: PartialState,
-) -> None:
-    done = sum(map(len, batches)) - sum(len(batches[number]) for number in pending) if state.num_processes == 1 else 0
-    bar = tqdm(
-        total=done + sum(len(batches[number]) for number in pending),
-        initial=done,
-        desc="Distilling",
-        unit=" answers",
-        disable=not state.is_main_process,
-        smoothing=0,
-    )
-    reader = AnswerReader(tokenizer, backend.sampling.stop_token_ids, settings.max_repetition)
-    tokens, started = 0, time.perf_counter()
-    with bar, parts.appending(state.process_index) as append:
-        for number in pending:
-            batch = batches[number]
-            begun = time.perf_counter()
-            answers = backend.answers(
-                [prompt.input_ids for prompt, _ in batch], settings.seed * 1_000_003 + number * 4099
-            )
-            results = [
-                reader.read(prompt, sample, answer) for (prompt, sample), answer in zip(batch, answers, strict=True)
-            ]
-            seconds = time.perf_counter() - begun
-            append({"batch": number, "seconds": round(seconds, 3), "results": results})
-            tokens += sum(map(len, answers))
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
-            bar.update(len(batch))
 
 
 def _join(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
@@ -229,31 +182,32 @@ def _join(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
     )
     seen: set[tuple[int, str]] = set()
     rejected = Counter(dict.fromkeys(REASONS, 0))
-    kept = complete = different = kept_tokens = 0
-    with replacing(parts.output) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for result in results:
-            key = (result["prompt_index"], result["answer"])
-            reason = result["rejected"] or ("duplicate" if key in seen else None)
-            if reason is not None:
-                rejected[reason] += 1
-                continue
+    kept = []
+    for result in results:
+        key = (result["prompt_index"], result["answer"])
+        if reason := result["rejected"] or ("duplicate" if key in seen else None):
+            rejected[reason] += 1
+        else:
             seen.add(key)
-            row = by_index[result["prompt_index"]].row(result["answer"])
-            row |= {"complete": result["complete"], "prompt_index": result["prompt_index"]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            kept += 1
-            complete += result["complete"]
-            different += not result["same_tokens"]
-            kept_tokens += result["tokens"]
+            kept.append(result)
+    write_jsonl(
+        parts.output,
+        (
+            by_index[r["prompt_index"]].row(r["answer"])
+            | {"complete": r["complete"], "prompt_index": r["prompt_index"]}
+            for r in kept
+        ),
+    )
+    complete = sum(r["complete"] for r in kept)
     tokens, seconds = sum(r["tokens"] for r in results), sum(batch["seconds"] for batch in finished)
     return {
         "file": parts.output.name,
         "sha256": file_sha256(parts.output),
-        "counts": {"answers": len(results), "kept": kept, "complete": complete, "cut_off": kept - complete}
+        "counts": {"answers": len(results), "kept": len(kept), "complete": complete, "cut_off": len(kept) - complete}
         | {f"rejected_{reason}": rejected[reason] for reason in REASONS}
-        | {"retokenized_differently": different},
+        | {"retokenized_differently": sum(not r["same_tokens"] for r in kept)},
         "tokens": tokens,
-        "kept_tokens": kept_tokens,
+        "kept_tokens": sum(r["tokens"] for r in kept),
         "process_seconds": round(seconds, 1),  # summed over the processes
         "tokens_per_second_per_process": round(tokens / max(seconds, 1e-9), 1),
     }

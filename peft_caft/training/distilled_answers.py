@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .data import encode
-from .generation import special_token_ids
+from .generation import position_of_first, special_token_ids, text_of
 from .prompts import Prompt
 
 REPEATED_RUN = 8  # tokens: about a clause, so that lists, tables and code do not look like loops
@@ -43,13 +43,13 @@ class AnswerReader:
         """
         # A special token in the midst would be read as another turn when trained on: the answer
         # ends before it.
-        end = next((position for position, token in enumerate(ids) if token in self.ends), len(ids))
+        end = position_of_first(ids, self.ends)
         complete = end < len(ids) and ids[end] in self.stops
         kept = ids[:end]
-        answer = self._decode(kept)
+        answer = text_of(kept, self.tokenizer)
         while not complete and kept and answer.endswith("\ufffd"):  # cut within a character of several tokens
             kept = kept[:-1]
-            answer = self._decode(kept)
+            answer = text_of(kept, self.tokenizer)
         rejected = rejection(answer, kept, self.max_repetition)
         trained_on = None if rejected else self._trained_on(prompt, answer, complete)
         if rejected is None and trained_on is None:
@@ -63,9 +63,6 @@ class AnswerReader:
             "rejected": rejected,
             "same_tokens": trained_on is not None and self._same_tokens(prompt, kept, trained_on, complete),
         }
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _trained_on(self, prompt: Prompt, answer: str, complete: bool) -> list[int] | None:
         """The row, tokenized for training; None if the chat template shows the prompt differently

@@ -1,12 +1,23 @@
-"""The base model's own answers, sampled in batches: with transformers, or with an installed vLLM."""
+"""Answers of a model, sampled in batches with transformers or vLLM; each finished batch is kept, so
+that an interrupted run goes on.
+"""
 
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..basics.parts import Parts
+
+Request = TypeVar("Request")
+Answers = Callable[[list[Request], int], tuple[list[dict[str, Any]], int]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,74 @@ class Backend(Protocol):
         """
 
 
+def batches_by_length(requests: Iterable[Request], length: Callable[[Request], int], size: int) -> list[list[Request]]:
+    """Batches of ``size`` requests of about equal length, the longest first; equally long ones keep
+    their order.
+    """
+    ordered = sorted(requests, key=lambda request: -length(request))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def answer_batches(
+    batches: Sequence[list[Request]],
+    finished: set[int],
+    answers: Answers[Request],
+    parts: Parts,
+    seed: int,
+    what: str,
+    rank: int = 0,
+    processes: int = 1,
+) -> None:
+    """Answer this process's share of the unfinished batches and append each to ``parts``.
+
+    The longest batch comes first, so that too little memory shows at once. The others are mixed, so
+    that the estimated time is honest and processes get equal shares. A batch's random numbers
+    depend on ``seed`` and its own number alone.
+
+    Args:
+        batches: requests in the order of `batches_by_length`.
+        finished: numbers of the batches in ``parts`` before any process began to write.
+        answers: takes a batch and a seed; returns one result per request (JSON values) and the
+            number of tokens that were generated.
+        what: name of the progress bar.
+        rank: number of this process among ``processes``.
+    """
+    others = list(range(1, len(batches)))
+    random.Random(0).shuffle(others)
+    own = [number for number in [0, *others] if number not in finished][rank::processes]
+    done = sum(len(batches[number]) for number in finished) if processes == 1 else 0
+    total = done + sum(len(batches[number]) for number in own)
+    tokens, started = 0, time.perf_counter()
+    with (
+        tqdm(total=total, initial=done, desc=what, unit=" answers", disable=rank > 0, smoothing=0) as bar,
+        parts.appending(rank) as append,
+    ):
+        for number in own:
+            begun = time.perf_counter()
+            results, generated = answers(batches[number], seed * 1_000_003 + number * 4099)
+            append({"batch": number, "seconds": round(time.perf_counter() - begun, 3), "results": results})
+            tokens += generated
+            if tokens:
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+            bar.update(len(batches[number]))
+
+
+def context_length(config: PreTrainedConfig) -> float:
+    """Most tokens that a model takes, prompt and answer together; infinite if its configuration
+    sets no limit.
+    """
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
+def stop_tokens_of(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`stop_token_ids` of a model, folder or Hub id."""
+    try:
+        generation_config = GenerationConfig.from_pretrained(model)
+    except OSError:  # a model need not have one
+        generation_config = None
+    return stop_token_ids(tokenizer, generation_config)
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
     """Tokens that end an answer: of the generation config, of the tokenizer, and the chat
     template's end of turn.
@@ -85,14 +164,17 @@ class TransformersBackend:
 
     Args:
         model: on its device, in evaluation mode.
-        pad_token_id: any token of the model; padding is masked.
+        tokenizer: the model's own.
     """
 
-    def __init__(self, model: PreTrainedModel, sampling: Sampling, batch_size: int, pad_token_id: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int
+    ) -> None:
         self.model = model
         self.sampling = sampling
         self.batch_size = batch_size
-        self.pad_token_id = pad_token_id
+        # Any token does where the tokenizer has none: padding is masked.
+        self.pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # In place of the model's own, whose top_k or repetition_penalty would be merged in.
         model.generation_config = GenerationConfig(
             do_sample=sampling.temperature > 0,
@@ -101,7 +183,7 @@ class TransformersBackend:
             top_k=sampling.top_k if sampling.temperature > 0 else None,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sampling.stop_token_ids,
-            pad_token_id=pad_token_id,
+            pad_token_id=self.pad_token_id,
         )
 
     @torch.inference_mode()
@@ -117,8 +199,19 @@ class TransformersBackend:
 
 def until_stop(ids: list[int], stop_token_ids: list[int]) -> list[int]:
     """``ids`` up to and with the first token that ends an answer; what follows is padding."""
-    first = next((position for position, token in enumerate(ids) if token in stop_token_ids), len(ids))
-    return ids[: first + 1]
+    return ids[: position_of_first(ids, stop_token_ids) + 1]
+
+
+def position_of_first(ids: list[int], wanted: Collection[int]) -> int:
+    """Position of the first of the ``wanted`` tokens in ``ids``; the length of ``ids`` if there is
+    none.
+    """
+    return next((position for position, token in enumerate(ids) if token in wanted), len(ids))
+
+
+def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of an answer, without special tokens and otherwise as it was written."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class VLLMBackend:
