@@ -18,13 +18,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from peft_caft import AuxiliaryHeads
 from peft_caft.basics.files import file_sha256
 from peft_caft.basics.run_folder import RunFolder, last_whole_checkpoint
 from peft_caft.method.objective_config import ObjectiveConfig
 from peft_caft.training.arguments import trainer_arguments
+from peft_caft.training.data import collator, encode, read_jsonl
 from peft_caft.training.settings import FineTuningSettings
 
 from .support.commands import peft_caft
@@ -320,6 +321,29 @@ def test_fields_of_lora_config_reach_the_adapter_and_its_record(files, tmp_path)
     assert (config["use_dora"], config["rank_pattern"], config["lora_bias"]) == (True, {"q_proj": 2}, False)
     recorded = json.loads((tmp_path / "out" / "run.json").read_text())
     assert recorded["lora"] == {"use_dora": True, "rank_pattern": {"q_proj": 2}, "lora_bias": False}
+
+
+@pytest.mark.parametrize(("initialisation", "method"), [("pissa", "caft"), ("olora", "lora")])
+def test_adapter_taken_out_of_the_base_weights_is_written_as_a_plain_one(initialisation, method, files, tmp_path):
+    """PEFT would otherwise write an adapter that only fits the changed base model."""
+    out, heads = tmp_path / "out", ["--heads", files["heads"]] if method == "caft" else []
+    places = ["--model", files["model"], "--data", files["data"], "--eval-data", files["data"], "--output", str(out)]
+    options = ["--init-lora-weights", initialisation, "--max_steps", "3", "--learning_rate", "1e-2", *SMALL]
+    peft_caft("train", *places, "--method", method, *heads, *options)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["r"]) == (True, 16)
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files["model"]), out)
+    tokenizer = AutoTokenizer.from_pretrained(files["model"])
+    rows = encode(read_jsonl(files["data"]), tokenizer, 512).rows
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path / "eval"), use_cpu=True, report_to="none"),
+        data_collator=collator(tokenizer),
+        eval_dataset=rows,
+    )
+    expected = json.loads((out / "summary.json").read_text())["eval_loss_after"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,9 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         with args.main_process_first(local=False):
             needed = (*random_states(args.world_size), *([TRAINED_HEADS_NAME] if has_trained_heads else []))
             resume_from = folder.begin(recorded, overwrite and is_first, needed)
+        initial = folder.checkpoints / "initial_adapter" if settings.changes_base_weights else None
+        if initial is not None and is_first:
+            model.save_pretrained(initial)
         # Not by trainer.evaluate(): accelerate would take the model for wrapped then, and each
         # process would train by itself.
         args.eval_on_start = held_out is not None and resume_from is None
@@ -178,7 +181,9 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         }
         if is_first:
             with filling(settings.output) as temporary:
-                model.save_pretrained(temporary, state_dict=weights)
+                # What was taken out of the base model goes into the adapter: it loads as a plain one.
+                conversion = {} if initial is None else {"path_initial_model_for_weight_conversion": str(initial)}
+                model.save_pretrained(temporary, state_dict=weights, **conversion)
                 tokenizer.save_pretrained(temporary)
             if heads is not None:
                 heads.config.training = _record_of_trained_heads(settings, args, data_sha256, len(data.rows), heads)

@@ -85,6 +85,11 @@ class FineTuningSettings(ObjectiveConfig):
         return self.method in ("caft_full", "full")
 
     @property
+    def changes_base_weights(self) -> bool:
+        """Whether the initial adapter is taken out of the base model's weights (PiSSA, OLoRA)."""
+        return str(self.lora.get("init_lora_weights")).startswith(("pissa", "olora"))
+
+    @property
     def loading_dtype(self) -> str:
         """Updates of a whole model get lost in half precision."""
         return "float32" if self.dtype == "auto" and self.trains_all else self.dtype
