@@ -1,4 +1,4 @@
-"""The configuration of a base model, read by itself: no weights are needed."""
+"""Reads the configuration of a base model without its weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from ..basics.hub_errors import explained, first_line
 
 
 def read_config(model: str) -> PretrainedConfig:
-    """A model's configuration, out of a ``config.json``, a folder that holds one, or the Hub (or
-    its cache).
+    """A model's configuration.
+
+    Args:
+        model: a ``config.json``, a folder that holds one, or a Hub id, which the cache may answer.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: if it is not there or cannot be had.
-        ValueError: if transformers does not know what it describes.
+        FileNotFoundError: if there is no such model.
+        PermissionError, ConnectionError: if the Hub refuses it or cannot be reached.
+        ValueError: if transformers does not know the configuration.
     """
     path = Path(model)
     if path.is_dir():
@@ -34,5 +37,5 @@ def read_config(model: str) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"model: {path} is no configuration that transformers {transformers.__version__} knows ({first_line(error)}). "
-            "Expected that of a causal language model in transformers itself; models with code of their own are not read."
+            "Expected a causal language model that is part of transformers; models with code of their own are not read."
         ) from error

@@ -1,60 +1,59 @@
-"""Bytes that each device sends in a training step on several of them: arithmetic, from the sizes of
+"""Bytes that each device sends in a training step on several devices, computed from the sizes of
 parameters.
 
-A step is one forward and one backward pass on every device, and an update. Rings: to gather B bytes
-on all of N devices, or to sum them and leave each device its part, each device sends B (N - 1) / N;
-to sum them on all devices, twice that. So nothing depends on the batch. Assumptions:
+A step is one forward and one backward pass on every device, and an update. In a ring, each of N
+devices sends B (N - 1) / N to gather B bytes everywhere, or to sum them and leave each device its
+part; to sum them everywhere, twice that. So nothing depends on the batch. Assumptions:
 
 - DDP sums the adapter's gradients, fp32, on all devices.
-- ZeRO-2 does so too (DeepSpeed's ``use_multi_rank_bucket_allreduce``, the default), keeps a part,
-  and gathers the updated adapter.
+- ZeRO-2 sums them like DDP (DeepSpeed's ``use_multi_rank_bucket_allreduce``, the default), keeps a
+  part, and gathers the updated adapter.
 - FSDP: FSDP2 as accelerate 1.15 wraps a model and as `examples/accelerate/fsdp2.yaml` sets it, with
-  ``reshard_after_forward``. Units of their own are each decoder layer, also one that is a head, the
-  embedding and the lm_head; what is left, with residual heads and the final norm, is the root.
-  Every unit is gathered in the forward pass. Layers and the embedding (fetched ahead though nothing
-  needs it) are gathered again in the backward pass, with and without gradient checkpointing, which
-  computes a layer again while it is whole. Embedding and lm_head that share a weight are one unit,
-  gathered once. Each parameter is cut along its first dimension, and filled up to a multiple of N:
-  a LoRA of rank r < N is sent as one of rank N. Gradients are summed in parts. Not counted: in
-  GPT-2, and where else accelerate finds the final norm, that is in the lm_head's unit, which CAFT
-  gathers again.
-- ZeRO-3: every parameter is gathered forward, and all but the embedding backward; the lm_head once
-  more for the losses of CAFT, which need it outside of its module. That is the most: DeepSpeed
-  keeps what it needs again within 10^9 parameters (``stage3_max_reuse_distance``), which is also
-  why checkpointing adds nothing, and small parameters are not divided.
+  ``reshard_after_forward``. Each decoder layer, also one that is a head, the embedding and the
+  lm_head are units. The root unit is the rest, with residual heads and the final norm. Every unit
+  is gathered in the forward pass. Layers and the embedding (fetched ahead though nothing needs it)
+  are gathered again in the backward pass, with and without gradient checkpointing, which computes a
+  layer again while it is whole. Embedding and lm_head that share a weight are one unit, gathered
+  once. Each parameter is cut along its first dimension and filled up to a multiple of N: a LoRA of
+  rank r < N is sent as one of rank N. Gradients are summed in parts. Not counted: where accelerate
+  finds the final norm, as in GPT-2, the norm is in the lm_head's unit, which CAFT gathers again.
+- ZeRO-3: every parameter is gathered forward, and all but the embedding backward. CAFT's losses use
+  the lm_head outside of its module, and gather it once more. This is an upper limit: DeepSpeed
+  keeps what it needs again within 10^9 parameters (``stage3_max_reuse_distance``), so checkpointing
+  adds nothing, and it does not divide small parameters.
 - Base model and heads travel in their dtype, adapters and gradients in fp32 (under DeepSpeed with
-  its ``bf16`` and ``fp16`` off). QLoRA: the packed 4 bits. Not counted: buffers, the gradient norm
-  and other single numbers.
+  its ``bf16`` and ``fp16`` off). QLoRA sends the packed 4 bits. Not counted: buffers, the gradient
+  norm and other single numbers.
 
-`benchmarks/scale.py` and `tests/test_communication.py` compare this with the collectives that torch
-and accelerate call.
+`benchmarks/scale.py` and `tests/planning/test_communication.py` compare this with the collectives
+that torch and accelerate call.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 
 from peft import PeftModel
 from torch import nn
 
 from ..heads.backbone import Backbone
-from .memory import NF4_PACKED, heads_of, quantised_weights
+from .memory import NF4_PACKED, auxiliary_heads_in, quantised_weights
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Bytes of parameters by the time at which they have to be whole, with what they are filled up
-    with.
+    """Bytes of parameters, padding to whole shards included, by the unit in which they are
+    gathered.
 
     Attributes:
         layers: the base model's decoder layers with their adapters.
         head_layers: decoder layers that are heads.
-        embedding: of the tokens; 0 if the lm_head shares its weight.
+        embedding: the embedding of the tokens; 0 if the lm_head shares its weight.
         lm_head: the unembedding.
         rest: residual heads, norms, and whatever else lies in no decoder layer.
-        trained: of all these what gets a gradient.
+        trained: the parameters that get a gradient; part of the others.
     """
 
     layers: float
@@ -66,11 +65,11 @@ class Gathered:
 
     @classmethod
     def of(cls, model: PeftModel, quantised: bool = False, shards: int = 1) -> Gathered:
-        """Counted from ``model``, which may be on the meta device.
+        """Count the parameters of ``model``, which may be on the meta device.
 
         Args:
-            model: with its adapter, and heads if it has any.
-            quantised: as if it had been loaded for QLoRA.
+            model: base model with an adapter, and heads if it has any.
+            quantised: count the base model as QLoRA would load it.
             shards: fill up the first dimension of every parameter to a multiple of this.
         """
         backbone = Backbone.of(model)
@@ -78,7 +77,7 @@ class Gathered:
         counted: set[int] = set()
 
         def size(parameters: Iterable[nn.Parameter]) -> float:
-            """Of those that no earlier call has counted."""
+            """Bytes of the parameters that no earlier call has counted."""
             total = 0.0
             for p in parameters:
                 if id(p) in counted:
@@ -90,7 +89,7 @@ class Gathered:
                     total += _filled_up(p, shards)
             return total
 
-        heads = heads_of(model)
+        heads = auxiliary_heads_in(model)
         head_layers = list(heads.parameters()) if heads is not None and heads.config.head_type != "residual" else []
         return cls(
             layers=size(backbone.layers.parameters()),
@@ -111,10 +110,10 @@ class Communication:
     """Bytes that each device sends in a step.
 
     Attributes:
-        forward: to gather parameters for the forward pass.
-        backward: to gather them again.
-        gradients: to sum gradients.
-        update: to gather updated parameters.
+        forward: sent to gather parameters for the forward pass.
+        backward: sent to gather parameters for the backward pass.
+        gradients: sent to sum gradients.
+        update: sent to gather updated parameters.
     """
 
     forward: float = 0.0
@@ -124,17 +123,17 @@ class Communication:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(astuple(self))
 
 
 def communication(model: PeftModel, placement: str, gpus: int, quantised: bool = False) -> Communication:
     """What each device sends in a step with ``model``.
 
     Args:
-        model: as for `Gathered.of`.
-        placement: of `memory.PLACEMENTS`; on one device nothing is sent.
+        model: base model with an adapter, and heads if it has any; may be on the meta device.
+        placement: one of `memory.PLACEMENTS`; on one device nothing is sent.
         gpus: number of devices, N.
-        quantised: as if it had been loaded for QLoRA.
+        quantised: count the base model as QLoRA would load it.
     """
     sent = (gpus - 1) / gpus
     if placement == "one device":
@@ -146,7 +145,7 @@ def communication(model: PeftModel, placement: str, gpus: int, quantised: bool =
     forward, backward = parts.total, parts.layers + parts.head_layers + parts.embedding
     if placement == "ZeRO-3":
         backward = parts.total - parts.embedding
-        if heads_of(model) is not None:
+        if auxiliary_heads_in(model) is not None:
             forward += parts.lm_head
     return Communication(forward * sent, backward * sent, parts.trained * sent)
 

@@ -1,16 +1,16 @@
-"""What one training step costs in floating-point operations per token, counted from a model's
-shapes: LoRA, and CAFT.
+"""Floating-point operations per token of one training step of LoRA or CAFT, counted from a model's
+shapes.
 
-A multiplication and an addition are two operations. Counted is what runs through matrix
-multiplications: two operations a weight of a linear map forward, two for the gradient of its input,
-two more for its own gradient if it is trained; and the scores of the attention. Norms, activations,
-softmax and the optimizer are left out, as is usual (Kaplan et al., arXiv 2001.08361). So these are
-lower limits of the work, and ratios of them what a step could take at best.
+A multiplication and an addition are two operations. Only matrix products count: for each weight of
+a linear map two operations forward, two for the gradient of its input, and two for its own gradient
+if it is trained; and the scores of the attention. Norms, activations, softmax and the optimizer are
+left out, as is usual (Kaplan et al., arXiv 2001.08361). So these counts are lower limits of the
+work, and their ratios are the best that a step can reach.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -24,17 +24,16 @@ FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 2, 2, 2  # operations per weight and 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """What a token passes through in a causal language model with LoRA.
+    """Sizes that decide what a token costs in a causal language model with LoRA.
 
     Attributes:
-        hidden_size, vocab_size, num_layers: of the model.
-        layer_weights: weights of the linear maps of all layers together; of the experts of a
-            mixture the active ones.
-        last_layer_weights: the same of the last layer alone, of which decoder-layer heads are
-            copies.
-        key_value_weights: those of them that make keys and values.
-        attention_width: query heads times their size.
-        adapter_weights: of LoRA, in the layers.
+        hidden_size, vocab_size, num_layers: sizes of the model.
+        layer_weights: number of weights in the linear maps of all layers; in a mixture only the
+            active experts count.
+        last_layer_weights: the same for the last layer, which decoder-layer heads copy.
+        key_value_weights: number of weights of one layer that make keys and values.
+        attention_width: number of query heads times their size.
+        adapter_weights: number of LoRA weights in the layers.
     """
 
     hidden_size: int
@@ -48,7 +47,7 @@ class ModelShapes:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelShapes:
-        """Counted from ``model``, with or without LoRA adapters, which may be on the meta device."""
+        """Shapes of ``model``, with or without LoRA; it may be on the meta device."""
         backbone = Backbone.of(model)
         config = backbone.model.config.get_text_config()
         query_heads = config.num_attention_heads
@@ -72,20 +71,20 @@ class ModelShapes:
 
 
 def number_of_experts(config: PretrainedConfig) -> int:
-    """Experts of each layer of a mixture; 0 for other models."""
+    """Number of experts in a layer of a mixture; 0 for other models."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     return next((n for name in names if (n := getattr(config, name, None))), 0)
 
 
 def _weights(layer: nn.Module, config: PretrainedConfig) -> tuple[float, int]:
-    """Weights of the base model that a token passes in one layer, and those of LoRA."""
+    """Number of base-model weights that a token passes in one layer, and number of LoRA weights."""
     experts = number_of_experts(config)
     active = getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
     base, adapter = 0.0, 0
     for name, parameter in layer.named_parameters():
         if "lora_" in name:
             adapter += parameter.numel()
-        elif parameter.dim() == 3:  # of all experts
+        elif parameter.dim() == 3:  # all experts in one tensor
             base += parameter.numel() * active
         elif parameter.dim() == 2:
             base += parameter.numel()
@@ -97,9 +96,9 @@ class StepFlops:
     """Operations of one training step per token, forward and backward.
 
     Attributes:
-        layers: of the base model's layers with their adapters.
-        unembedding: of the model's own next-token loss.
-        auxiliary: of the heads and their losses; 0 for LoRA.
+        layers: the base model's layers with their adapters.
+        unembedding: the model's own next-token loss.
+        auxiliary: the heads and their losses; 0 for LoRA.
     """
 
     layers: float
@@ -108,7 +107,7 @@ class StepFlops:
 
     @property
     def total(self) -> float:
-        return self.layers + self.unembedding + self.auxiliary
+        return sum(astuple(self))
 
 
 def lora_step(
@@ -117,11 +116,10 @@ def lora_step(
     """A step of LoRA.
 
     Args:
-        shapes: of the model with its adapters.
-        keys: how many keys a query meets on average, half the length of a row where the causal mask
+        shapes: shapes of the model with its adapters.
+        keys: mean number of keys that a query meets; half the length of a row where the causal mask
             saves work.
-        supervised: share of the tokens whose logits are computed: 1 for the loss of transformers,
-            whose logits cover all.
+        supervised: share of the tokens whose logits are computed; 1 for transformers' loss.
         gradient_checkpointing: run every layer forward once more.
     """
     passes = FORWARD * (2 if gradient_checkpointing else 1)
@@ -145,11 +143,11 @@ def caft_step(
     """A step of CAFT with frozen heads in which only supervised tokens reach an unembedding.
 
     Args:
-        shapes, keys, gradient_checkpointing: as for `lora_step`.
+        shapes, keys, gradient_checkpointing: the same as in `lora_step`.
         head_type: ``"residual"``, or ``"decoder_layer"``, whose keys and values need every token.
-        num_heads: n - 1.
-        supervised: s, share of the tokens with a label.
-        aux_token_fraction: p, share of those that the heads see.
+        num_heads: number of heads, n - 1.
+        supervised: s, share of the tokens that have a label.
+        aux_token_fraction: p, share of the supervised tokens that the heads see.
         head_num_layers: blocks or layers of a head; in a stack of layers all but the last need
             every token.
     """
@@ -170,5 +168,7 @@ def caft_step(
 
 
 def _scores(shapes: ModelShapes, keys: float) -> float:
-    """Operations of one layer's attention forward: queries with keys, and weights with values."""
+    """Operations per token of one layer's attention forward: queries times keys, and attention
+    weights times values.
+    """
     return 2 * 2 * keys * shapes.attention_width

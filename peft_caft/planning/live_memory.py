@@ -1,10 +1,8 @@
-"""Bytes of tensors alive while code runs: of real tensors, or of tensors that have a shape and no
-data.
+"""Bytes of the tensors that are alive while code runs.
 
-`LiveMemory` counts. `Simulation` lets code run that believes to compute on a CPU, but whose tensors
-of numbers are fake
-(``FakeTensorMode``): a training step of any size then takes seconds and next to no memory, and
-makes and frees the same tensors as the real one.
+`LiveMemory` counts them. `Simulation` runs code as if on a CPU, with fake floating-point tensors
+(``FakeTensorMode``), which have a shape and no data: a training step of any size takes seconds and
+next to no memory, and makes and frees the same tensors as the real one.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-LARGEST_REAL = 2**24  # elements; above that tensors without numbers, such as attention masks, are fake too
+LARGEST_REAL = 2**24  # elements; larger tensors, such as attention masks, are fake whatever their dtype
 DEVICE_OF = torch.ops.prim.device.default
 GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default  # of a mixture of experts
 NUMBER_OF = torch.ops.aten._local_scalar_dense.default
@@ -36,14 +34,14 @@ NUMBER_OF = torch.ops.aten._local_scalar_dense.default
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside the block, until they are freed.
 
-    What an operation allocates and frees within itself is not seen, nor is what the allocator keeps
-    or rounds up.
+    It does not see memory that an operation allocates and frees within itself, nor what the
+    allocator keeps or rounds up.
 
     Attributes:
-        live: bytes alive now, by kind.
-        peak: the most bytes that were alive together.
-        at_peak: the same by kind, as `live` was then.
         kind_of: names the kind of a new tensor.
+        live: kind -> bytes alive now.
+        peak: the most bytes that were alive together.
+        at_peak: kind -> bytes alive at the peak.
     """
 
     def __init__(self, kind_of: Callable[[Tensor], str] = lambda tensor: "") -> None:
@@ -56,9 +54,7 @@ class LiveMemory(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these, which were there before, when an operation returns one or a view of
-        it.
-        """
+        """Do not count ``tensors``, not even when an operation returns one or a view of one."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[storage._cdata] = weakref.ref(storage, partial(self._forget, storage._cdata))
@@ -67,7 +63,7 @@ class LiveMemory(TorchDispatchMode):
         self._known.pop(key, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is DEVICE_OF:  # asked at every second step, and no operation
+        if func is DEVICE_OF:  # no operation, and called too often to go the long way
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         output = self._run(func, args, kwargs or {})
         for value in (output,) if isinstance(output, Tensor) else tree_leaves(output):
@@ -101,11 +97,10 @@ class Simulation(LiveMemory):
     """`LiveMemory` in which floating-point tensors have shapes and no data.
 
     Token ids, positions and what follows from them stay real, since shapes depend on them (which
-    rows are supervised). Where the code asks for a number of a fake tensor, or compares one, it is
-    taken as 0.
+    rows are supervised). The code reads 0 for a number of a fake tensor, and compares 0.
 
         simulation = Simulation()
-        simulation.take_over(model)  # which was built on the meta device
+        simulation.take_over(model)  # a model on the meta device
         with simulation:
             model(input_ids=ids, labels=ids).loss.backward()
         simulation.peak
@@ -125,8 +120,8 @@ class Simulation(LiveMemory):
         self._fake.__exit__(*error)
 
     def take_over(self, model: nn.Module) -> None:
-        """Make fake tensors on the CPU of all parameters, buffers and their gradients; they are not
-        counted.
+        """Replace all parameters, buffers and gradients of ``model`` by fake tensors on the CPU,
+        which are not counted.
         """
         made: dict[int, Tensor] = {}  # shared parameters stay shared
 
@@ -168,8 +163,8 @@ class Simulation(LiveMemory):
             with unset_fake_temporarily():
                 return _zero(args[0]).item()
         if func is GROUPED_PRODUCT and (dtype := args[0].dtype) != torch.bfloat16:
-            # torch 2.13 computes it on a CPU in other dtypes too, but knows the shape of the result
-            # in bfloat16 alone.
+            # On a CPU torch 2.13 computes it in other dtypes too, but its fake version
+            # (torch/_meta_registrations.py, _meta_grouped_mm_common) takes bfloat16 alone.
             return func(
                 *(a.bfloat16() if isinstance(a, Tensor) and a.dtype == dtype else a for a in args), **kwargs
             ).to(dtype)

@@ -1,32 +1,32 @@
-"""Memory that training takes on each device: what a step needs (`simulated_step`), and parameters,
-whole or in shards.
+"""Memory that training takes on each device: parameters, whole or in shards, and what a step needs
+(`simulated_step`).
 
 Assumptions, all about parameters:
 
-- Adapters are fp32, as PEFT makes them; their gradients too, and AdamW keeps two fp32 values for
+- Adapters are fp32, as PEFT makes them, and so are their gradients. AdamW keeps two fp32 values for
   each. Heads are frozen.
-- QLoRA: bitsandbytes NF4 with double quantisation of the linear layers, save the lm_head.
-  Everything else stays in the dtype of the model: embeddings, lm_head, norms, heads (`layer_copy`
-  dequantises the layer of which it makes one), and the experts of a mixture, which transformers
-  keeps in one tensor of three dimensions. One matrix at a time is dequantised.
-- DDP: everything whole, and a copy of the gradients in the buckets that are sent (torch's
+- QLoRA: bitsandbytes stores the linear layers in NF4 with double quantisation. Embeddings, lm_head,
+  norms and heads keep the model's dtype (`layer_copy` dequantises the layer that a head copies),
+  and so do the experts of a mixture, which transformers keeps in one tensor of three dimensions.
+  One matrix at a time is dequantised.
+- DDP: everything is whole. The buckets that are sent hold a copy of the gradients (torch's
   ``gradient_as_bucket_view=False``).
-- ZeRO-2: gradients and optimizer states are divided evenly, parameters are whole.
-- FSDP (full shard): parameters are divided too, save the constants of 4-bit weights, which are no
-  parameters. Each decoder layer is a unit, also as a head, and of these two are whole at a time in
-  the backward pass, since the next one is fetched early. The lm_head is while the losses and heads
-  are differentiated, or all the time if it is also the embedding; what else lies in no layer, with
-  residual heads, all the time; an embedding of its own is not (accelerate 1.15).
-- ZeRO-3: divided in the same way; DeepSpeed keeps parameters whole until 10^9 are
-  (``stage3_max_live_parameters``). The losses of CAFT have a copy of the lm_head besides. Small
-  parameters, which it does not divide, are counted as if it did
-  (``stage3_param_persistence_threshold``); its buckets are not counted (``reduce_bucket_size``).
+- ZeRO-2: parameters are whole, gradients and optimizer states are divided evenly.
+- FSDP (full shard): parameters are divided too, but not the constants of 4-bit weights, which are
+  no parameters. Each decoder layer is a unit, also one that is a head; two are whole at a time in
+  the backward pass, since the next one is fetched early. The lm_head is whole while losses and
+  heads are differentiated, or always if it is also the embedding. Everything else outside of the
+  layers is always whole, residual heads included, except an embedding of its own (accelerate 1.15).
+- ZeRO-3: divided like FSDP, but DeepSpeed keeps up to 10^9 parameters whole
+  (``stage3_max_live_parameters``). CAFT's losses hold one more copy of the lm_head. Small
+  parameters count as divided, though DeepSpeed keeps them whole
+  (``stage3_param_persistence_threshold``). Its buckets are not counted (``reduce_bucket_size``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 
 from peft import PeftModel
 from torch import nn
@@ -50,17 +50,19 @@ class ModelBytes:
     """Bytes of a model's parameters, none of them divided.
 
     Attributes:
-        base: of the base model.
-        adapter: of LoRA.
-        heads: of the auxiliary heads.
-        constants: of the base model's bytes those of the constants that belong to 4-bit weights.
-        outside: of base model, adapter and heads what lies in no decoder layer.
-        embedding: of that an embedding that is not also the lm_head.
-        lm_head: of that the unembedding, be it also the embedding.
-        largest_layer: of a decoder layer of the base model with its adapter, without constants.
-        head_layer: of one that is a head; 0 if none is.
-        dequantised: of the largest matrix that is stored in 4 bits; 0 if none is.
-        per_weight: of one that is not quantised.
+        base: the base model.
+        adapter: LoRA.
+        heads: the auxiliary heads.
+        constants: quantisation constants of 4-bit weights; part of `base`.
+        outside: what lies in no decoder layer; part of `base`, `adapter` and `heads`.
+        embedding: the embedding, 0 if it is also the lm_head; part of `outside`.
+        lm_head: the unembedding, even if it is also the embedding; part of `outside`.
+        largest_layer: the largest decoder layer of the base model with its adapter, without
+            constants.
+        head_layer: the largest decoder layer that is a head; 0 if there is none.
+        dequantised: the largest matrix that is stored in 4 bits, in the model's dtype; 0 if there
+            is none.
+        per_weight: one weight that is not quantised.
     """
 
     base: float
@@ -77,12 +79,15 @@ class ModelBytes:
 
     @classmethod
     def of(cls, model: PeftModel, quantised: bool = False) -> ModelBytes:
-        """Counted from ``model``, which may be on the meta device; ``quantised``: as if it had been
-        loaded for QLoRA.
+        """Count the parameters of ``model``, which may be on the meta device.
+
+        Args:
+            model: base model with an adapter, and heads if it has any.
+            quantised: count the base model as QLoRA would load it.
         """
         backbone = Backbone.of(model)
         layers = list(backbone.layers)
-        heads = heads_of(model)
+        heads = auxiliary_heads_in(model)
         in_4_bits = quantised_weights(backbone) if quantised else {}
 
         def size(parameters: Iterable[nn.Parameter]) -> float:
@@ -116,9 +121,7 @@ class ModelBytes:
         )
 
     def gathered(self, placement: str) -> float:
-        """Bytes of the parameters that are whole on every device at a time, beside its shard of
-        all.
-        """
+        """Bytes of the parameters that a device holds whole at a time, besides its shard of all."""
         if placement == "FSDP":
             layers = 2 * self.largest_layer
             if self.embedding:  # else the lm_head, as embedding, stays whole
@@ -132,18 +135,18 @@ class ModelBytes:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on each device at the moment at which most are needed.
+    """Bytes on each device at the peak.
 
     Attributes:
-        weights: of the base model.
-        adapter: LoRA's parameters.
-        gradients: of these, counted as if they were there all the time, as they are while gradients
-            are accumulated; under DDP also their copy in buckets.
-        optimizer: AdamW's two states for each.
-        heads: the auxiliary heads' parameters.
+        weights: parameters of the base model.
+        adapter: parameters of LoRA.
+        gradients: gradients of LoRA, counted as always there, which they are under gradient
+            accumulation; under DDP also their copy in buckets.
+        optimizer: AdamW's two states of each LoRA parameter.
+        heads: parameters of the auxiliary heads.
         working_weights: parameters that are whole for a moment: gathered ones, and a dequantised
             matrix.
-        activations, head_activations, loss: see `StepMemory`.
+        activations, head_activations, loss: the fields of `StepMemory`.
     """
 
     weights: float
@@ -158,16 +161,16 @@ class DeviceMemory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(astuple(self))
 
 
 def device_memory(model: ModelBytes, step: StepMemory, placement: str = "one device", gpus: int = 1) -> DeviceMemory:
     """Memory of each device.
 
     Args:
-        model: its parameters.
-        step: what a step needs with the batch of one device.
-        placement: of `PLACEMENTS`.
+        model: parameters of the model.
+        step: what a step needs for the batch of one device.
+        placement: one of `PLACEMENTS`.
         gpus: number of devices.
     """
     of_states = gpus if placement in ("ZeRO-2", "FSDP", "ZeRO-3") else 1
@@ -185,15 +188,13 @@ def device_memory(model: ModelBytes, step: StepMemory, placement: str = "one dev
     )
 
 
-def heads_of(model: PeftModel) -> nn.Module | None:
-    """The auxiliary heads of a CAFT model."""
+def auxiliary_heads_in(model: PeftModel) -> nn.Module | None:
+    """The auxiliary heads of a CAFT model; None for plain LoRA."""
     return model.base_model.auxiliary_heads["default"] if isinstance(model.base_model, CAFTModel) else None
 
 
 def quantised_weights(backbone: Backbone) -> dict[int, nn.Parameter]:
-    """Weights that bitsandbytes quantises, by their identity: those of all linear maps but the
-    lm_head.
-    """
+    """``id(weight)`` -> weight that bitsandbytes quantises: all linear maps but the lm_head."""
     return {
         id(module.weight): module.weight
         for name, module in backbone.model.named_modules()

@@ -1,5 +1,5 @@
-"""What training a model with LoRA and with CAFT would take, from its configuration alone
-(``peft-caft plan``).
+"""``peft-caft plan``: what training with LoRA and with CAFT would take, from a model's
+configuration alone.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from ..method.config import target_modules
 from ..method.model import CAFTConfig
 from .base_config import read_config
 from .communication import Communication, communication
-from .flops import ModelShapes, StepFlops, caft_step, lora_step, number_of_experts
+from .flops import ModelShapes, caft_step, lora_step, number_of_experts
 from .memory import PLACEMENTS, DeviceMemory, ModelBytes, device_memory
 from .settings import PlanSettings
 from .simulated_step import Batch, StepMemory, model_on_meta, simulate_step
 
 METHODS = ("lora", *HEAD_TYPES)
 GIB = 2**30
-# Of a GPU's memory: what CUDA and its libraries take, and the share that is lost between the
-# allocator's blocks.
-RESERVED_BYTES, LOST_SHARE = 0.5 * GIB, 0.05
+RESERVED_BYTES = 0.5 * GIB  # CUDA and its libraries
+LOST_SHARE = 0.05  # of the memory in use: lost between the allocator's blocks
 
 
 def peft_config(settings: PlanSettings, method: str) -> LoraConfig:
@@ -55,16 +54,16 @@ def peft_config(settings: PlanSettings, method: str) -> LoraConfig:
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations of a step per token.
+    """Operations of a step.
 
     Attributes:
-        method: of `METHODS`.
+        method: one of `METHODS`.
         aux_token_fraction: p; None for LoRA.
-        flops: per token of the batch, supervised or not.
-        over_lora: flops over those of LoRA with the loss of transformers, minus 1.
-        over_skipping_lora: the same over a LoRA step that leaves out the logits of tokens without a
-            label.
-        over_lora_checkpointing: as ``over_lora``, both with gradient checkpointing.
+        flops: operations per token of the batch, supervised or not.
+        over_lora: flops over those of LoRA with transformers' loss, minus 1.
+        over_skipping_lora: flops over those of a LoRA that computes no logits of tokens without a
+            label, minus 1.
+        over_lora_checkpointing: ``over_lora``, both with gradient checkpointing.
     """
 
     method: str
@@ -77,7 +76,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train, its memory on each GPU, and what each GPU sends in a step."""
+    """One way to train, with the memory on each GPU and the bytes that each GPU sends in a step."""
 
     method: str
     placement: str
@@ -87,20 +86,21 @@ class Option:
     communication: Communication
 
     def fits(self, gpu_memory: float) -> bool:
-        """Whether a GPU of so many GiB holds it, with a reserve for CUDA and what the allocator
-        cannot use.
+        """Whether a GPU with ``gpu_memory`` GiB holds it, beside CUDA and what the allocator cannot
+        use.
         """
         return self.memory.total * (1 + LOST_SHARE) + RESERVED_BYTES <= gpu_memory * GIB
 
 
 @dataclass
 class Plan:
-    """What `plan` found.
+    """Result of `plan`.
 
     Attributes:
-        facts: what the model is.
-        parameters: numbers of them: of base, adapter and the heads of either type.
-        costs: LoRA, and CAFT with all supervised positions and with a share of them.
+        facts: class, sizes and attention of the model, and versions.
+        parameters: number of parameters of base model, adapter and either type of heads.
+        costs: operations of LoRA, and of CAFT with all supervised positions and with a share of
+            them.
         options: every way to train that was asked for.
         notes: what is peculiar about this model or these settings.
     """
@@ -113,7 +113,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """Everything; sizes and what is sent in bytes, the memory of a GPU in GiB."""
+        """The whole plan; memory and communication in bytes, ``gpu_memory`` in GiB."""
         record = asdict(self)
         for entry, option in zip(record["options"], self.options, strict=True):
             entry["memory"]["total"] = option.memory.total
@@ -124,14 +124,14 @@ class Plan:
 
 
 def plan(settings: PlanSettings) -> Plan:
-    """Count parameters and operations, and simulate the steps' memory; a few seconds a step for 32
+    """Count parameters and operations, and simulate the memory of steps, a few seconds each for 32
     layers.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: if there is no such model or its
-            configuration cannot be had.
-        ValueError, TypeError: if it is no decoder-only causal language model, or a setting does not
-            fit it.
+        FileNotFoundError: if there is no such model.
+        PermissionError, ConnectionError: if the Hub refuses it or cannot be reached.
+        TypeError: if it is no decoder-only causal language model.
+        ValueError: if a setting does not fit it, or its step cannot be simulated.
     """
     config = read_config(settings.model)
     models = {method: _model(config, settings, method) for method in METHODS}
@@ -175,8 +175,8 @@ def plan(settings: PlanSettings) -> Plan:
 
 
 def _shards_heads(placement: str, method: str) -> bool:
-    """Whether `sharding.is_sharded` holds of the heads in a forward pass; under FSDP it does of
-    those that are units of their own.
+    """Whether the heads are divided (`sharding.is_sharded`) in a forward pass; FSDP divides those
+    that are units of their own.
     """
     return method != "lora" and (placement == "ZeRO-3" or (placement == "FSDP" and method == "decoder_layer"))
 
@@ -188,7 +188,7 @@ def _model(config: PretrainedConfig, settings: PlanSettings, method: str) -> Pef
         name = type(config).__name__
         if "Unrecognized configuration class" in str(error):
             raise TypeError(
-                f"model: got {name}, of which transformers makes no causal language model. Expected a decoder-only one, such "
+                f"model: got {name}, of which transformers makes no causal language model. Expected a decoder-only model, such "
                 "as AutoModelForCausalLM returns."
             ) from error
         if "arget module" in str(error):
@@ -201,15 +201,13 @@ def _model(config: PretrainedConfig, settings: PlanSettings, method: str) -> Pef
 
 @contextmanager
 def _explained(backbone: Backbone) -> Iterator[None]:
-    """Turn what an unusual architecture makes the counting or the simulation raise into one
-    ValueError.
-    """
+    """Turn errors of counting or simulating an unusual architecture into one ValueError."""
     try:
         yield
     except (RuntimeError, NotImplementedError, LookupError, AttributeError) as error:
         raise ValueError(
             f"model: a training step of {type(backbone.model).__name__} could not be simulated ({type(error).__name__}: "
-            f"{first_line(error)}). Expected one that also trains with these settings; other --target-modules or another "
+            f"{first_line(error)}). Expected a model that trains with these settings; other --target-modules or another "
             "--attention may help. If it does train, please report it."
         ) from error
 
@@ -242,23 +240,23 @@ def _costs(shapes: ModelShapes, settings: PlanSettings) -> list[Cost]:
     keys, s = settings.tokens / 2, settings.supervised
     sampled = settings.aux_token_fraction if settings.aux_token_fraction < 1 else 0.25
 
-    def step(method: str, p: float | None, checkpointing: bool) -> StepFlops:
+    def flops(method: str, p: float | None, checkpointing: bool = False) -> float:
         if p is None:
-            return lora_step(shapes, keys, gradient_checkpointing=checkpointing)
+            return lora_step(shapes, keys, gradient_checkpointing=checkpointing).total
         heads = settings.num_auxiliary_heads
-        return caft_step(shapes, keys, method, heads, s, p, checkpointing, settings.head_num_layers)
+        return caft_step(shapes, keys, method, heads, s, p, checkpointing, settings.head_num_layers).total
 
-    plain, checkpointed = (lora_step(shapes, keys, gradient_checkpointing=on).total for on in (False, True))
+    plain, checkpointed = flops("lora", None), flops("lora", None, True)
     skipping = lora_step(shapes, keys, s).total
     cases = [("lora", None), *((head_type, p) for head_type in HEAD_TYPES for p in (1.0, sampled))]
     return [
         Cost(
             method,
             p,
-            flops=(total := step(method, p, False).total),
+            flops=(total := flops(method, p)),
             over_lora=total / plain - 1,
             over_skipping_lora=total / skipping - 1,
-            over_lora_checkpointing=step(method, p, True).total / checkpointed - 1,
+            over_lora_checkpointing=flops(method, p, True) / checkpointed - 1,
         )
         for method, p in cases
     ]

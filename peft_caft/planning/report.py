@@ -1,19 +1,20 @@
-"""A `Plan` as tables for a terminal, which are also valid Markdown."""
+"""A `Plan` as Markdown tables, which a terminal shows as well."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
 from ..basics.tables import markdown_table
+from .memory import NF4_BYTES
 from .plan import GIB, Cost, Option, Plan
 
 METHOD_NAMES = {"lora": "LoRA", "residual": "CAFT, residual", "decoder_layer": "CAFT, decoder_layer"}
 MIB = 2**20
-GB, MB = 10**9, 10**6  # what is sent, since links are rated in GB/s
+GB, MB = 10**9, 10**6  # for communication, since links are rated in GB/s
 
 
 def report(plan: Plan) -> str:
-    """Parameters, operations, memory, what fits, and what all that rests on."""
+    """Parameters, operations, memory, what fits, communication, and the assumptions."""
     facts, settings = plan.facts, plan.settings
     title = (
         f"{facts['class']}: {facts['layers']} layers, hidden size {facts['hidden_size']:,}, vocabulary "
@@ -53,7 +54,7 @@ def _costs(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> list[str]:
-    """One table for each placement and kind of weights, without the columns in which nothing is."""
+    """One table for each placement and kind of weights, without the columns that are all 0."""
     unit, name, digits = (GIB, "GiB", 2) if max(o.memory.total for o in plan.options) >= GIB else (MIB, "MiB", 1)
     tables = []
     for placement, qlora in dict.fromkeys((o.placement, o.qlora) for o in plan.options):
@@ -76,9 +77,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _communication(plan: Plan) -> str:
-    """What each device sends, which gradient checkpointing does not change, and what CAFT adds to
-    LoRA's.
-    """
+    """What each device sends, which gradient checkpointing does not change, and what CAFT adds."""
     options = [option for option in plan.options if not option.gradient_checkpointing]
     unit, name = (GB, "GB") if max(o.communication.total for o in options) >= GB else (MB, "MB")
     totals = {(o.placement, o.qlora, o.method): o.communication.total for o in options}
@@ -97,9 +96,7 @@ def _communication(plan: Plan) -> str:
 
 
 def _fitting(plan: Plan) -> str:
-    """What fits, in a sentence for each method: the first option that does, the plainest ones
-    coming first.
-    """
+    """A sentence for each method: the first option that fits, where plain ones come first."""
     limit = plan.settings.gpu_memory
     if limit is None:
         least, most = (pick(plan.options, key=_total) for pick in (min, max))
@@ -155,7 +152,7 @@ def _notes(plan: Plan) -> str:
             "Heads that FSDP (decoder_layer) or ZeRO-3 divides compute all tokens, and keep their activations until the backward pass."
         )
     notes.append(
-        "QLoRA: linear layers in NF4 with double quantisation, 0.516 bytes a weight; embeddings, lm_head, norms and heads in "
+        f"QLoRA: linear layers in NF4 with double quantisation, {NF4_BYTES:.3f} bytes a weight; embeddings, lm_head, norms and heads in "
         f"{settings.dtype}; working weights: the largest matrix, dequantised. Arithmetic, not measured."
         + (
             " FSDP and ZeRO-3 divide packed weights only if bnb_4bit_quant_storage is a floating-point dtype, and never their constants."

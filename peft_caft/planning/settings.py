@@ -1,6 +1,4 @@
-"""What ``peft-caft plan`` is asked for. Imports no torch, so that the command line shows it at
-once.
-"""
+"""Settings of ``peft-caft plan``. Imports no torch, so that the command line shows them at once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Memory of one training step, LoRA's or CAFT's, from a model's configuration alone.
+"""Memory of one training step of LoRA or CAFT, from a model's configuration alone.
 
-The step itself is run, with all the code of transformers, PEFT and this package, on tensors without
-data (`Simulation`). So nothing about an architecture is assumed here, and what changes there
-changes here.
+The step itself runs on tensors without data (`Simulation`), with all the code of transformers, PEFT
+and this package. So nothing is assumed about an architecture, and a change of that code shows here.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,14 +27,13 @@ ACTIVATIONS, HEAD_ACTIVATIONS, LOSS = "activations", "head_activations", "loss"
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes at the moment of a training step at which most are needed, without parameters,
-    gradients and optimizer.
+    """Bytes at the peak of a training step, without parameters, gradients and optimizer.
 
     Attributes:
-        activations: what the base model's layers, with their adapters, keep for the backward pass
-            or just work with.
-        head_activations: the same of auxiliary heads, with dL/dh of their losses.
-        loss: logits, log-probabilities and gradients of them.
+        activations: tensors that the base model's layers, with their adapters, keep for the
+            backward pass or work with.
+        head_activations: tensors of the auxiliary heads, with dL/dh of their losses.
+        loss: logits, log-probabilities and their gradients.
     """
 
     activations: int = 0
@@ -44,18 +42,18 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        return self.activations + self.head_activations + self.loss
+        return sum(astuple(self))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one device computes at a time: rows of equal length without padding, whose last tokens
-    are supervised.
+    """Rows of equal length without padding, whose last tokens are supervised; one device computes
+    them at a time.
 
     Attributes:
         rows: number of rows.
-        tokens: of each row.
-        supervised: s, share of the tokens with a label.
+        tokens: number of tokens of each row.
+        supervised: s, share of the tokens that have a label.
     """
 
     rows: int
@@ -73,16 +71,16 @@ class Batch:
 def model_on_meta(
     config: PretrainedConfig, peft_config: LoraConfig, dtype: torch.dtype, attention: str | None = None
 ) -> PeftModel:
-    """A model with an adapter, ready to train, without weights.
+    """A model with an adapter, ready to train, on the meta device.
 
     Args:
-        config: of the base model.
+        config: configuration of the base model.
         peft_config: a `CAFTConfig` with fresh heads, or a ``LoraConfig``.
-        dtype: of the base model; PEFT keeps the adapter in fp32.
-        attention: ``"sdpa"`` or ``"eager"``; None takes what transformers takes.
+        dtype: dtype of the base model; PEFT keeps the adapter in fp32.
+        attention: ``"sdpa"`` or ``"eager"``; None takes transformers' default.
     """
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # fresh heads are meant
+        warnings.simplefilter("ignore")  # of fresh heads, which are meant here
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         base.config.get_text_config().use_cache = False  # as Trainer has it
         return get_peft_model(base, peft_config).train()
@@ -96,19 +94,18 @@ def simulate_step(
     device: str = "cuda",
     sharded_heads: bool = False,
 ) -> StepMemory:
-    """Simulate forward and backward pass of a training step, when gradients are there already
-    (accumulation).
+    """Simulate forward and backward pass of a training step that adds to gradients (accumulation).
 
     Args:
-        model: from `model_on_meta`; its tensors become fake ones, and it can be simulated again.
-        batch: what is trained on.
+        model: result of `model_on_meta`; its tensors become fake, and it can be simulated again.
+        batch: rows to train on.
         gradient_checkpointing: keep the layers' inputs alone and run each layer once more in the
             backward pass.
-        autocast: in bfloat16, as ``TrainingArguments(bf16=True)`` does.
+        autocast: run under bfloat16 autocast, as ``TrainingArguments(bf16=True)`` does.
         device: ``"cuda"`` or ``"cpu"``, on which the size of a chunk of logits depends.
-        sharded_heads: as where an engine divides the heads' parameters (`sharding.is_sharded`):
-            heads then compute all tokens, and keep what their backward pass needs until the base
-            model's.
+        sharded_heads: let the heads count as divided by an engine (`sharding.is_sharded`): they
+            then compute all tokens, and keep their activations until the base model's backward
+            pass.
     """
     base = model.get_base_model()
     with warnings.catch_warnings():
@@ -122,7 +119,7 @@ def simulate_step(
     simulation.take_over(model)
     if sharded_heads and isinstance(model.base_model, CAFTModel):
         for parameter in model.base_model.auxiliary_heads.parameters():
-            parameter.ds_id = None  # DeepSpeed's mark
+            parameter.ds_id = None  # DeepSpeed's mark, which `is_sharded` looks for
     precision = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     with phase.followed(), chunks_as_on(device), simulation:
         with precision:
@@ -132,8 +129,8 @@ def simulate_step(
 
 
 class _Phase:
-    """Where a step is, so that new tensors can be told apart: in the base model, or between its
-    forward and backward pass.
+    """Knows the kind of a new tensor by where the step is: in the base model's layers, or between
+    their forward and backward pass.
     """
 
     def __init__(self, backbone: Backbone, has_heads: bool) -> None:
