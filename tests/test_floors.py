@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import grimp
@@ -58,6 +60,19 @@ def test_public_names_load_the_method_and_what_it_stands_on_alone():
     loaded = loaded_by("import peft_caft\nfor name in peft_caft.__all__: getattr(peft_caft, name)")
     assert {room_of(name) for name in loaded if name.startswith("peft_caft.")} == {"basics", "heads", "method"}
     assert not loaded & {*OPTIONAL, "transformers.trainer"}
+
+
+def test_type_checkers_see_what_is_loaded():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    seen = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+        for alias in node.names
+    }
+    assert sorted(seen) == sorted(peft_caft.__all__)
+    for name, module in seen.items():
+        assert getattr(import_module(f"peft_caft.{module}"), name) is getattr(peft_caft, name)
 
 
 def test_help_of_every_command_needs_no_torch():
