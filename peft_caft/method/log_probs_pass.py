@@ -22,6 +22,7 @@ from ..heads.backbone import Backbone
 from ..heads.sharding import is_sharded
 from ..heads.watched_pass import Captured
 from .linear_cross_entropy import linear_cross_entropy
+from .supervised_pass import SupervisedPass
 
 
 def asks_for_log_probs(kwargs: dict[str, Any]) -> bool:
@@ -30,7 +31,7 @@ def asks_for_log_probs(kwargs: dict[str, Any]) -> bool:
 
 
 @dataclass
-class LogProbsPass:
+class LogProbsPass(SupervisedPass):
     """A forward pass of the base model that returned log-probabilities; what `NextToken` is for one
     that returned a loss.
 

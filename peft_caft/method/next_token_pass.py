@@ -21,11 +21,12 @@ from transformers.utils import ModelOutput
 from ..heads.backbone import Backbone
 from ..heads.watched_pass import Captured
 from .linear_cross_entropy import linear_cross_entropy, split_factor
+from .supervised_pass import SupervisedPass
 from .targets import IGNORE_INDEX, supervised_count, supervised_rows
 
 
 @dataclass
-class NextToken:
+class NextToken(SupervisedPass):
     """A forward pass of the base model and its next-token loss.
 
     Attributes:

@@ -1,0 +1,41 @@
+"""`SupervisedPass`: what the objective needs of a forward pass, whoever makes its loss."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..heads.backbone import Backbone
+from ..heads.watched_pass import Captured
+
+
+class SupervisedPass(Protocol):
+    """A forward pass of the base model with labels, to which the auxiliary loss is added.
+
+    `NextToken` is one that returns a loss, `LogProbsPass` one that returns log-probabilities.
+
+    Attributes:
+        captured: what the heads need of the pass.
+        supervised: number of next-token targets.
+        divisor: number by which all losses are divided; fp32 scalar.
+    """
+
+    captured: Captured
+    supervised: int
+    divisor: Tensor
+
+    def verify(self, backbone: Backbone) -> None:
+        """Call `Backbone.verify` with what the model returned.
+
+        Raises:
+            TypeError: if the model computes something else after its layers than ``backbone`` does.
+        """
+
+    def with_auxiliary(self, total: Tensor) -> Any:
+        """The model's outputs with the auxiliary loss in them.
+
+        Args:
+            total: weighted sum of the auxiliary losses over ``divisor``; fp32 scalar with graph,
+                nats.
+        """
