@@ -10,6 +10,7 @@ weights, so that none describes others.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,17 @@ def _config_of_weights(config_path: Path, weights_path: Path) -> HeadsConfig:
             f"recorded in {config_path.name}. Save the heads again, or download them again (force_download=True)."
         )
     return config
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def shape_difference(got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str | None:
+    """A sentence about the first tensor whose name or shape differs; None if none does."""
+    wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+    if not wrong:
+        return None
+    first = f"{wrong[0]!r}: got {got.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}"
+    return f"{len(wrong)} tensor(s) differ; first {first}."

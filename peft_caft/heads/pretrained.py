@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
-from .artifact import HeadsFiles, find_heads, save_artifact
+from .artifact import HeadsFiles, find_heads, save_artifact, shape_difference, shapes_of
 from .backbone import Backbone
 from .config import HeadsConfig
 from .publishing import push_heads
@@ -175,14 +175,10 @@ def _fill(heads: nn.Module, files: HeadsFiles) -> None:
     into meta tensors.
     """
     own, weights = heads.state_dict(), files.read_weights()
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if got != expected:
-        wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+    if difference := shape_difference(shapes_of(weights), shapes_of(own)):
         raise ValueError(
-            f"{files.weights}: {len(wrong)} tensor(s) do not fit the base model's kind of layer; first {wrong[0]!r}: got "
-            f"{got.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}. Use the heads with the base "
-            "model they were made for."
+            f"{files.weights}: do not fit the base model's kind of layer: {difference} Use the heads with the base model "
+            "they were made for."
         )
     for name, tensor in own.items():
         tensor.copy_(weights[name])

@@ -32,6 +32,7 @@ from ..basics.checks import require_choice
 from ..basics.files import file_sha256
 from ..basics.hub_errors import explained
 from ..basics.provenance import provenance
+from ..heads.artifact import shape_difference, shapes_of
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.config import HEAD_INPUTS
@@ -160,14 +161,11 @@ def heads_of(state: dict[str, Tensor], model: PreTrainedModel, head_input: str =
         residual_bias=is_residual,
     )
     theirs = {name: re.sub(r"heads\.(\d+)\.(\d+)\.", r"\1.layers.\2.", name) for name in heads.state_dict()}
-    expected = {theirs[name]: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
-    got = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    if got != expected:
-        wrong = sorted(key for key in expected.keys() | got.keys() if expected.get(key) != got.get(key))
+    expected = {theirs[name]: shape for name, shape in shapes_of(heads.state_dict()).items()}
+    if difference := shape_difference(shapes_of(state), expected):
         raise ValueError(
-            f"heads: {len(wrong)} tensor(s) do not fit the base model, whose hidden size is {heads.config.hidden_size}; "
-            f"first {wrong[0]!r}: got {got.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}. Pass "
-            "the base model that the heads were trained for."
+            f"heads: do not fit the base model, whose hidden size is {heads.config.hidden_size}: {difference} Pass the base "
+            "model that the heads were trained for."
         )
     heads.load_state_dict({name: state[key] for name, key in theirs.items()}, assign=True)
     heads.config.final_norm = False

@@ -49,15 +49,12 @@ class CAFTCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = objective_of(kwargs["model"])
-        model.set_training_progress(state.global_step, state.max_steps)
-        self._computed_before = model._progress.computed
+        objective_of(kwargs["model"]).set_training_progress(state.global_step, state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = objective_of(kwargs["model"])
-        if model._auxiliary_loss_enabled and model._progress.computed == self._computed_before:
+        if objective_of(kwargs["model"]).auxiliary_loss_is_missing():
             raise RuntimeError(
                 f"step {state.global_step} ended without an auxiliary loss, expected one in every training forward: "
                 "the model saw no labels, or its adapters are disabled. `label_smoothing_factor` (got "
@@ -81,10 +78,7 @@ class CAFTCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        model = objective_of(kwargs["model"])
-        losses = model._progress.recent.read(model._active_config().aux_loss_decay)
-        metrics = {"gamma": float(model.gamma)} | losses
-        metrics = {f"caft/{name}": value for name, value in metrics.items()}
+        metrics = {f"caft/{name}": value for name, value in objective_of(kwargs["model"]).read_metrics().items()}
         logs.update(metrics)  # for the callbacks after this one
         state.log_history[-1].update(metrics)  # Trainer.log has copied the logs there already
 

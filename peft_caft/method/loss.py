@@ -4,6 +4,7 @@ the objective).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..heads.sharding import is_sharded
 from ..heads.unembedding import chunk_size_on
 from ..heads.watched_pass import Captured
 from .linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
-from .targets import sample_rows, supervised_rows
+from .targets import Supervision
 
 
 @dataclass
@@ -41,14 +42,10 @@ def auxiliary_loss(
     heads: AuxiliaryHeads,
     backbone: Backbone,
     captured: Captured,
-    labels: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    supervision: Supervision,
     *,
     decay: float,
     weight: Tensor | float = 1.0,
-    fraction: float = 1.0,
-    sampling_seed: int = 0,
     fast_paths: bool = True,
 ) -> AuxiliaryLoss:
     """Cross entropies of all heads on one batch.
@@ -62,19 +59,15 @@ def auxiliary_loss(
         heads: the auxiliary heads.
         backbone: of the base model that made ``captured``.
         captured: hidden states ``(batch, tokens, hidden)``.
-        labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
-        attention_mask, position_ids: as the model got them, see `supervised_rows`.
+        supervision: targets of the same batch.
         decay: alpha.
         weight: of all heads together: in the objective beta * gamma over the number of next-token
             targets.
-        fraction: p; with p < 1 each position takes part with probability p and weighs 1/p, which
-            leaves the expectation of loss and gradient unchanged.
-        sampling_seed: seed of that draw, which no other random number depends on.
         fast_paths: False computes the same in the plainest way: all logits of a head, decoder
             layers for all positions, and gradients by autograd in the backward pass.
     """
     unembedding = backbone.unembedding(captured)
-    weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=labels.device))
+    weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=supervision.labels.device))
     cross_entropy = linear_cross_entropy if fast_paths else plain_cross_entropy
     hidden: Tensor = getattr(captured, heads.config.head_input)
     at_once = fast_paths and _can_be_differentiated_at_once(heads, captured, hidden)
@@ -82,24 +75,16 @@ def auxiliary_loss(
     if at_once:
         leaf = hidden.detach().requires_grad_()
         captured = replace(captured, **{heads.config.head_input: leaf})
-    rows, targets, counts = [], [], []
-    for index in range(len(heads.heads)):
-        head_rows, head_targets = supervised_rows(labels, index + 2, attention_mask, position_ids)
-        counts.append(len(head_rows))
-        if fraction < 1:
-            kept = sample_rows(head_rows, fraction, labels.numel(), sampling_seed)
-            head_rows, head_targets = head_rows[kept], head_targets[kept]
-        rows.append(head_rows)
-        targets.append(head_targets)
+    rows, targets, counts = zip(*(supervision.drawn_rows(i + 2) for i in range(len(heads.heads))), strict=True)
     sums: list[Tensor] = []
     grads: list[Tensor] = []
     total = hidden.new_zeros((), dtype=unembedding.logits_dtype)
     for group in _computed_together(heads, rows, unembedding.weight):
         states = torch.cat([heads.states(i, captured, rows[i], backbone, fast_paths) for i in group])
         sizes = [len(rows[i]) for i in group]
-        weights = torch.cat([(weight * (decay ** (i + 1) / fraction)).expand(len(rows[i])) for i in group])
+        weights = torch.cat([(weight * (decay ** (i + 1) / supervision.fraction)).expand(len(rows[i])) for i in group])
         loss, losses = cross_entropy(states, torch.cat([targets[i] for i in group]), unembedding, weights)
-        sums += [part.sum() / fraction for part in losses.split(sizes)]
+        sums += [part.sum() / supervision.fraction for part in losses.split(sizes)]
         if at_once:
             group_grads = torch.autograd.grad(loss, [leaf, *shared])
             grads = (
@@ -108,10 +93,10 @@ def auxiliary_loss(
             loss = loss.detach()
         total = total + loss
     total = _Differentiated.apply(total, grads, hidden, *shared) if at_once else total
-    return AuxiliaryLoss(total * power_of_two, sums, counts)
+    return AuxiliaryLoss(total * power_of_two, sums, list(counts))
 
 
-def _computed_together(heads: AuxiliaryHeads, rows: list[Tensor], weight: Tensor) -> list[list[int]]:
+def _computed_together(heads: AuxiliaryHeads, rows: Sequence[Tensor], weight: Tensor) -> list[list[int]]:
     """Decoder layers one by one, for their memory; residual heads in groups that fill two chunks of
     logits, for large products.
     """

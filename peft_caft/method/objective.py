@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
-from .log_probs_pass import LogProbsPass, asks_for_log_probs, log_probs_pass
+from .log_probs_pass import asks_for_log_probs, log_probs_pass
 from .loss import auxiliary_loss
-from .next_token_pass import NextToken, next_token_pass
+from .next_token_pass import next_token_pass
 from .objective_config import ObjectiveConfig
 from .progress import Progress
+from .supervised_pass import SupervisedPass
+from .targets import Supervision
 
 HEADS_PREFIX = "auxiliary_heads."
 
@@ -74,6 +76,15 @@ class AuxiliaryObjective:
         error.
         """
         self._progress = Progress()
+
+    def auxiliary_loss_is_missing(self) -> bool:
+        """Whether it is enabled and was not computed since `set_training_progress`."""
+        return self._auxiliary_loss_enabled and not self._progress.computed
+
+    def read_metrics(self) -> dict[str, float]:
+        """``gamma``, and the losses since the last call as `RecentLosses.read` names them, nats."""
+        losses = self._progress.recent.read(self._active_config().aux_loss_decay)
+        return {"gamma": float(self.gamma)} | losses
 
     def _update_gamma(self, config: ObjectiveConfig) -> None:
         # Written through .data: module.to(bfloat16) may have cast the buffer, and gamma needs its
@@ -134,24 +145,27 @@ class AuxiliaryObjective:
         self, config: ObjectiveConfig, heads: AuxiliaryHeads, kwargs: dict[str, Any]
     ) -> TrainingPass:
         assert self._backbone is not None
-        own: NextToken | LogProbsPass
+        own: SupervisedPass
         if asks_for_log_probs(kwargs):
             own = yield from log_probs_pass(self._backbone, kwargs)
         else:
             own = yield from next_token_pass(self._backbone, kwargs, self._fast_paths_enabled)
         if not self._backbone.verified and self._output_is_the_base_models():
             own.verify(self._backbone)
+        supervision = Supervision(
+            kwargs["labels"].to(own.captured.last_layer_input.device),
+            kwargs.get("attention_mask"),
+            kwargs.get("position_ids"),
+            config.aux_token_fraction,
+            self._progress.forward_seed(),
+        )
         auxiliary = auxiliary_loss(
             heads,
             self._backbone,
             own.captured,
-            kwargs["labels"].to(own.captured.last_layer_input.device),
-            kwargs.get("attention_mask"),
-            kwargs.get("position_ids"),
+            supervision,
             decay=config.aux_loss_decay,
             weight=config.aux_loss_weight * self.gamma / own.divisor,
-            fraction=config.aux_token_fraction,
-            sampling_seed=self._progress.forward_seed(),
             fast_paths=self._fast_paths_enabled,
         )
         self._progress.auxiliary_loss_computed(auxiliary, own.supervised)

@@ -66,8 +66,8 @@ class Progress:
     if it never did.
 
     Attributes:
-        computed: forward passes whose auxiliary loss was computed (or is zero by
-            ``aux_loss_weight=0``).
+        computed: number of forward passes since `set` whose auxiliary loss was computed (or is zero
+            by ``aux_loss_weight=0``).
         recent: auxiliary losses since they were last read.
     """
 
@@ -80,7 +80,7 @@ class Progress:
 
     def set(self, step: int, total_steps: int | None) -> None:
         self.step, self.total_steps, self.told = step, total_steps, True
-        self.forwards_since_told = 0
+        self.forwards_since_told = self.computed = 0
 
     def begin_forward(self, config: ObjectiveConfig) -> None:
         """Count one training forward; without `set` it is taken for one optimizer step.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -55,21 +57,40 @@ def supervised_count(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def sample_rows(rows: Tensor, fraction: float, positions: int, seed: int) -> Tensor:
-    """Which of ``rows`` survive when every position is kept with probability ``fraction``.
+@dataclass(frozen=True)
+class Supervision:
+    """Which positions of a batch supervise the auxiliary heads.
 
-    The draw is over positions, on the CPU, so that all heads given the same seed see the same
-    positions.
-
-    Args:
-        rows: int64 ``(supervised,)``, values below ``positions``.
-        fraction: p in (0, 1].
-        positions: ``batch * tokens``.
-        seed: of the draw, which no other random number depends on.
-
-    Returns:
-        bool ``(supervised,)``.
+    Attributes:
+        labels, attention_mask, position_ids: arguments of `supervised_rows`.
+        fraction: p in (0, 1]. Each position takes part with probability p and weighs 1/p, which
+            leaves the expectation of loss and gradient unchanged.
+        seed: seed of that draw, on which no other random number depends.
     """
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(positions, generator=generator) < fraction
-    return kept.to(rows.device)[rows]
+
+    labels: Tensor
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    fraction: float = 1.0
+    seed: int = 0
+
+    def drawn_rows(self, tokens_ahead: int, drawn_at: int = 0) -> tuple[Tensor, Tensor, int]:
+        """The `supervised_rows` whose positions are drawn.
+
+        The draw is over all positions, on the CPU, so that all heads and all devices draw the same.
+
+        Args:
+            tokens_ahead: k >= 1.
+            drawn_at: a row is kept if the position so many tokens after it is drawn.
+
+        Returns:
+            rows and targets, int64 ``(drawn,)``, and the number of rows before the draw.
+        """
+        rows, targets = supervised_rows(self.labels, tokens_ahead, self.attention_mask, self.position_ids)
+        count = len(rows)
+        if self.fraction < 1:
+            generator = torch.Generator().manual_seed(self.seed)
+            drawn = torch.rand(self.labels.numel(), generator=generator) < self.fraction
+            kept = drawn.to(rows.device)[rows + drawn_at]
+            rows, targets = rows[kept], targets[kept]
+        return rows, targets, count

@@ -29,7 +29,7 @@ from ..heads.sharding import copy_into, gather, reshard, scatter, shards_paramet
 from ..heads.watched_pass import Captured
 from ..method.loss import auxiliary_loss
 from ..method.progress import RecentLosses
-from ..method.targets import IGNORE_INDEX, supervised_count
+from ..method.targets import IGNORE_INDEX, Supervision, supervised_count
 from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
 from .settings import TARGETS
@@ -112,12 +112,9 @@ class HeadPretraining(nn.Module):
             self.heads,
             self._backbone,
             captured,
-            labels,
-            attention_mask,
+            Supervision(labels, attention_mask, None, self.aux_token_fraction, next(self._sampling_seeds)),
             decay=self.aux_loss_decay,
             weight=1 / divisor,
-            fraction=self.aux_token_fraction,
-            sampling_seed=next(self._sampling_seeds),
         )
         self.recent.add(auxiliary, int(supervised))
         return {"loss": auxiliary.total}

@@ -22,10 +22,8 @@ from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.unembedding import Unembedding, chunk_rows, chunks
 from ..heads.watched_pass import Captured
-from ..method.loss import (
-    AuxiliaryLoss,
-)
-from ..method.targets import sample_rows, supervised_rows
+from ..method.loss import AuxiliaryLoss
+from ..method.targets import Supervision
 
 
 def soft_cross_entropy(
@@ -100,14 +98,10 @@ def soft_auxiliary_loss(
     heads: AuxiliaryHeads,
     backbone: Backbone,
     captured: Captured,
-    labels: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    supervision: Supervision,
     *,
     decay: float,
     weight: Tensor | float = 1.0,
-    fraction: float = 1.0,
-    sampling_seed: int = 0,
 ) -> AuxiliaryLoss:
     """`auxiliary_loss` with the base model's own distributions as targets, at the same positions
     (self-distillation).
@@ -118,18 +112,14 @@ def soft_auxiliary_loss(
     """
     states, teacher_rows, counts = [], [], []
     for index in range(len(heads.heads)):
-        rows, _ = supervised_rows(labels, index + 2, attention_mask, position_ids)
-        counts.append(len(rows))
-        teachers = rows + index + 1  # of the same sequence, since t+k is
-        if fraction < 1:
-            kept = sample_rows(teachers, fraction, labels.numel(), sampling_seed)
-            rows, teachers = rows[kept], teachers[kept]
+        rows, _, count = supervision.drawn_rows(index + 2, drawn_at=index + 1)
+        counts.append(count)
         states.append(heads.states(index, captured, rows, backbone))
-        teacher_rows.append(teachers)
+        teacher_rows.append(rows + index + 1)  # of the same sequence, since t+k is
     needed, matched = torch.cat(teacher_rows).unique(return_inverse=True)
     teacher_states = captured.last_hidden_state.flatten(0, 1)[needed]
     picked = list(matched.split([len(rows) for rows in teacher_rows]))
     unembedding = backbone.unembedding(captured).detached()
-    sums = [s / fraction for s in soft_cross_entropy(states, picked, teacher_states, unembedding)]
+    sums = [s / supervision.fraction for s in soft_cross_entropy(states, picked, teacher_states, unembedding)]
     total = sum(head_sum * decay ** (index + 1) for index, head_sum in enumerate(sums))
     return AuxiliaryLoss(total * weight, [head_sum.detach() for head_sum in sums], counts)

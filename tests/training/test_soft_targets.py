@@ -9,6 +9,7 @@ from peft_caft.heads.backbone import Backbone
 from peft_caft.heads.config import HEAD_TYPES
 from peft_caft.heads.unembedding import CHUNK_SIZES, ChunkSize, Unembedding
 from peft_caft.method.loss import auxiliary_loss
+from peft_caft.method.targets import Supervision
 from peft_caft.training.soft_targets import soft_auxiliary_loss, soft_cross_entropy
 
 from ..reference import all_logits
@@ -84,7 +85,7 @@ def test_head_k_learns_what_the_model_predicts_from_the_tokens_before(architectu
     backbone = Backbone.of(model)
     with backbone.capture() as records, torch.no_grad():
         backbone.trunk(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    auxiliary = soft_auxiliary_loss(heads, backbone, records[-1], labels, mask, decay=0.8)
+    auxiliary = soft_auxiliary_loss(heads, backbone, records[-1], Supervision(labels, mask), decay=0.8)
 
     own_logits, head_logits = all_logits(model, list(heads.heads), input_ids=input_ids, attention_mask=mask)
     teacher = own_logits.detach().softmax(dim=-1)
@@ -134,16 +135,16 @@ def test_drawn_positions_leave_the_expected_gradient_unchanged(loss_of):
 
     def gradient(**sampling):
         heads.zero_grad()
-        auxiliary = loss_of(heads, backbone, records[-1], input_ids, decay=0.8, **sampling)
+        auxiliary = loss_of(heads, backbone, records[-1], Supervision(input_ids, **sampling), decay=0.8)
         assert auxiliary.counts == [4 * (24 - k) for k in (2, 3, 4)]  # of all positions
         auxiliary.total.backward()
         return torch.cat([p.grad.flatten() for p in heads.parameters()])
 
     state = torch.get_rng_state()
     exact = gradient()
-    drawn = torch.stack([gradient(fraction=0.25, sampling_seed=seed) for seed in range(600)])
+    drawn = torch.stack([gradient(fraction=0.25, seed=seed) for seed in range(600)])
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(drawn[3], gradient(fraction=0.25, sampling_seed=3))
+    assert torch.equal(drawn[3], gradient(fraction=0.25, seed=3))
     off = drawn.mean(dim=0) - exact
     standard_error = drawn.std(dim=0) / len(drawn) ** 0.5
     # The squared deviation of each entry is its squared standard error on average, if the estimate has no bias.
@@ -165,5 +166,5 @@ def test_all_heads_draw_the_same_predicted_tokens(monkeypatch):
     with backbone.capture() as records, torch.no_grad():
         backbone.trunk(input_ids=input_ids, use_cache=False)
     for fraction in (1.0, 0.25):
-        soft_auxiliary_loss(heads, backbone, records[-1], input_ids, decay=0.8, fraction=fraction)
+        soft_auxiliary_loss(heads, backbone, records[-1], Supervision(input_ids, fraction=fraction), decay=0.8)
     assert seen[1] < 0.35 * seen[0]
