@@ -1,9 +1,8 @@
-"""Which supervised token belongs to which term of the answer, by the character offsets that fast
-tokenizers give.
+"""Which supervised token belongs to which term of the answer, by the character offsets of fast
+tokenizers.
 
-What is supervised is decided where training data are encoded
-(`peft_caft.training.data.encode_row`), and there alone: it is run with a tokenizer whose token ids
-remember which characters of which text they stand for.
+`peft_caft.training.data.encode_row` alone decides what is supervised. Here it runs with a tokenizer
+whose token ids remember the text and the characters that they stand for.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..training.data import encode_row
 from ..training.generation import special_token_ids
 from .terms import Span
 
-BETWEEN, SPECIAL, CUT = -1, -2, -3  # what a token is that lies in no term
+BETWEEN, SPECIAL, CUT = -1, -2, -3  # kinds of tokens that lie in no term
 GAP = "\n\n"  # between the answers of one row, where it has several
 
 
@@ -40,10 +39,10 @@ class LocatedToken(int):
 
 
 class LocatingTokenizer:
-    """A tokenizer that does what the one it is made of does, with ids that are `LocatedToken`.
+    """Wraps a fast tokenizer; its token ids are `LocatedToken`.
 
     Raises:
-        ValueError: if that one gives no offsets.
+        ValueError: if the tokenizer is not fast, and so gives no offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -68,13 +67,13 @@ class Target:
     """A supervised token that the model predicts.
 
     Attributes:
-        position: in the row's tokens; at least 1.
-        start, end: its characters in the row's text. Tokens that are parts of one character share
-            it.
-        term: index of its term in the row's terms; or `BETWEEN` (punctuation, white space),
-            `SPECIAL` (such as the end of the answer), or `CUT` (in a term that the maximal length
-            cut off).
-        place: 1 for the first token of its term, and so on; 0 in no term.
+        position: index of the token in the row; at least 1.
+        start, end: characters of the token in the row's text. Tokens that are parts of one
+            character share it.
+        term: index of the token's term in the row's terms; or `BETWEEN` (punctuation, white space),
+            `SPECIAL` (such as the end of the answer), or `CUT` (part of a term that the maximal
+            length cut off).
+        place: 1 for the first token of its term, and so on; 0 outside of terms.
     """
 
     position: int
@@ -89,8 +88,8 @@ class Term:
     """A term all of whose tokens are targets.
 
     Attributes:
-        text: its characters.
-        targets: indices of its tokens in the row's targets, in order; at least one.
+        text: characters of the term.
+        targets: indices of the term's tokens in the row's targets, in order; at least one.
     """
 
     text: str
@@ -102,14 +101,14 @@ class AlignedRow:
     """A row of data, encoded as for training, with its terms.
 
     Attributes:
-        number: line of the file, blank ones not counted, from 1 on.
-        input_ids, labels: as `peft_caft.training.data.encode` gives them.
-        text: the supervised part.
-        targets, terms: in order.
-        shared_tokens: tokens that cover characters of more than one term.
-        overhanging_tokens: tokens of a term that also cover punctuation beside it.
-        swallowed_terms: terms without a token of their own: all of theirs are counted for a
-            neighbour.
+        number: line in the file, from 1 on, without blank lines.
+        input_ids, labels: token ids and labels (-100 where unsupervised) that
+            `peft_caft.training.data.encode_row` made.
+        text: the supervised part of the row.
+        targets, terms: targets and terms in their order.
+        shared_tokens: number of tokens that cover characters of more than one term.
+        overhanging_tokens: number of tokens of a term that also cover punctuation beside it.
+        swallowed_terms: number of terms whose tokens all count for a neighbour.
     """
 
     number: int
@@ -127,7 +126,7 @@ class AlignedRow:
         return {"input_ids": self.input_ids, "labels": self.labels}
 
     def length_of(self, target: Target) -> int:
-        """Tokens of the term that ``target`` is in; 0 if it is in none."""
+        """Number of tokens in the term of ``target``; 0 if it lies in none."""
         return len(self.terms[target.term].targets) if target.term >= 0 else 0
 
 
@@ -141,13 +140,14 @@ def align(
     left out.
 
     Args:
-        rows: as `peft_caft.training.data.read_jsonl` gives them.
-        tokenizer: a fast one.
-        terms_of: one of `peft_caft.concepts.terms.UNITS`.
-        max_length: longest row in tokens; longer ones lose their end.
+        rows: rows that `peft_caft.training.data.read_jsonl` returned.
+        tokenizer: a fast tokenizer.
+        terms_of: finds the terms of a text, such as the functions in
+            `peft_caft.concepts.terms.UNITS`.
+        max_length: longest row in tokens; longer rows lose their end.
 
     Raises:
-        ValueError: naming the row, as `peft_caft.training.data.encode`; or if no row has a target.
+        ValueError: if a row cannot be encoded (the message names it), or no row has a target.
     """
     locating, specials = LocatingTokenizer(tokenizer), special_token_ids(tokenizer)
     if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
@@ -170,9 +170,7 @@ def align(
 
 
 def answer_texts(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The supervised texts of rows, without what the chat template adds: what a unit is guessed
-    from.
-    """
+    """The answers of rows, without what the chat template adds."""
     texts: list[str] = []
     for row in rows:
         if "messages" in row:
@@ -184,7 +182,7 @@ def answer_texts(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 @dataclass
 class _Piece:
-    """A supervised token while its term is looked for; a special one has no characters of its own."""
+    """A supervised token while its term is looked for."""
 
     position: int
     start: int
@@ -241,8 +239,8 @@ def _supervised_text(input_ids: list[Any], labels: list[int], specials: set[int]
     pieces: list[_Piece] = []
 
     def source(position: int) -> int | None:
-        """What a stretch of tokens has in common; None for a token that was not cut out of a text
-        (an added end).
+        """What a stretch of tokens has in common: its text, -1 for unsupervised tokens, None for
+        tokens that were not cut out of a text (an added end).
         """
         if labels[position] == IGNORE_INDEX:
             return -1
@@ -255,7 +253,7 @@ def _supervised_text(input_ids: list[Any], labels: list[int], specials: set[int]
         if key is None:
             pieces += [_Piece(position, len(text), len(text), True) for position in stretch]
             continue
-        # A tokenizer's own first or last token has the empty range 0, 0.
+        # A token that the tokenizer adds itself, such as the first, has the empty range 0, 0.
         located = [token for position in stretch if (token := input_ids[position]).end > token.start]
         if not located:
             pieces += [_Piece(position, len(text), len(text), True) for position in stretch]
@@ -267,7 +265,7 @@ def _supervised_text(input_ids: list[Any], labels: list[int], specials: set[int]
         last = begin + shift
         for position in stretch:
             token = input_ids[position]
-            # The empty range is also that of white space, where a tokenizer trims its offsets.
+            # White space has an empty range too, where a tokenizer trims its offsets.
             first, last = (token.start + shift, token.end + shift) if token.end > token.start else (last, last)
             pieces.append(_Piece(position, first, last, int(token) in specials))
     return text, pieces
@@ -284,15 +282,15 @@ def _terms_between_specials(text: str, pieces: list[_Piece], terms_of: Callable[
 
 @dataclass
 class _Seams:
-    """Where tokens and terms do not end together, within the maximal length."""
+    """Counts of places, within the maximal length, where tokens and terms do not end together."""
 
     shared: int = 0
     overhanging: int = 0
-    touched: set[int] = field(default_factory=set)  # terms with a token, though it may count for another one
+    touched: set[int] = field(default_factory=set)  # terms with a token, even one that counts for another term
 
 
 def _find_owners(text: str, pieces: list[_Piece], spans: list[Span], max_length: int) -> _Seams:
-    """Give each token to the term that has most of its characters, the earlier one of two alike."""
+    """Give each token to the term with most of its characters; of equal terms, to the first."""
     seams, first = _Seams(), 0
     for piece in pieces:
         if piece.special or piece.start == piece.end:

@@ -1,5 +1,5 @@
-"""``peft-caft concepts``: how dense a data set is in terms of several tokens, and how well models
-know them.
+"""``peft-caft concepts``: how many terms of several tokens a data set has, and how well models know
+them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from ..basics.provenance import provenance
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..training.data import collator, read_jsonl, require_tokenizer_of
 from .alignment import AlignedRow, align, answer_texts
-from .density import density, recommended_n
+from .density import USUAL_N, density, recommended_n
 from .findings import Concepts
 from .head_knowledge import HeadKnowledge, head_knowledge, unigram_entropy
 from .losses import ConceptLosses
+from .page import page
+from .report import report
 from .settings import BASE, ConceptsSettings
 from .terms import UNITS, guess_unit
 from .token_scores import TokenScores, score_tokens
@@ -35,26 +37,21 @@ def concepts(settings: ConceptsSettings) -> Concepts:
     to ``settings.output``.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError, ModuleNotFoundError: as the message says.
+        FileNotFoundError: if the data, a model, heads or an adapter are not there.
+        ValueError: if data, tokenizer, heads or an adapter do not fit the base model.
+        TypeError: if a model is no causal language model that heads can read.
+        ModuleNotFoundError: if plots are asked for and matplotlib is not installed.
     """
-    from .page import page
-    from .report import report
-
     draw = _drawing() if settings.plots else None
     raw = read_jsonl(settings.data, settings.max_rows)
     unit = settings.unit if settings.unit != "auto" else guess_unit(answer_texts(raw[:GUESSED_FROM]))
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     rows = align(raw, tokenizer, UNITS[unit], settings.max_length)
-    scores: dict[str, list[list[TokenScores]]] = {}
-    heads: list[HeadKnowledge] = []
-    offered = 5
-    if settings.loss:
-        scores, heads = _score(settings, rows, tokenizer)
-        offered = heads[-1].tokens_ahead if heads else offered
+    scores, heads = _score(settings, rows, tokenizer) if settings.loss else ({}, [])
     losses = ConceptLosses(rows, settings.resamples, settings.seed)
     found_density = density(rows)
-    # What the first adapter, LoRA say, changed in the base model, and how the others, CAFT say,
-    # differ from it.
+    # The first adapter, for example LoRA, is compared with the base model; the others, for example
+    # CAFT, with the first.
     adapters = list(settings.adapters)
     pairs = [(BASE, name) for name in adapters[:1]] + [(adapters[0], name) for name in adapters[1:]]
     found = Concepts(
@@ -67,7 +64,7 @@ def concepts(settings: ConceptsSettings) -> Concepts:
             "rows_without_supervised_tokens": len(raw) - len(rows),
         },
         density=found_density,
-        recommended=recommended_n(found_density, offered),
+        recommended=recommended_n(found_density, heads[-1].tokens_ahead if heads else USUAL_N),
         models={name: losses.of(runs) for name, runs in scores.items()},
         comparisons=[losses.compare(first, scores[first], second, scores[second]) for first, second in pairs],
         unigram_entropy=unigram_entropy(rows),
@@ -89,7 +86,7 @@ def concepts(settings: ConceptsSettings) -> Concepts:
 
 
 def _drawing() -> Any:
-    """Before anything is computed, since a missing matplotlib should not be found out at the end."""
+    """`plot_concepts`, imported before any work, so that a missing matplotlib shows at once."""
     try:
         from .plots import plot_concepts
     except ModuleNotFoundError as error:
@@ -103,7 +100,7 @@ def _drawing() -> Any:
 def _score(
     settings: ConceptsSettings, rows: list[AlignedRow], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, list[list[TokenScores]]], list[HeadKnowledge]]:
-    """Scores of the base model and of each run of the adapters, and what the heads know."""
+    """Model -> scores of each of its runs, and what the heads know."""
     base = _load(settings.model, settings.dtype)
     require_tokenizer_of(base, tokenizer)
     collate = collator(tokenizer)
@@ -129,13 +126,13 @@ def _load(source: str, dtype: str) -> PreTrainedModel:
 
 @contextmanager
 def _adapted(base: PreTrainedModel, name: str, source: str, dtype: str) -> Iterator[nn.Module]:
-    """``base`` with an adapter inside the block, or the whole model that ``source`` holds."""
+    """Yield ``base`` with the adapter that ``source`` holds, or the whole model that it holds."""
     folder = Path(source)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"adapter {name}: neither adapter_config.json nor config.json in {source!r}, expected the folder of an adapter or "
-                "of a whole model, as `peft-caft train` writes them."
+                f"adapter {name}: neither adapter_config.json nor config.json in {source!r}, expected an adapter or a whole model, "
+                "such as `peft-caft train` writes."
             )
         yield _load(source, dtype)
         return
@@ -150,7 +147,7 @@ def _adapted(base: PreTrainedModel, name: str, source: str, dtype: str) -> Itera
 
 
 def _prompt(row: dict[str, Any]) -> str:
-    """What the first answer of a row answers, as far as a reader needs it."""
+    """The user's messages before the first answer of a row, or its prompt."""
     if "messages" not in row:
         return row.get("prompt", "")
     first = next(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")

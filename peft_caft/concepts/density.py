@@ -1,24 +1,22 @@
-"""How dense a data set is in concepts: into how many tokens a tokenizer cuts its terms, and the n
-that this suggests.
-"""
+"""Into how many tokens a tokenizer cuts the terms of a data set, and the n that this suggests."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from ..heads.config import DEFAULT_NUM_HEADS
 from .alignment import BETWEEN, CUT, SPECIAL, AlignedRow
 
-COVERED_SHARE = 0.9  # of the tokens in terms of several tokens, which n should reach to the end of
+COVERED_SHARE = 0.9  # share of the tokens in terms of several tokens that n should cover
 LEAST_N = 2
+USUAL_N = DEFAULT_NUM_HEADS + 1
 REPEATED_PIECE = "\N{MIDDLE DOT}"  # shown for a token that is a further part of one character
 
 
 @dataclass(frozen=True)
 class FrequentTerm:
-    """A term of several tokens; ``pieces`` is its most frequent cut, and ``count`` counts all of
-    its cuts.
-    """
+    """A term of several tokens, its most frequent cut, and how often it occurs, however cut."""
 
     text: str
     pieces: list[str]
@@ -27,15 +25,16 @@ class FrequentTerm:
 
 @dataclass(frozen=True)
 class RecommendedN:
-    """What `recommended_n` found.
+    """Result of `recommended_n`.
 
     Attributes:
-        n: tokens to predict at once: the model's own next one and n - 1 auxiliary heads.
-        length: of terms, that covers `COVERED_SHARE` of the tokens in terms of several tokens; None
-            if there is no such term.
-        covered: share of those tokens that are in terms of at most n tokens; None likewise.
-        most: what the heads offer.
-        reason: in a sentence or two.
+        n: number of tokens to predict: the next one, and one per auxiliary head (n - 1).
+        length: least length for which `COVERED_SHARE` of the tokens in terms of several tokens lie
+            in terms of at most that length; None if no term has several tokens.
+        covered: share of those tokens that lie in terms of at most n tokens; None if no term has
+            several tokens.
+        most: largest n that the heads offer.
+        reason: one or two sentences for the report.
     """
 
     n: int
@@ -50,16 +49,19 @@ class Density:
     """Counts over the targets of a data set (see `peft_caft.concepts.alignment`).
 
     Attributes:
-        rows, tokens: rows with a target, and targets.
+        rows: number of rows with a target.
+        tokens: number of targets.
         terms: length in tokens -> number of terms.
-        between, special, cut: targets in no term: punctuation and white space; special tokens;
-            parts of a term that the maximal length cut off.
-        shared_tokens: targets that cover characters of several terms, and are counted for one of
-            them.
-        overhanging_tokens: targets in a term that also cover punctuation beside it, which its
-            probability then includes.
-        swallowed_terms: terms whose tokens all count for a neighbour; they are in no other figure.
-        frequent: most frequent terms of several tokens, most frequent first.
+        between: number of targets that are punctuation or white space.
+        special: number of targets that are special tokens.
+        cut: number of targets in terms that the maximal length cut off.
+        shared_tokens: number of targets that cover characters of several terms; each counts for one
+            of them.
+        overhanging_tokens: number of targets in a term that also cover punctuation beside it, which
+            their probability includes.
+        swallowed_terms: number of terms whose tokens all count for a neighbour; no other figure
+            counts them.
+        frequent: the most frequent terms of several tokens, most frequent first.
     """
 
     rows: int
@@ -78,31 +80,31 @@ class Density:
         return sum(self.terms.values())
 
     def tokens_in(self, length: int) -> int:
-        """Targets in terms of ``length`` tokens."""
+        """Number of targets in terms of ``length`` tokens."""
         return self.terms.get(length, 0) * length
 
     @property
     def multi_token_tokens(self) -> int:
-        """Targets in terms of two tokens or more."""
+        """Number of targets in terms of two tokens or more."""
         return sum(self.tokens_in(length) for length in self.terms if length > 1)
 
     @property
     def continuing_tokens(self) -> int:
-        """Targets that are not the first of their term."""
+        """Number of targets that are not the first token of their term."""
         return sum((length - 1) * count for length, count in self.terms.items())
 
     def covered(self, n: int) -> float | None:
-        """Share of the tokens in terms of several tokens that are in terms of at most ``n``."""
+        """Share of `multi_token_tokens` in terms of at most ``n`` tokens; None if that is 0."""
         total = self.multi_token_tokens
         return sum(self.tokens_in(length) for length in self.terms if 1 < length <= n) / total if total else None
 
 
 def density(rows: list[AlignedRow], frequent: int = 20) -> Density:
-    """Count the terms of aligned rows.
+    """Count the terms of rows that `peft_caft.concepts.alignment.align` returned.
 
     Args:
-        rows: as `peft_caft.concepts.alignment.align` gives them.
-        frequent: how many frequent terms to list.
+        rows: aligned rows.
+        frequent: number of frequent terms to list.
     """
     places = Counter(target.term for row in rows for target in row.targets if target.term < 0)
     lengths = Counter(len(term.targets) for row in rows for term in row.terms)
@@ -128,9 +130,9 @@ def density(rows: list[AlignedRow], frequent: int = 20) -> Density:
 
 
 def pieces(row: AlignedRow, targets: tuple[int, ...]) -> list[str]:
-    """What to show for each of some neighbouring tokens, so that together they are the text once.
+    """Texts of neighbouring tokens, which together are their text once.
 
-    A character that is cut into several tokens is shown for the first of them.
+    A character that is cut into several tokens is shown at the first of them.
     """
     shown, end = [], -1
     for target in (row.targets[index] for index in targets):
@@ -140,18 +142,17 @@ def pieces(row: AlignedRow, targets: tuple[int, ...]) -> list[str]:
     return shown
 
 
-def recommended_n(found: Density, most: int = 5) -> RecommendedN:
-    """A rule of thumb for n: enough to see to the end of most terms from just before their first
-    token.
+def recommended_n(found: Density, most: int = USUAL_N) -> RecommendedN:
+    """A rule of thumb for n: most terms lie within reach of the position before them.
 
     From the position before a term of n tokens, the model and its n - 1 auxiliary heads predict all
     of it. So n is the least length for which `COVERED_SHARE` of the tokens in terms of several
     tokens lie in terms of at most that length; at least 2, and at most what the heads offer.
-    Nothing here has been trained: whether this n is the best one for a task is another question.
+    Nothing was trained to find it: another n may be better for a task.
 
     Args:
-        found: of the data.
-        most: n of the heads that there are; 5 for the usual four auxiliary heads.
+        found: counts of the data.
+        most: largest n that the heads offer.
     """
     lengths = [length for length in found.terms if length > 1 and (found.covered(length) or 0) >= COVERED_SHARE]
     if not lengths:

@@ -1,4 +1,4 @@
-"""What `peft-caft concepts` is asked for, and what it finds."""
+"""`Concepts`: everything that ``peft-caft concepts`` finds."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from .density import Density, RecommendedN
 from .head_knowledge import HeadKnowledge
-from .losses import Comparison, ModelConcepts
+from .losses import ModelComparison, ModelConcepts
 from .settings import ConceptsSettings
 
 
 @dataclass(frozen=True)
 class Concepts:
-    """Everything that was found; what is written as ``concepts.json``."""
+    """What ``concepts.json`` holds."""
 
     unit: str
     unit_guessed: bool
@@ -22,7 +22,7 @@ class Concepts:
     density: Density
     recommended: RecommendedN
     models: dict[str, ModelConcepts]
-    comparisons: list[Comparison]
+    comparisons: list[ModelComparison]
     unigram_entropy: float
     heads: list[HeadKnowledge]
     settings: ConceptsSettings
@@ -30,9 +30,6 @@ class Concepts:
 
     def to_json(self) -> str:
         record = asdict(self)
-        found = record["density"]
-        found |= {
-            "multi_token_tokens": self.density.multi_token_tokens,
-            "continuing_tokens": self.density.continuing_tokens,
-        }
+        for name in ("multi_token_tokens", "continuing_tokens"):
+            record["density"][name] = getattr(self.density, name)
         return json.dumps(record, indent=2, ensure_ascii=False) + "\n"

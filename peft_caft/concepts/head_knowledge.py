@@ -1,5 +1,5 @@
-"""Whether auxiliary heads know anything about a data set: their cross entropy against that of
-guessing by frequency.
+"""Whether auxiliary heads know anything about a data set: their cross entropy is compared with that
+of guessing by frequency.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class HeadKnowledge:
 
     Attributes:
         tokens_ahead: k.
-        cross_entropy: mean, nats/token.
-        below_unigram: by how much that is less than the unigram entropy, nats/token; at most 0 for
-            a head that knows nothing of these data.
+        cross_entropy: mean cross entropy, nats/token.
+        below_unigram: unigram entropy minus `cross_entropy`, nats/token; 0 or less for a head that
+            knows nothing of these data.
     """
 
     tokens_ahead: int
@@ -33,11 +33,11 @@ class HeadKnowledge:
 
 
 def unigram_entropy(rows: list[AlignedRow]) -> float:
-    """Entropy of the targets' own frequencies, nats/token: the least that a guess without any
-    context can have.
+    """Entropy of the targets' own frequencies, nats/token: the least cross entropy of a guess
+    without context.
 
-    Of few rows it is less than that of the language they are drawn from, so a head that beats it
-    does know something.
+    Few rows have less entropy than the language they come from, so a head that beats it does know
+    something.
     """
     counts = Counter(row.input_ids[target.position] for row in rows for target in row.targets)
     total = counts.total()
@@ -50,7 +50,11 @@ def head_knowledge(
     """Each head's cross entropy over all targets that it has in ``rows``.
 
     Args:
-        heads, model, collate, batch_size: as for `peft_caft.training.head_metrics.evaluate_heads`.
+        heads: heads of the base model.
+        model: the base model, in evaluation mode.
+        rows: rows that `peft_caft.concepts.alignment.align` returned.
+        collate: makes a batch of tensors ``(batch, tokens)`` of some rows.
+        batch_size: rows per forward pass.
     """
     entropy = unigram_entropy(rows)
     found = evaluate_heads(heads, model, [row.encoded for row in rows], collate, batch_size).heads

@@ -1,8 +1,9 @@
-"""Where a model's loss sits inside terms, and how well it knows whole ones: per model, and two
-models compared.
+"""Where a model's loss sits inside terms, and how well it knows whole terms: for one model, and for
+two compared.
 
-A model is one or several runs, from one seed each. Intervals are the bootstrap's over rows and, of
-several, runs; models are compared on the same rows and run by run (`peft_caft.basics.intervals`).
+A model is one run or several, each from a seed of its own. Intervals are bootstrapped over rows,
+and over runs if there are several. Models are compared on the same rows, run by run
+(`peft_caft.basics.intervals`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..basics.intervals import Estimate, mean_over_seeds, paired_difference
 from .alignment import BETWEEN, SPECIAL, AlignedRow, Target
 from .token_scores import TokenScores
 
-LAST_PLACE = 5  # this one and all after it are one
+LAST_PLACE = 5  # the later ones are counted with it
 PLACES = ("all", "single", "1", "2", "3", "4", "5+", "between", "special")
 PLACE_NAMES = {
     "all": "all supervised tokens",
@@ -30,7 +31,7 @@ PLACE_NAMES = {
     "special": "special",
 }
 LENGTHS = ("2+", "2", "3", "4", "5+")
-Runs = Sequence[Sequence[TokenScores]]  # of one model: scores of each row, in the order of the rows
+Runs = Sequence[Sequence[TokenScores]]  # runs of one model: scores of each row, in the order of the rows
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class PlaceLoss:
 
     Attributes:
         place: one of `PLACES`.
-        tokens: how many there are.
-        cross_entropy: mean, nats/token.
-        accuracy: share of tokens that are the most likely one.
-        share_of_loss: of the sum over all supervised tokens.
+        tokens: number of tokens.
+        cross_entropy: mean cross entropy, nats/token.
+        accuracy: share of tokens that are the model's most likely one.
+        share_of_loss: share of the cross entropy summed over all supervised tokens.
     """
 
     place: str
@@ -57,12 +58,11 @@ class WholeTerms:
     """How well a model knows the terms of some length.
 
     Attributes:
-        length: in tokens, one of `LENGTHS`.
-        terms: how many there are.
-        log_probability: mean over terms of the log-probability of all tokens of the term, given
-            what stands before it, nats.
-        accuracy: share of terms all of whose tokens are the most likely ones, given the right ones
-            before.
+        length: number of tokens, one of `LENGTHS`.
+        terms: number of terms.
+        log_probability: mean over terms of the log-probability of the whole term after the text
+            before it, nats.
+        accuracy: share of terms whose tokens are all the most likely ones after the right tokens.
     """
 
     length: str
@@ -80,9 +80,15 @@ class ModelConcepts:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """``model`` minus ``reference``, as in `PlaceLoss` and `WholeTerms`, by place and by length; of
-    so many pairs of runs.
+class ModelComparison:
+    """``model`` minus ``reference``, over ``runs`` pairs of runs.
+
+    Attributes:
+        reference, model: names of the models.
+        runs: number of pairs.
+        cross_entropy: place -> difference, nats/token (`PlaceLoss`).
+        log_probability: length -> difference, nats (`WholeTerms`).
+        accuracy: length -> difference of shares (`WholeTerms`).
     """
 
     reference: str
@@ -95,11 +101,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RowValues:
-    """What is averaged: one mean a run and row, and how many tokens or terms of the row it is of.
+    """Values to average: the mean of each run and row, over the tokens or terms of the row.
 
     Attributes:
-        means: per run, one a row; without meaning where the count is 0.
-        counts: one a row.
+        means: for each run, one mean per row; meaningless where the count is 0.
+        counts: number of tokens or terms of each row.
     """
 
     means: list[list[float]]
@@ -107,17 +113,17 @@ class RowValues:
 
     @classmethod
     def of(cls, sums: Sequence[Sequence[float]], counts: list[int]) -> RowValues:
-        """Of sums over the tokens or terms of each run and row."""
+        """Divide sums over the tokens or terms of each run and row."""
         return cls([[float(s) / max(n, 1) for s, n in zip(run, counts, strict=True)] for run in sums], counts)
 
 
 class ConceptLosses:
-    """Makes all figures from the scores of single tokens.
+    """Computes all figures from the scores of single tokens.
 
     Args:
-        rows: as `peft_caft.concepts.alignment.align` gives them.
-        resamples: draws of the bootstrap.
-        seed: of these draws.
+        rows: rows that `peft_caft.concepts.alignment.align` returned.
+        resamples: number of bootstrap draws.
+        seed: seed of the draws.
     """
 
     def __init__(self, rows: list[AlignedRow], resamples: int = 1000, seed: int = 0) -> None:
@@ -142,9 +148,9 @@ class ConceptLosses:
             terms.append(WholeTerms(length, sum(whole.counts), self._mean(log_probabilities), self._mean(whole)))
         return ModelConcepts(places, terms)
 
-    def compare(self, reference: str, reference_runs: Runs, model: str, runs: Runs) -> Comparison:
-        """Paired differences, ``model`` minus ``reference``: of the same rows, and run by run; a
-        single run is paired with all.
+    def compare(self, reference: str, reference_runs: Runs, model: str, runs: Runs) -> ModelComparison:
+        """Differences ``model`` minus ``reference``, paired by row and run; a single run is paired
+        with every run of the other model.
         """
         pairs = max(len(reference_runs), len(runs))
         before, after = (list(own) * pairs if len(own) == 1 else own for own in (reference_runs, runs))
@@ -152,7 +158,7 @@ class ConceptLosses:
         def differences(keys: Sequence[str], values: Callable, index: int) -> dict[str, Estimate | None]:
             return {key: self._difference(values(key, before)[index], values(key, after)[index]) for key in keys}
 
-        return Comparison(
+        return ModelComparison(
             reference,
             model,
             pairs,
@@ -176,7 +182,7 @@ class ConceptLosses:
         return RowValues.of(losses, counts), RowValues.of(hits, counts)
 
     def _whole(self, length: str, runs: Runs) -> tuple[RowValues, RowValues]:
-        """Log-probabilities of the terms of a length, and which are right as a whole."""
+        """Log-probabilities of the terms of a length, and whether they are right as a whole."""
         rows = self.terms[length]
         counts = [len(terms) for terms in rows]
         log_probabilities = [
@@ -195,7 +201,7 @@ def _sum(values: RowValues) -> float:
 
 
 def place_of(row: AlignedRow, target: Target) -> str | None:
-    """One of `PLACES` but ``"all"``; None in a term that was cut off."""
+    """The target's entry of `PLACES` other than ``"all"``; None in a term that was cut off."""
     if target.term in (BETWEEN, SPECIAL):
         return "between" if target.term == BETWEEN else "special"
     if target.term < 0:

@@ -1,10 +1,10 @@
 """``concepts.html``: the tokens of real answers, coloured by cross entropy, in one file that needs
 no network.
 
-Colour is never alone: the height of the bar under a token says the same, a check box writes the
-numbers out, and a box around a term is whole where the model gets all of its tokens right, and
-dashed where it does not. The colours are OKLCH, in which equal steps look equal; their lightness
-carries the value, so that colour-blind eyes and grey prints lose nothing.
+No value is shown by colour alone: the bar under a token says the same, a check box writes the
+numbers out, and the box around a term is dashed where the model gets a token wrong. The colours are
+OKLCH, in which equal steps look equal; their lightness carries the value, so that colour-blind eyes
+and grey prints lose nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .density import REPEATED_PIECE, pieces
 from .findings import Concepts
 from .token_scores import TokenScores
 
-MOST_NATS = 6.0  # full colour; a probability of 0.25 %
-MOST_DIFFERENCE = 2.0  # nats, either way
-MOST_PLACES = 5  # without a model the place of a token in its term is coloured
+MOST_NATS = 6.0  # has full colour; a probability of 0.25 %
+MOST_DIFFERENCE = 2.0  # nats, either way; has full colour
+MOST_PLACES = 5  # place in a term that has full colour, where no model is scored
 LONGEST_PROMPT = 400  # characters
 NEWLINE = '<span class="sign">\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}</span>\n'
 ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
@@ -65,15 +65,15 @@ def page(
     scores: dict[str, list[TokenScores]],
     token_name: Callable[[int], str],
 ) -> str:
-    """The page for some rows.
+    """The page as HTML.
 
     Args:
-        found: what the head of the page sums up, and which models are compared.
-        rows: to show, in this order.
-        prompts: of these rows, as text.
-        scores: model -> scores of these rows, of its first run; without any, the place of each
-            token in its term is coloured.
-        token_name: of a token id, for tokens without text of their own.
+        found: findings that the head of the page sums up.
+        rows: rows to show, in this order.
+        prompts: prompts of these rows.
+        scores: model -> scores of these rows in its first run; if empty, the place of each token in
+            its term is coloured.
+        token_name: gives the name of a token id, for tokens without text.
     """
     pairs = [(comparison.reference, comparison.model) for comparison in found.comparisons]
     articles = "\n".join(
@@ -161,7 +161,7 @@ def _line(
     titles: Sequence[str],
     correct: np.ndarray | None,
 ) -> str:
-    """The tokens of a row, in boxes where they are terms; negative strengths are better than the
+    """The tokens of a row, with boxes around terms; a negative strength is better than the
     reference.
     """
     tokens = []
@@ -188,22 +188,20 @@ def _line(
 
 
 def _shown(row: AlignedRow, token_name: Callable[[int], str]) -> list[str]:
-    """HTML of each token; together they are the text, with what special tokens are called."""
+    """HTML of each token; together they are the text, with the names of special tokens."""
     texts = pieces(row, tuple(range(len(row.targets))))
     shown, end = [], row.targets[0].start if row.targets else 0
     for target, text in zip(row.targets, texts, strict=True):
         if not text and target.term == SPECIAL:
             text = str(token_name(row.input_ids[target.position]))
-        between = row.text[
-            end : target.start
-        ]  # between two answers, or white space that a tokenizer gives to no token
+        between = row.text[end : target.start]  # from one answer to the next, or space that no token covers
         shown.append(_visible(between) + _visible(text or REPEATED_PIECE))
         end = max(end, target.end)
     return shown
 
 
 def _visible(text: str, newline: str = NEWLINE) -> str:
-    """Escaped, with control characters as symbols: a reader should see them, and HTML forbids most."""
+    """``text`` escaped, with symbols for control characters, most of which HTML forbids."""
     pictures = "".join(
         chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\N{SYMBOL FOR DELETE}" if c == "\x7f" else c
         for c in text

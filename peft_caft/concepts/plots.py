@@ -1,6 +1,4 @@
-"""The plots of ``peft-caft concepts``: how dense the data are, where the loss sits, and whole terms
-by model.
-"""
+"""Plots of ``peft-caft concepts``: lengths of terms, loss by place, and whole terms by model."""
 
 import os
 from collections.abc import Sequence
@@ -14,9 +12,9 @@ from ..basics.intervals import Estimate
 from ..basics.plots import CROSS_ENTROPY, RUN_COLOURS, save_figure, tidy_axes
 from .density import COVERED_SHARE, Density, RecommendedN
 from .findings import Concepts
-from .losses import LENGTHS, PLACES, Comparison, ModelConcepts
+from .losses import ModelComparison, ModelConcepts
 
-LONGEST_DRAWN = 10  # tokens; all longer terms are one bar
+LONGEST_DRAWN = 10  # tokens; longer terms share the last bar
 PLACE_LABELS = {
     "single": "one-\ntoken\nterms",
     "1": "1st",
@@ -34,14 +32,14 @@ def plot_concepts(folder: str | os.PathLike, found: Concepts) -> None:
     """Write ``concept_density.png``, and with models ``concept_losses.png``, into ``folder``."""
     plot_density(Path(folder) / "concept_density.png", found.density, found.recommended)
     if found.models:
-        # Between adapters: what the first one changed in the base model is of another size.
+        # Adapters differ much less from each other than the first does from the base model.
         comparisons = found.comparisons[1:] or found.comparisons
         plot_losses(Path(folder) / "concept_losses.png", found.models, comparisons)
 
 
 def plot_density(path: str | os.PathLike, density: Density, recommended: RecommendedN) -> None:
-    """Draw the share of supervised tokens by the length of their term, and how many of those in
-    terms of several tokens n covers.
+    """Draw the share of supervised tokens by the length of their term, and the share of the tokens
+    in terms of several tokens that each n covers.
     """
     longest = min(LONGEST_DRAWN, max([*density.terms, 1]))
     tokens = [density.tokens_in(length) for length in range(1, longest + 1)]
@@ -111,15 +109,18 @@ def _draw_coverage(axes: Axes, density: Density, recommended: RecommendedN) -> N
     axes.set_xticks(list(reach))
 
 
-def plot_losses(path: str | os.PathLike, models: dict[str, ModelConcepts], comparisons: Sequence[Comparison]) -> None:
-    """Draw cross entropy by place, whole-term accuracy by length and, with several models, their
+def plot_losses(
+    path: str | os.PathLike, models: dict[str, ModelConcepts], comparisons: Sequence[ModelComparison]
+) -> None:
+    """Draw cross entropy by place, whole-term accuracy by length and, if there are comparisons,
     paired differences.
     """
     panels = 3 if comparisons else 2
     figure = Figure(figsize=(1.5 + 4.6 * panels, 4.2), layout="constrained")
     axes = list(figure.subplots(1, panels, width_ratios=[1.3, 1, 1][:panels]))
-    places = [p for p in PLACES if p in PLACE_LABELS and any(m.tokens for m in _lines(models, "places", p))]
-    lengths = [length for length in LENGTHS if any(m.terms for m in _lines(models, "terms", length))]
+    counted = next(iter(models.values()))  # all models have the same tokens and terms
+    places = [line.place for line in counted.places if line.place in PLACE_LABELS and line.tokens]
+    lengths = [line.length for line in counted.terms if line.terms]
     for index, (name, model) in enumerate(models.items()):
         by_place = {line.place: line.cross_entropy for line in model.places}
         by_length = {line.length: line.accuracy for line in model.terms}
@@ -155,32 +156,22 @@ def plot_losses(path: str | os.PathLike, models: dict[str, ModelConcepts], compa
     save_figure(figure, path)
 
 
-def _lines(models: dict[str, ModelConcepts], what: str, key: str) -> list:
-    """The figures for one place or length, of each model."""
-    attribute = {"places": "place", "terms": "length"}[what]
-    return [line for model in models.values() for line in getattr(model, what) if getattr(line, attribute) == key]
-
-
 def _draw_intervals(
     axes: Axes, estimates: Sequence[Estimate | None], name: str, index: int, count: int, look: int | None = None
 ) -> None:
-    """Points with their intervals: number ``index`` of ``count`` that stand side by side; ``look``
-    chooses colour and marker.
+    """Draw means with their intervals, as series ``index`` of ``count`` that stand side by side;
+    ``look`` chooses colour and marker.
     """
-    points = [
-        (place + 0.16 * (index - (count - 1) / 2), estimate.mean, estimate)
-        for place, estimate in enumerate(estimates)
-        if estimate is not None
-    ]
+    shown = [(place, estimate) for place, estimate in enumerate(estimates) if estimate is not None]
+    means, lows, highs = ([getattr(e, name) for _, e in shown] for name in ("mean", "low", "high"))
     look = index if look is None else look
-    below, above = (
-        [0.0 if end is None else abs(value - end) for value, end in ends]
-        for ends in ([(value, i.low) for _, value, i in points], [(value, i.high) for _, value, i in points])
-    )
     axes.errorbar(
-        [x for x, _, _ in points],
-        [value for _, value, _ in points],
-        yerr=[below, above],
+        [place + 0.16 * (index - (count - 1) / 2) for place, _ in shown],
+        means,
+        yerr=[
+            [0.0 if end is None else abs(mean - end) for mean, end in zip(means, ends, strict=True)]
+            for ends in (lows, highs)
+        ],
         fmt=MARKERS[look % len(MARKERS)],
         color=RUN_COLOURS[look % len(RUN_COLOURS)],
         label=name,

@@ -1,20 +1,20 @@
-"""What ``peft-caft concepts`` found, as tables for a terminal that are also valid Markdown."""
+"""`Concepts` as Markdown tables, which a terminal shows as well."""
 
 from __future__ import annotations
 
 from ..basics.intervals import Estimate, too_narrow_by
 from ..basics.tables import markdown_table
 from .findings import Concepts
-from .losses import LENGTHS, PLACE_NAMES, Comparison
+from .losses import LENGTHS, PLACE_NAMES, ModelComparison
 
-LONGEST_SHOWN = 8  # tokens; longer terms are in one line of the table
+LONGEST_SHOWN = 8  # tokens; longer terms share one line of the table
 FEW_ROWS = 30
 LONGEST_CELL = 60  # characters
-SEPARATOR = " \N{BOX DRAWINGS LIGHT VERTICAL} "  # of tokens; an ordinary bar would end the cell of a table
+SEPARATOR = " \N{BOX DRAWINGS LIGHT VERTICAL} "  # between tokens; an ordinary bar would end the cell of a table
 
 
 def report(found: Concepts) -> str:
-    """All tables, in the order in which a reader would ask."""
+    """All tables, in the order of a reader's questions."""
     parts = [_title(found), _density(found), _recommended(found)]
     if found.density.frequent:
         parts.append(_frequent(found))
@@ -128,7 +128,7 @@ def _whole_terms(found: Concepts) -> str:
     )
 
 
-def _comparison(comparison: Comparison) -> str:
+def _comparison(comparison: ModelComparison) -> str:
     places = [
         [PLACE_NAMES[place], _interval(difference, signed=True), _verdict(difference, less_is_better=True)]
         for place, difference in comparison.cross_entropy.items()
@@ -197,7 +197,7 @@ def _interval(estimate: Estimate | None, percent: bool = False, signed: bool = F
 
 def _verdict(difference: Estimate | None, less_is_better: bool = False) -> str:
     if difference is None or not difference.excludes_zero:
-        return "not apart"
+        return "no clear difference"
     return "better" if (difference.mean < 0) == less_is_better else "worse"
 
 
@@ -206,7 +206,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text of the data as Markdown code, which can end neither the cell nor the table."""
+    """Text of the data as Markdown code that ends neither the cell nor the table."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     shown = shown if len(shown) <= LONGEST_CELL else shown[: LONGEST_CELL - 1] + "\N{HORIZONTAL ELLIPSIS}"
     fence, space = ("``", " ") if "`" in shown else ("`", "")

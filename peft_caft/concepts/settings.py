@@ -1,4 +1,4 @@
-"""What ``peft-caft concepts`` is asked for. Imports no torch, so that the command line shows it at
+"""Settings of ``peft-caft concepts``. Imports no torch, so that the command line shows them at
 once.
 """
 
@@ -16,11 +16,10 @@ UNITS = ("auto", "prose", "code", "chemistry")
 
 @dataclass(frozen=True)
 class ConceptsSettings:
-    """What to look for, in which data and models; each field is an option of ``peft-caft
-    concepts``.
+    """Data, models and kind of terms; each field is an option of ``peft-caft concepts``.
 
     Raises:
-        ValueError: if a field is out of range, or models are named that --no-loss would not read.
+        ValueError: if a field is out of range, or --no-loss comes with models to score.
     """
 
     data: str = setting("Data, JSONL: 'messages', or 'prompt' and 'completion', or 'text'.", group=DATA)

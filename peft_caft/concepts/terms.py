@@ -1,20 +1,18 @@
-"""What counts as one term of a text, so that a tokenizer's cuts can be told from those of the
-language.
+"""Terms of a text by the rules of its language, whatever a tokenizer makes of them.
 
 - **prose**: words, by Unicode's default word boundaries (UAX #29): "don't", "3.14" and "snake_case"
-  are one, "well-known" is two, and each Chinese character is one, since nothing but a dictionary
-  knows better. Punctuation is no term.
+  are one term, "well-known" is two, and each Chinese character is one, since only a dictionary
+  could do better. Punctuation is no term.
 - **code**: identifiers, keywords, numbers and operators, and the words in strings and comments. An
-  identifier is one term whatever its case or underscores say: ``max_row_count`` must be reproduced
-  as a whole, and two thirds of it are worth nothing. Brackets, commas, colons and dots are
-  punctuation. Python's own tokenizer decides where Python parses, and a regular expression
-  elsewhere, which does not know strings from code. In an answer with fenced blocks the text around
-  them is prose.
-- **chemistry**: of SMILES, bracket atoms (with their ring closures) and *fragments*, the longest
-  runs of atoms, bonds and ring closures without a branch, as ``c1ccccc1`` or ``=O``. Atoms, as
-  Schwaller et al. cut them (arXiv 1811.02633), are too small: subword tokenizers have most of them
-  whole or several at once. Parentheses and dots are punctuation. In a name or a sentence, runs of
-  letters: ``propan``, ``ol`` in 2-methylpropan-2-ol; locants are no terms.
+  identifier is one term whatever its case or underscores: ``max_row_count`` must be reproduced as a
+  whole. Brackets, commas, colons and dots are punctuation. Python's own tokenizer cuts what parses
+  as Python; a regular expression, which cannot tell strings from code, cuts the rest. Around fenced
+  blocks the text is prose.
+- **chemistry**: in SMILES, bracket atoms (with their ring closures) and *fragments*, the longest
+  runs of atoms, bonds and ring closures without a branch, such as ``c1ccccc1`` or ``=O``. Atoms, as
+  Schwaller et al. cut them (arXiv 1811.02633), are too small: most subword tokens are one atom or
+  several. Parentheses and dots are punctuation. In a name or a sentence, runs of letters:
+  ``propan``, ``ol`` in 2-methylpropan-2-ol; locants are no terms.
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ def code_terms(text: str) -> list[Span]:
 
 
 def chemistry_terms(text: str) -> list[Span]:
-    """Bracket atoms and fragments of SMILES, and words of anything else, in order."""
+    """Bracket atoms and fragments of SMILES, and runs of letters elsewhere, in order."""
     spans: list[Span] = []
     for word in re.finditer(r"\S+", text):
         pattern = FRAGMENT if is_smiles(word.group()) else LETTERS
@@ -91,8 +89,8 @@ UNITS: dict[str, Callable[[str], list[Span]]] = {
 
 
 def is_smiles(word: str) -> bool:
-    """Whether a word without white space reads as a SMILES and not as an English word of the same
-    letters ("no", "Con").
+    """Whether ``word``, without white space, is a SMILES and no English word of the same letters
+    ("no", "Con").
     """
     if SMILES.fullmatch(word) is None or not re.search(r"[A-Za-z]", word):
         return False
@@ -100,11 +98,12 @@ def is_smiles(word: str) -> bool:
 
 
 def guess_unit(texts: Sequence[str]) -> str:
-    """The unit for these answers: chemistry or code if more than half of them look so, and prose
-    otherwise.
+    """Guess the unit of answers: chemistry or code if more than half of them look like it, else
+    prose.
 
-    Chemistry: most of the characters are SMILES with some structure in them, or there is a locant
-    as in ``2-methyl``. Code: a fenced block, Python that does something, or a third of the lines.
+    Chemistry: most characters are in SMILES of some structure, or there is a locant, as in
+    ``2-methyl``. Code: a fenced block, Python that does something, or a third of the lines look
+    like code.
     """
     votes = [(_looks_like_chemistry(text), _looks_like_code(text)) for text in texts]
     if sum(chemistry for chemistry, _ in votes) * 2 > len(votes):
@@ -144,14 +143,14 @@ def _code_of_one_language(text: str) -> list[Span]:
 def _parsed(text: str) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in strings are not our concern
+            warnings.simplefilter("ignore")  # of invalid escapes in strings
             return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: null bytes
         return None
 
 
 class _Misplaced(Exception):
-    """A token is not where the tokenizer says: a form feed, a lone carriage return."""
+    """The tokenizer gives a wrong position, such as after a form feed or a lone carriage return."""
 
 
 def _python_terms(text: str) -> Iterator[Span]:
@@ -166,8 +165,8 @@ def _python_terms(text: str) -> Iterator[Span]:
             if token.string not in DELIMITERS:
                 yield start, end
         elif token.type not in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
-            # A string, a part of an f-string, or a comment. The prefix (r"...") and escapes (\n)
-            # are no words.
+            # Strings, parts of f-strings and comments: their prefix (r"...") and escapes (\n) are
+            # no words.
             source = text[start:end]
             prefix = re.match(r"[A-Za-z]*(?=['\"])", source)
             skipped = prefix.end() if prefix else 0

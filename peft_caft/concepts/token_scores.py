@@ -1,8 +1,8 @@
 """Teacher-forced cross entropy of every supervised token, and whether it is the model's most likely
 one.
 
-Only supervised positions reach the lm_head, a chunk at a time, so that no more logits are held than
-in training.
+Only supervised positions reach the lm_head, a chunk at a time, which takes no more memory for
+logits than training.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .alignment import AlignedRow
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What one model makes of the targets of one row.
+    """Scores of one model for the targets of one row.
 
     Attributes:
-        cross_entropy: nats, float64 ``(targets,)``.
-        correct: whether the target is the most likely token, bool ``(targets,)``.
+        cross_entropy: float64 ``(targets,)``, nats.
+        correct: bool ``(targets,)``, whether the target is the most likely token.
     """
 
     cross_entropy: np.ndarray
@@ -43,17 +43,16 @@ def score_tokens(
     Args:
         model: a transformers causal language model, with or without PEFT adapters, in evaluation
             mode.
-        rows: aligned with the model's tokenizer.
+        rows: rows aligned with the model's tokenizer.
         collate: makes a batch of tensors ``(batch, tokens)`` of some rows
             (`peft_caft.training.data.collator`).
         batch_size: rows per forward pass.
-        description: of the progress bar.
+        description: label of the progress bar.
     """
     backbone = Backbone.of(model)
     plain = base_model_of(model).get_output_embeddings() is backbone.lm_head  # and no copy or adapter in its place
-    order = sorted(
-        range(len(rows)), key=lambda index: -len(rows[index].input_ids)
-    )  # little padding; memory runs out at once
+    # Longest first: little padding, and an out-of-memory error comes at the first batch.
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
     scores: dict[int, TokenScores] = {}
     for start in tqdm(range(0, len(order), batch_size), desc=description, unit=" batches", leave=False):
         indices = order[start : start + batch_size]
@@ -69,8 +68,8 @@ def score_tokens(
 
 
 def _is_plain(model: nn.Module, backbone: Backbone, batch: dict[str, Tensor]) -> bool:
-    """Whether norm and lm_head are all there is after the layers, judged by the logits of the first
-    row's last token.
+    """Whether only norm and lm_head follow the layers, judged by the logits of the first row's last
+    token.
     """
     row = {name: batch[name][:1] for name in ("input_ids", "attention_mask")}
     with backbone.capture() as records:
@@ -85,6 +84,7 @@ def _is_plain(model: nn.Module, backbone: Backbone, batch: dict[str, Tensor]) ->
 
 
 def _scores_in_chunks(backbone: Backbone, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross entropies, nats, and hits, bool, of all targets in the batch; both ``(targets,)``."""
     rows, targets = supervised_rows(batch["labels"], 1)
     with backbone.capture() as records:
         backbone.trunk(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -94,8 +94,8 @@ def _scores_in_chunks(backbone: Backbone, batch: dict[str, Tensor]) -> tuple[Ten
 
 
 def _scores_of_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same by the model's own logits, one row of the batch at a time: for models that do more
-    at their output.
+    """`_scores_in_chunks` from the model's own logits, a row at a time: for models that do more
+    after their norm.
     """
     found = []
     for index in range(len(batch["labels"])):
