@@ -142,6 +142,16 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-caft"
 
 
-def json_or_none(path: Path) -> dict[str, Any] | None:
-    """What a JSON file holds, None if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        json.JSONDecodeError: if it is not JSON.
+    """
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def json_or_none(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The object that a JSON file holds; None if there is no such file."""
+    return read_json(path) if Path(path).is_file() else None

@@ -19,13 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from .files import json_or_none, lock, write_text
+from .run_folder import ADVICE, first_difference, require_same_settings
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The finished batches of the run that writes ``output``."""
+    """The finished batches of the run that writes ``output``.
+
+    Attributes:
+        output: file that the run writes when all batches are finished.
+        record_name: name of the run's record beside it; ``STEM.provenance.json`` if None.
+    """
 
     output: Path
+    record_name: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -33,7 +40,7 @@ class Parts:
 
     @property
     def provenance_path(self) -> Path:
-        return self.output.with_suffix(".provenance.json")
+        return self.output.with_name(self.record_name or f"{self.output.stem}.provenance.json")
 
     def begin(self, settings: dict[str, Any], overwrite: bool = False) -> dict[str, Any] | None:
         """Start a run or take up an interrupted one; for one process alone, while the others wait.
@@ -44,7 +51,6 @@ class Parts:
         Raises:
             FileExistsError: if there is an output, or an interrupted run, of other settings.
         """
-        advice = "Choose another output, or pass --overwrite to replace it."
         for part in self._parts():
             with open(part, "rb+") as file:
                 lock(file, self.output)  # a process of a killed run may live on
@@ -52,19 +58,16 @@ class Parts:
             self.discard()
             self.provenance_path.unlink(missing_ok=True)
         finished = json_or_none(self.provenance_path) if self.output.exists() else None
-        if finished is not None and not _changed(settings, finished.get("settings", {})):
+        if finished is not None and first_difference(settings, finished.get("settings", {})) is None:
             self.discard()
             return finished
         settings_path = self.folder / "settings.json"
         recorded = json_or_none(settings_path)
         if recorded is not None:
-            if changed := _changed(settings, recorded):
-                raise FileExistsError(f"output: {self.output} is of an interrupted run with {changed}. {advice}")
+            require_same_settings(settings, recorded, f"{self.output} belongs to an interrupted run")
         elif self.output.exists() and not overwrite:
-            changed = _changed(settings, (finished or {}).get("settings", {}))
-            raise FileExistsError(
-                f"output: {self.output} exists{f', made with {changed}' if finished else ''}. {advice}"
-            )
+            require_same_settings(settings, finished and finished.get("settings", {}), f"{self.output} exists, made")
+            raise FileExistsError(f"output: {self.output} exists. {ADVICE}")
         else:
             write_text(settings_path, json.dumps(settings, indent=2) + "\n")
         for part in self._parts():
@@ -107,11 +110,3 @@ class Parts:
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.jsonl"))
-
-
-def _changed(got: dict[str, Any], recorded: dict[str, Any]) -> str | None:
-    """The first setting that differs, in words."""
-    for name in sorted({*got, *recorded}):
-        if got.get(name) != recorded.get(name):
-            return f"other settings; {name}: got {got.get(name)!r}, expected {recorded.get(name)!r} to go on with it"
-    return None

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import full_disk_explained, lock, write_text
+from .files import full_disk_explained, json_or_none, lock, read_json, write_text
 from .provenance import git_commit
+
+ADVICE = "Choose another output, or pass --overwrite to replace it."
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def _settings_path(self) -> Path:
+    def settings_path(self) -> Path:
         return self.path / "run.json"
 
     @property
@@ -64,19 +66,15 @@ class RunFolder:
             FileExistsError: if the folder holds a finished run, or an interrupted one of other
                 settings.
         """
-        advice = "Choose another output folder, or pass --overwrite to replace it."
         if self.summary_path.exists():
-            raise FileExistsError(f"output: {self.path} holds a finished run. {advice}")
-        recorded = (
-            json.loads(self._settings_path.read_text(encoding="utf-8")) if self._settings_path.exists() else settings
-        )
-        changed = [k for k in sorted({*recorded, *settings}) if recorded.get(k) != settings.get(k)]
-        if changed:
-            name = changed[0]
-            raise FileExistsError(
-                f"output: {self.path} holds an interrupted run with other settings; {name}: got {settings.get(name)!r}, "
-                f"expected {recorded.get(name)!r} to resume it. {advice}"
-            )
+            raise FileExistsError(f"output: {self.path} holds a finished run. {ADVICE}")
+        require_same_settings(settings, json_or_none(self.settings_path), f"{self.path} holds an interrupted run")
+
+    def result_of(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The summary of a finished run with these settings; None if the folder holds none."""
+        if json_or_none(self.settings_path) != settings:
+            return None
+        return json_or_none(self.summary_path)
 
     def begin(
         self, settings: dict[str, Any], overwrite: bool = False, checkpoint_files: tuple[str, ...] = ()
@@ -102,7 +100,7 @@ class RunFolder:
             self.summary_path.unlink(missing_ok=True)
         else:
             self.require_free(settings)
-        write_text(self._settings_path, json.dumps(settings, indent=2, default=str) + "\n")
+        write_text(self.settings_path, json.dumps(settings, indent=2, default=str) + "\n")
         return last_whole_checkpoint(self.checkpoints, checkpoint_files)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -115,6 +113,27 @@ class RunFolder:
             litter.unlink()
 
 
+def first_difference(got: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """The first entry that differs, as ``"NAME: got ..., expected ..."``; None if all agree."""
+    for name in sorted({*got, *expected}):
+        if got.get(name) != expected.get(name):
+            return f"{name}: got {got.get(name)!r}, expected {expected.get(name)!r}"
+    return None
+
+
+def require_same_settings(settings: dict[str, Any], recorded: dict[str, Any] | None, what: str) -> None:
+    """Check that a run was made with these settings, if it recorded any.
+
+    Args:
+        what: the run, for the message: ``"FOLDER holds an interrupted run"``.
+
+    Raises:
+        FileExistsError: naming the first setting that differs.
+    """
+    if recorded is not None and (different := first_difference(settings, recorded)):
+        raise FileExistsError(f"output: {what} with other settings; {different} to resume it. {ADVICE}")
+
+
 def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | None:
     """The newest ``checkpoint-N`` that was saved to its end: each process writes last its random
     state, or Trainer's state.
@@ -122,7 +141,7 @@ def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | 
     numbered = [(int(p.name.removeprefix("checkpoint-")), p) for p in folder.glob("checkpoint-*") if p.is_dir()]
     for _, checkpoint in sorted(numbered, reverse=True):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            read_json(checkpoint / "trainer_state.json")
         except (OSError, json.JSONDecodeError):
             continue
         if all(_is_whole(checkpoint / name) for name in needed):

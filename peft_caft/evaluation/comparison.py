@@ -21,22 +21,22 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from ..basics.files import file_sha256, write_text
+from ..basics.files import file_sha256, read_json, write_text
 from ..basics.provenance import provenance, source_name
 from ..basics.run_folder import RunFolder
 from ..training.data import encode, read_jsonl
 from ..training.settings import FineTuningSettings
 from .comparison_plan import Arm, ComparisonPlan
 from .comparison_report import markdown_report, summarise, summarise_groups
-from .comparison_runs import Run, Workplace, final_runs, read_json, read_rows, require_paired, tuning_runs
+from .comparison_runs import Run, Workplace, final_runs, read_rows, require_paired, tuning_runs
 from .comparison_values import SPLITS
 from .equal_flops import equal_flops
 from .report import metrics_of
 from .task import Task, load_task
 from .task_building import RECORD_NAME, build_task
 
-CHOICE_NAME = "choice.json"
-REPORT_NAME = "comparison.md"
+CHOICE_NAME, RATIOS_NAME = "choice.json", "equal_flops.json"
+REPORT_NAME, PLOT_NAME = "comparison.md", "comparison.png"
 SECONDS_BETWEEN_LOOKS = 5.0  # where all runs that are left are other processes'
 
 
@@ -61,8 +61,8 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
         data = _data(plan, task, output)
         data_sha256 = {split: file_sha256(path) for split, path in data.items()}
         record = {"plan": plan.record(), "task_sha256": file_sha256(plan.task), "data_sha256": data_sha256}
-        if folder.summary_path.exists() and read_json(output / "run.json") == record:
-            return read_json(folder.summary_path)
+        if (found := folder.result_of(record)) is not None:
+            return found
         folder.begin(record)
         place = Workplace(plan, output, data["train"], data["dev"], _more_steps(plan, data["train"], output))
     chosen = _chosen(place)
@@ -182,7 +182,7 @@ def _data(plan: ComparisonPlan, task: Task, output: Path) -> dict[str, Path]:
 
 def _more_steps(plan: ComparisonPlan, train: Path, output: Path) -> dict[str, float]:
     """How many times as long arms with ``flops_of`` train; kept, because counting loads the model."""
-    path = output / "equal_flops.json"
+    path = output / RATIOS_NAME
     arms = [arm for arm in plan.arms if arm.flops_of is not None]
     if arms and not path.exists():
         ratios = {arm.name: equal_flops(plan, plan.arm(str(arm.flops_of)), train) for arm in arms}
@@ -196,7 +196,7 @@ def _summary(place: Workplace, task: Task, chosen: dict[str, float], data_sha256
     for arm in plan.arms:
         folders = [place.output / run.path for run in final_runs(plan, chosen) if run.arm == arm]
         results[arm.name] = [read_rows(folder / "test") for folder in folders]
-        summaries = [read_json(folder / "adapter" / "summary.json") for folder in folders]
+        summaries = [read_json(RunFolder(folder / "adapter").summary_path) for folder in folders]
         costs[arm.name] = _costs(summaries, tokens)
         commits |= {summary["git_commit"] for summary in summaries}
     return {
@@ -249,7 +249,7 @@ def _costs(summaries: list[dict[str, Any]], tokens: int) -> dict[str, float]:
 def _plot(output: Path, found: dict[str, Any]) -> None:
     from .comparison_plots import plot_comparison
 
-    plot_comparison(output / "comparison.png", found)
+    plot_comparison(output / PLOT_NAME, found)
 
 
 def _discard(output: Path) -> None:
@@ -263,5 +263,7 @@ def _discard(output: Path) -> None:
             pass
     for name in ("runs", "heads", "data"):
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in (CHOICE_NAME, "equal_flops.json", "run.json", "summary.json", REPORT_NAME, "comparison.png"):
-        (output / name).unlink(missing_ok=True)
+    folder = RunFolder(output)
+    made = (output / name for name in (CHOICE_NAME, RATIOS_NAME, REPORT_NAME, PLOT_NAME))
+    for path in (*made, folder.settings_path, folder.summary_path):
+        path.unlink(missing_ok=True)

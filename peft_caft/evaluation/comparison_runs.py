@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..basics.files import read_json
 from ..basics.run_folder import RunFolder
 from ..training.arguments import trainer_arguments
 from ..training.defaults import STAGE_1, STAGE_2
@@ -20,7 +21,7 @@ from ..training.head_training import train_heads
 from ..training.settings import FineTuningSettings, HeadTrainingSettings
 from .comparison_plan import PAIRED_SETTINGS, PAIRED_TRAINING, Arm, ComparisonPlan
 from .comparison_values import options_of
-from .evaluation import evaluate
+from .evaluation import RECORD_NAME, ROWS_NAME, evaluate
 from .settings import EvaluationSettings
 
 
@@ -71,7 +72,7 @@ class Workplace:
 
     def is_done(self, run: Run, split: str) -> bool:
         """Whether it has answered the split."""
-        return (self.output / run.path / split / "evaluation.json").exists()
+        return (self.output / run.path / split / RECORD_NAME).exists()
 
     def heads_of(self, arm: Arm) -> str | None:
         """Heads to train with; for an arm with ``adapt_heads`` those that `adapt` makes: in the
@@ -166,7 +167,7 @@ class Workplace:
         """
         self.train_run(run)
         self.evaluate_run(run, self.dev, "dev", answers=False)
-        return read_json(self.output / run.path / "dev" / "evaluation.json")["metrics"]["cross_entropy"]["mean"]
+        return read_json(self.output / run.path / "dev" / RECORD_NAME)["metrics"]["cross_entropy"]["mean"]
 
 
 def _number_of_new_heads(arm: Arm) -> int | None:
@@ -191,7 +192,7 @@ def require_paired(folders: list[Path]) -> None:
         ValueError: naming the field and the runs.
     """
     names = ("data_sha256", "max_rows", "seed", "data_seed", "processes", *PAIRED_SETTINGS, *PAIRED_TRAINING)
-    first, *others = [(folder, read_json(folder / "adapter" / "run.json")) for folder in folders]
+    first, *others = [(folder, read_json(RunFolder(folder / "adapter").settings_path)) for folder in folders]
     for folder, record in others:
         for name in names:
             if record.get(name) != first[1].get(name):
@@ -201,13 +202,9 @@ def require_paired(folders: list[Path]) -> None:
                 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``rows.jsonl``."""
-    return [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / ROWS_NAME).read_text(encoding="utf-8").splitlines()]
 
 
 def free_memory() -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
+from ..basics.files import file_sha256, full_disk_explained, read_json, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, peak_memory_mib, provenance, source_name, weights_digest
 from ..training.data import read_jsonl, require_tokenizer_of
@@ -38,13 +38,7 @@ from .report import markdown_report, metrics_of, summarise
 from .settings import EvaluationSettings
 from .task import load_task
 
-
-class EvaluationParts(Parts):
-    """What is finished so far of an evaluation, whose record has a name of its own."""
-
-    @property
-    def provenance_path(self) -> Path:
-        return self.output.with_name("evaluation.json")
+ROWS_NAME, RECORD_NAME = "rows.jsonl", "evaluation.json"
 
 
 def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str, Any]:
@@ -90,7 +84,7 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
         "stop_token_ids": sampling.stop_token_ids,
     }
     del recorded["output"]
-    parts = EvaluationParts(Path(settings.output) / "rows.jsonl")
+    parts = Parts(Path(settings.output) / ROWS_NAME, RECORD_NAME)
     parts.output.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_explained(parts.output, "All batches that were finished are"):
         if earlier := parts.begin(recorded, overwrite):
@@ -133,7 +127,7 @@ def base_model_of(model: str | None, adapter: str | None) -> str:
             f"adapter: no adapter_config.json in {adapter!r}, expected a folder that `peft-caft train` or save_pretrained wrote. (An adapter "
             "on the Hub needs --model.)"
         )
-    named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    named = read_json(config).get("base_model_name_or_path")
     if not named:
         raise ValueError(f"model: {config} names no base model, expected one. Pass --model.")
     return named

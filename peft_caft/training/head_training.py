@@ -4,7 +4,6 @@ once per base model.
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from ..basics.files import json_or_none
 from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.run_folder import RunFolder, random_states
 from ..heads.auxiliary_heads import AuxiliaryHeads
@@ -125,7 +125,9 @@ def _train(
         "aux_token_fraction": settings.aux_token_fraction,
         "max_length": settings.max_length,
         "initial_heads": None if settings.init_heads is None else heads.recorded_as(settings.init_heads),
-        "base_model_weights": _provenance_of_model(settings.model),
+        # Where a local base model's weights came from, if its folder says so: a conversion may have
+        # rounded them.
+        "base_model_weights": json_or_none(Path(settings.model, "provenance.json")),
         **training_settings(args),
         "processes": args.world_size,
         "steps": trainer.state.global_step,
@@ -157,14 +159,6 @@ def _prepare_evaluation(settings: HeadTrainingSettings, args: TrainingArguments)
     args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
     args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps
     args.restore_callback_states_from_checkpoint = True  # the evaluations without a better loss so far
-
-
-def _provenance_of_model(model: str) -> dict[str, Any] | None:
-    """Where a local base model's weights came from, if its folder says so: a conversion may have
-    rounded them.
-    """
-    path = Path(model, "provenance.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 class _EarlyStopping(EarlyStoppingCallback):

@@ -24,8 +24,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..basics.files import write_text
+from ..basics.files import json_or_none, write_text
 from ..basics.provenance import weights_digest
+from ..basics.run_folder import first_difference
 from ..heads.backbone import Backbone
 from ..heads.config import fingerprint
 
@@ -153,13 +154,11 @@ def _identity(rows: list[dict[str, list[int]]], backbone: Backbone) -> dict[str,
 def _prepare(folder: Path, identity: dict[str, Any], size: int, batches: int) -> None:
     """Make the files of a new cache, or check those of an earlier one."""
     recorded_path, states_path, done_path = (folder / name for name in (RECORD_NAME, STATES_NAME, DONE_NAME))
-    if recorded_path.is_file():
-        recorded = json.loads(recorded_path.read_text(encoding="utf-8"))
-        wrong = [name for name in identity if identity[name] != recorded.get(name)]
-        if wrong:
+    if (recorded := json_or_none(recorded_path)) is not None:
+        if different := first_difference(recorded, identity):
             raise ValueError(
-                f"cache: {folder} holds hidden states of something else; {wrong[0]}: got {recorded.get(wrong[0])!r}, "
-                f"expected {identity[wrong[0]]!r}. Choose another folder, or remove this one."
+                f"cache: {folder} holds hidden states of something else; {different}. Choose another folder, or remove "
+                "this one."
             )
         if all(p.is_file() and p.stat().st_size == n for p, n in ((states_path, size), (done_path, batches))):
             return
