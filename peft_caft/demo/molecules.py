@@ -1,5 +1,5 @@
-"""Chemical name -> SMILES: a real task where concepts are long (one ring or group is many tokens),
-and its metrics.
+"""Chemical name -> SMILES: a real task with long concepts (a ring or a group is many tokens), and
+its metrics.
 
 The pairs come from the wwPDB chemical component dictionary inside the PyPI package biotite: each
 component has a name, atoms, bonds and coordinates, from which RDKit writes the SMILES. Only
@@ -20,21 +20,21 @@ import rdkit
 from rdkit import Chem, DataStructs, rdBase
 from rdkit.Chem import rdFingerprintGenerator
 
-from ..basics.files import default_cache_dir, write_text
+from ..basics.files import default_cache_dir, write_jsonl
+from ..evaluation.task import chat
 
 FIRST_UNUSED_YEAR = 2024
 MAX_SMILES_LENGTH = 80  # characters
 MAX_NAME_LENGTH = 150  # characters
-CACHE_VERSION = 1  # raise when the rules below change, so that no older cache is read
+CACHE_VERSION = 1  # raise it when the rules below change, so that no older cache is read
 SPLITS = ("train", "dev", "test")
 SYSTEM_PROMPT = "Write the SMILES of the named molecule."
 
-# Metals are left out: the dictionary draws coordination as covalent bonds, which no SMILES reader
-# agrees on.
+# No metals: the dictionary draws coordination as covalent bonds, on which SMILES readers disagree.
 ELEMENTS = {"B": 5, "C": 6, "N": 7, "O": 8, "F": 9, "SI": 14, "P": 15, "S": 16, "CL": 17, "SE": 34, "BR": 35, "I": 53}
 HYDROGENS = {"H", "D"}
-# What stays in capitals in a name that is otherwise lower case: (2R,3aS) and (E), locants as in N-,
-# S- or L-, and 2H.
+# These keep their capitals where the rest of a name becomes lower case: (2R,3aS) and (E), locants
+# such as N-, S- or L-, and 2H.
 CAPITALS = re.compile(
     r"(?<=\()\d*'*[a-d]?[rsez](?:,\d*'*[a-d]?[rsez])*(?=\))|(?<![a-z])[nosdlr](?=\d*[-,'])|(?<=\d)h(?![a-z])"
 )
@@ -71,7 +71,7 @@ def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
         cache_dir: folder of the cache; `default_cache_dir()` if None.
 
     Raises:
-        ModuleNotFoundError: biotite, which brings the dictionary, is not installed.
+        ModuleNotFoundError: if biotite, which brings the dictionary, is not installed.
     """
     try:
         import biotite
@@ -86,38 +86,32 @@ def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
     cache = cache_dir / f"molecules-v{CACHE_VERSION}-biotite{biotite.__version__}-rdkit{rdkit.__version__}.jsonl"
     if not cache.is_file():
         molecules = _without_duplicates(sorted(_read_dictionary(), key=lambda m: (m.year, m.component)))
-        write_text(cache, "".join(json.dumps(asdict(molecule)) + "\n" for molecule in molecules))
+        write_jsonl(cache, map(asdict, molecules))
     with cache.open(encoding="utf-8") as lines:
         return [Molecule(**json.loads(line)) for line in lines]
 
 
 def split_of(molecule: Molecule) -> str:
-    """Return the split that a molecule belongs to for ever: ``"train"`` (90 %), ``"dev"`` or
+    """Return the split that a molecule always belongs to: ``"train"`` (90 %), ``"dev"`` or
     ``"test"`` (5 % each).
 
-    A hash of the SMILES *without* stereochemistry decides, so stereoisomers, which differ by a few
-    characters in name and SMILES, never end on both sides.
+    A hash of the SMILES *without* stereochemistry decides. So stereoisomers, which differ by a few
+    characters in name and SMILES, are in one split.
     """
     flat = Chem.MolToSmiles(Chem.MolFromSmiles(molecule.smiles), isomericSmiles=False)
     percentile = int.from_bytes(hashlib.sha256(flat.encode()).digest()[:8], "big") % 100
     return "test" if percentile < 5 else "dev" if percentile < 10 else "train"
 
 
-def chat(molecule: Molecule) -> dict[str, list[dict[str, str]]]:
+def messages(molecule: Molecule) -> dict[str, Any]:
     """Return ``{"messages": [system, user, assistant]}``: the user gives the name, the assistant
     only the SMILES.
 
-    A chat, not a plain prompt: the auxiliary heads of an instruct model were trained on its own
-    chat answers, and the template supplies the end-of-turn token. The short system message replaces
-    the default one of SmolLM2's template, which is longer and says nothing about the task.
+    A chat, since the auxiliary heads of an instruct model were trained on its chat answers, and the
+    template supplies the end-of-turn token. The short system message replaces the default one of
+    SmolLM2's template, which is longer and says nothing about the task.
     """
-    return {
-        "messages": [
-            {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": molecule.name},
-            {"role": "assistant", "content": molecule.smiles},
-        ]
-    }
+    return chat(SYSTEM_PROMPT, molecule.name, molecule.smiles)
 
 
 def completion(molecule: Molecule) -> dict[str, str]:
@@ -126,22 +120,28 @@ def completion(molecule: Molecule) -> dict[str, str]:
 
 
 def write_dataset(
-    folder: Path, cache_dir: Path | None = None, row: Callable[[Molecule], dict[str, Any]] = chat
+    folder: Path, cache_dir: Path | None = None, row: Callable[[Molecule], dict[str, Any]] = messages
 ) -> dict[str, int]:
-    """Write ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` into ``folder``; return the rows of
-    each.
+    """Write ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` into ``folder``.
 
-    Rows, made by ``row`` (`chat` or `completion`), are in a fixed random order (that of a hash of
-    the component), so the first N are a fair sample.
+    A hash of the component gives the rows a fixed random order, so the first N are a fair sample.
+
+    Args:
+        folder: folder to write to.
+        cache_dir: folder of the cache; `default_cache_dir()` if None.
+        row: `messages` or `completion`.
+
+    Returns:
+        split -> number of rows.
     """
-    rows: dict[str, list[str]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for molecule in sorted(
         component_molecules(cache_dir), key=lambda m: hashlib.sha256(m.component.encode()).digest()
     ):
-        rows[split_of(molecule)].append(json.dumps(row(molecule)) + "\n")
-    for split, lines in rows.items():
-        write_text(Path(folder) / f"{split}.jsonl", "".join(lines))
-    return {split: len(lines) for split, lines in rows.items()}
+        rows[split_of(molecule)].append(row(molecule))
+    for split, own in rows.items():
+        write_jsonl(Path(folder) / f"{split}.jsonl", own)
+    return {split: len(own) for split, own in rows.items()}
 
 
 def canonical_smiles(smiles: str) -> str | None:
@@ -157,22 +157,11 @@ def canonical_smiles(smiles: str) -> str | None:
     return None if molecule is None else Chem.MolToSmiles(molecule)
 
 
-def is_valid(smiles: str) -> bool:
-    """Whether RDKit reads ``smiles`` as a molecule."""
-    return canonical_smiles(smiles) is not None
-
-
-def exact_match(prediction: str, reference: str) -> bool:
-    """Whether both are valid and the same molecule, stereochemistry included."""
-    canonical = canonical_smiles(prediction)
-    return canonical is not None and canonical == canonical_smiles(reference)
-
-
 def score(predictions: Sequence[str], references: Sequence[str]) -> Score:
     """Compare predicted SMILES with the references, pair by pair.
 
     Raises:
-        ValueError: if the lengths differ, nothing is given, or a reference is invalid.
+        ValueError: if the lengths differ, there are no references, or one is invalid.
     """
     if len(predictions) != len(references) or not references:
         raise ValueError(
@@ -200,8 +189,8 @@ def clean_name(name: str, component: str) -> str | None:
     """Return a component's name in one common style, or None if it is useless.
 
     Markup becomes plain text: ``~{N}`` and ``N~2~`` lose their tildes, ``$l^{4}`` becomes
-    ``lambda4``. The old names, all in capitals, become lower case. Useless is what is too long, the
-    component's own id, a code without any word, or broken over two lines, which hides whether a
+    ``lambda4``. Old names, all in capitals, become lower case. A name is useless if it is too long,
+    the component's own id, a code without any word, or broken over two lines, which hides whether a
     space stood there.
     """
     name = name.strip().strip("\"'").replace('"', "''")
@@ -218,7 +207,7 @@ def _capitalise_last_letters(descriptors: re.Match) -> str:
 
 
 def _without_duplicates(molecules: Iterable[Molecule]) -> Iterator[Molecule]:
-    """Keep the first of those that share a SMILES or a name."""
+    """Keep the first of the molecules that share a SMILES or a name."""
     seen: set[str] = set()
     for molecule in molecules:
         keys = {molecule.smiles, molecule.name.lower()}

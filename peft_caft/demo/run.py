@@ -1,9 +1,8 @@
-"""``peft-caft demo``: the whole way of CAFT, from a base model to a served one, on real data and a
+"""``peft-caft demo``: the whole way of CAFT, from a base model to a merged one, on real data and a
 CPU.
 
-Every training step is one of the package's own commands in a process of its own, printed as a user
-would type it, so that its time and peak memory are its own and an interrupted demo resumes where it
-was.
+Every training step is a ``peft-caft`` command in a process of its own, printed as a user would type
+it. So its time and peak memory are its own, and an interrupted demo resumes where it was.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..basics.files import write_text
+from ..basics.files import read_json, write_jsonl, write_text
 from ..basics.provenance import provenance
 from ..basics.run_folder import RunFolder
 from ..basics.tables import markdown_table
@@ -29,19 +28,17 @@ CAVEAT = (
     "A run this short proves that the machinery works, not that CAFT beats LoRA (or the reverse): it is one seed, a few "
     "hundred training rows and a 135M model."
 )
-
-
 NAMES = {"lora": "LoRA", "caft": "CAFT"}
-MAX_NAME_LENGTH = 48  # characters
-MAX_SMILES_LENGTH = 40  # characters
+SHORT_NAME, SHORT_SMILES = 48, 40  # characters at most
+GENERATION_BATCH = 16  # prompts
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much of everything the demo does."""
 
-    head_rows: int  # stage 1, rows of data
-    train_rows: int  # stage 2
+    head_rows: int  # rows of data for stage 1
+    train_rows: int  # rows of data for stage 2
     eval_rows: int  # held-out rows for losses
     prompts: int  # held-out prompts for generation
     batch_size: int = 8
@@ -52,12 +49,12 @@ SMOKE = Scale(head_rows=32, train_rows=32, eval_rows=8, prompts=4)
 
 
 def demo(output_dir: Path, smoke: bool = False, seed: int = 0, overwrite: bool = False) -> None:
-    """Run the demo, or show the result of one that was already made in ``output_dir``.
+    """Run the demo, or show the report of a finished one in ``output_dir``.
 
     Args:
         output_dir: folder for data, heads, adapters, merged models, ``report.md`` and plots.
-        smoke: a few steps of everything.
-        seed: of initialisation and order of data.
+        smoke: take a few steps of everything.
+        seed: seed of initialisation and order of data.
         overwrite: start anew.
 
     Raises:
@@ -70,7 +67,7 @@ def demo(output_dir: Path, smoke: bool = False, seed: int = 0, overwrite: bool =
     if overwrite:
         shutil.rmtree(output_dir, ignore_errors=True)
     folder, settings = RunFolder(output_dir), {"smoke": smoke, "seed": seed}
-    if folder.summary_path.exists() and json.loads((output_dir / "run.json").read_text()) == settings:
+    if folder.result_of(settings) is not None:
         print(f"Already made; --overwrite makes it anew.\n\n{(output_dir / 'report.md').read_text(encoding='utf-8')}")
         return
     folder.begin(settings)
@@ -114,23 +111,12 @@ def _run(output_dir: Path, scale: Scale, seed: int) -> dict[str, Any]:
         options = ["--heads", str(output_dir / "heads")] if method == "caft" else []
         runs[method] = _command(
             output_dir / method,
-            [
-                "train",
-                "--model",
-                model,
-                "--data",
-                data["train"],
-                "--eval-data",
-                data["dev"],
-                "--method",
-                method,
-                *options,
-            ],
+            ["train", "--model", model, "--data", data["train"], "--eval-data", data["dev"], "--method", method],
             scale,
             seed,
-            ["--learning_rate", "5e-4", "--warmup_steps", "3"],
+            [*options, "--learning_rate", "5e-4", "--warmup_steps", "3"],
         )
-    _say(6, "Merge and generate", "Both adapters become plain models; nothing of the heads is left. Greedy answers.")
+    _say(6, "Merge and generate", "Both adapters become plain models without heads, which give greedy answers.")
     for method, run in runs.items():
         merged = output_dir / f"{method}-merged"
         if not merged.exists():
@@ -181,32 +167,26 @@ def _write_data(folder: Path, scale: Scale) -> dict[str, str]:
 
 def _short_rows(path: Path) -> list[str]:
     """Lines of molecules with a short name and SMILES, which a short run on a CPU has time for."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if _is_short(json.loads(line)["messages"])]
 
+    def is_short(line: str) -> bool:
+        _, name, smiles = (len(message["content"]) for message in json.loads(line)["messages"])
+        return name <= SHORT_NAME and smiles <= SHORT_SMILES
 
-def _is_short(messages: list[dict[str, str]]) -> bool:
-    return len(messages[-2]["content"]) <= MAX_NAME_LENGTH and len(messages[-1]["content"]) <= MAX_SMILES_LENGTH
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if is_short(line)]
 
 
 def _command(output: Path, command: list[str], scale: Scale, seed: int, options: list[str]) -> dict[str, Any]:
-    """Run a training command unless an earlier demo finished it; returns its summary."""
+    """Run a training command unless an earlier demo finished it, and return its summary."""
     summary = RunFolder(output).summary_path
     if summary.exists():
         print(f"Already done in {output}.")
     else:
         common = ["--output", str(output), "--eval-rows", str(scale.eval_rows), "--max-length", "128"]
-        trainer = ["--seed", str(seed), "--per_device_train_batch_size", str(scale.batch_size)]
-        trainer += [
-            "--per_device_eval_batch_size",
-            str(scale.batch_size),
-            "--logging_steps",
-            "2",
-            "--save_steps",
-            "10",
-        ]
+        batch = str(scale.batch_size)
+        trainer = ["--seed", str(seed), "--per_device_train_batch_size", batch]
+        trainer += ["--per_device_eval_batch_size", batch, "--logging_steps", "2", "--save_steps", "10"]
         _execute([*command, *common, *trainer, *options])
-    return json.loads(summary.read_text(encoding="utf-8"))
+    return read_json(summary)
 
 
 def _execute(arguments: list[str]) -> None:
@@ -220,8 +200,8 @@ def _execute(arguments: list[str]) -> None:
 
 
 def _generate(model_folder: Path, data: Path, count: int, answers: Path) -> dict[str, Any]:
-    """Greedy answers of a merged model to held-out prompts, with plain transformers, and their
-    scores.
+    """Answer held-out prompts greedily with a merged model and plain transformers, and score the
+    answers.
     """
     import torch
     from tqdm import tqdm
@@ -237,10 +217,9 @@ def _generate(model_folder: Path, data: Path, count: int, answers: Path) -> dict
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto").eval()
     predictions = []
     started = time.perf_counter()
-    batch_size = 16
-    for start in tqdm(range(0, count, batch_size), desc=f"Generating with {model_folder.name}", unit=" batches"):
+    for start in tqdm(range(0, count, GENERATION_BATCH), desc=f"Generating with {model_folder.name}", unit=" batches"):
         batch = tokenizer.apply_chat_template(
-            prompts[start : start + batch_size],
+            prompts[start : start + GENERATION_BATCH],
             add_generation_prompt=True,
             padding=True,
             return_tensors="pt",
@@ -251,8 +230,7 @@ def _generate(model_folder: Path, data: Path, count: int, answers: Path) -> dict
         predictions += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     predictions = [prediction.strip() for prediction in predictions]
     records = zip(prompts, references, predictions, strict=True)
-    lines = [json.dumps({"name": p[-1]["content"], "smiles": r, "answer": a}) for p, r, a in records]
-    write_text(answers, "\n".join(lines) + "\n")
+    write_jsonl(answers, ({"name": p[-1]["content"], "smiles": r, "answer": a} for p, r, a in records))
     return asdict(score(predictions, references)) | {"seconds": time.perf_counter() - started}
 
 

@@ -30,7 +30,7 @@ class ModelShapes:
         hidden_size, vocab_size, num_layers: sizes of the model.
         layer_weights: number of weights in the linear maps of all layers; in a mixture only the
             active experts count.
-        last_layer_weights: the same for the last layer, which decoder-layer heads copy.
+        last_layer_weights: number of such weights in the last layer, which heads may copy.
         key_value_weights: number of weights of one layer that make keys and values.
         attention_width: number of query heads times their size.
         adapter_weights: number of LoRA weights in the layers.
@@ -143,7 +143,7 @@ def caft_step(
     """A step of CAFT with frozen heads in which only supervised tokens reach an unembedding.
 
     Args:
-        shapes, keys, gradient_checkpointing: the same as in `lora_step`.
+        shapes, keys, gradient_checkpointing: arguments of `lora_step`.
         head_type: ``"residual"``, or ``"decoder_layer"``, whose keys and values need every token.
         num_heads: number of heads, n - 1.
         supervised: s, share of the tokens that have a label.
