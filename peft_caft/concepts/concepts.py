@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..basics.files import file_sha256, filling
 from ..basics.provenance import provenance
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from ..training.data import collator, read_jsonl, require_tokenizer_of
+from ..training.data import collator, read_jsonl
+from ..training.loading import load_for_inference, require_tokenizer_of
 from .alignment import AlignedRow, align, answer_texts
 from .density import USUAL_N, density, recommended_n
 from .findings import Concepts
@@ -101,7 +101,7 @@ def _score(
     settings: ConceptsSettings, rows: list[AlignedRow], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, list[list[TokenScores]]], list[HeadKnowledge]]:
     """Model -> scores of each of its runs, and what the heads know."""
-    base = _load(settings.model, settings.dtype)
+    base = load_for_inference(settings.model, settings.dtype)
     require_tokenizer_of(base, tokenizer)
     collate = collator(tokenizer)
     scores = {BASE: [score_tokens(base, rows, collate, settings.batch_size, f"Scoring {BASE}")]}
@@ -119,11 +119,6 @@ def _score(
     return scores, heads
 
 
-def _load(source: str, dtype: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @contextmanager
 def _adapted(base: PreTrainedModel, name: str, source: str, dtype: str) -> Iterator[nn.Module]:
     """Yield ``base`` with the adapter that ``source`` holds, or the whole model that it holds."""
@@ -134,7 +129,7 @@ def _adapted(base: PreTrainedModel, name: str, source: str, dtype: str) -> Itera
                 f"adapter {name}: neither adapter_config.json nor config.json in {source!r}, expected an adapter or a whole model, "
                 "such as `peft-caft train` writes."
             )
-        yield _load(source, dtype)
+        yield load_for_inference(source, dtype)
         return
     try:
         model = PeftModel.from_pretrained(base, source)

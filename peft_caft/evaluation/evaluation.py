@@ -14,16 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from ..basics.files import file_sha256, full_disk_explained, read_json, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, peak_memory_mib, provenance, source_name, weights_digest
-from ..training.data import read_jsonl, require_tokenizer_of
+from ..training.data import read_jsonl
 from ..training.generation import (
     Sampling,
     TransformersBackend,
@@ -32,6 +30,7 @@ from ..training.generation import (
     context_length,
     stop_tokens_of,
 )
+from ..training.loading import load_for_inference, require_tokenizer_of
 from .evaluator import Evaluator
 from .reference_losses import PromptAndAnswer, encode_answers
 from .report import markdown_report, metrics_of, summarise
@@ -68,7 +67,7 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
     max_new_tokens = settings.max_new_tokens or task.max_new_tokens
     sampling = Sampling(settings.temperature, 1.0, 0, max_new_tokens, stop_tokens_of(base, tokenizer))
     encoded = encode_answers(rows, tokenizer, sampling.stop_token_ids)
-    model = load_model(base, settings.adapter, settings.dtype)
+    model = load_for_inference(base, settings.dtype, settings.adapter)
     _require_room(encoded, model, max_new_tokens)
     require_tokenizer_of(model, tokenizer)
     recorded = asdict(settings) | {
@@ -131,16 +130,6 @@ def base_model_of(model: str | None, adapter: str | None) -> str:
     if not named:
         raise ValueError(f"model: {config} names no base model, expected one. Pass --model.")
     return named
-
-
-def load_model(base: str, adapter: str | None, dtype: str) -> nn.Module:
-    """A base model, with its adapter as plain PEFT loads it, ready to evaluate on the GPU if there
-    is one.
-    """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _require_room(encoded: list[PromptAndAnswer], model: nn.Module, max_new_tokens: int) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tqdm import tqdm
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ..method.targets import IGNORE_INDEX
 
@@ -122,20 +122,6 @@ def _row(row: Any, where: str) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{where}: got keys {sorted(row)}, expected {FORMS} with strings; {wrong[0]!r} is missing.")
     return row
-
-
-def require_tokenizer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the model has an embedding for every token of the tokenizer.
-
-    Raises:
-        ValueError: if not.
-    """
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise ValueError(
-            f"tokenizer: got {len(tokenizer):,} tokens, expected at most {embeddings:,}, the rows of the model's embedding. "
-            "It belongs to another model; put the model's own tokenizer into its folder."
-        )
 
 
 def encode(

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..basics.checks import require_choice
 from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, provenance, source_name, weights_digest
-from .data import require_tokenizer_of
 from .distilled_answers import AnswerReader
 from .generation import (
     Backend,
@@ -32,6 +31,7 @@ from .generation import (
     context_length,
     stop_tokens_of,
 )
+from .loading import load_for_inference, require_tokenizer_of
 from .prompts import Prompt, prepare_prompts, read_prompts
 from .settings import BACKENDS, DistillationSettings
 
@@ -161,7 +161,7 @@ def _backend(
     )
     if settings.backend == "vllm":
         return VLLMBackend(settings.model, settings.dtype, sampling, settings.batch_size or 1024), None
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).to(state.device).eval()
+    model = load_for_inference(settings.model, settings.dtype, device=state.device)
     require_tokenizer_of(model, tokenizer)
     return TransformersBackend(model, tokenizer, sampling, settings.batch_size or 32), weights_digest(model)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 
 def fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | None:
@@ -29,21 +29,6 @@ def engine_name(args: TrainingArguments) -> str | None:
     if (plugin := fsdp_plugin(args)) is not None:
         return f"FSDP{plugin.fsdp_version}"
     return None if args.deepspeed_plugin is None else f"ZeRO-{zero_stage(args)}"
-
-
-def require_dtype(model: PreTrainedModel, dtype: str, args: TrainingArguments) -> None:
-    """Refuse a model that was loaded in another dtype than asked for: under ZeRO-3 DeepSpeed's own
-    settings decide that.
-
-    Raises:
-        ValueError: if it was.
-    """
-    got = str(model.dtype).removeprefix("torch.")
-    if zero_stage(args) == 3 and dtype not in ("auto", got):
-        raise ValueError(
-            f"dtype: got {got}, expected {dtype}: ZeRO-3 loads a model in the dtype that DeepSpeed trains in. Set mixed_precision "
-            "in the accelerate configuration (bf16 for bfloat16, fp16 for float16, 'no' for float32), or leave --dtype out."
-        )
 
 
 def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:

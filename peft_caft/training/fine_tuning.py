@@ -8,17 +8,13 @@ import copy
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -39,34 +35,9 @@ from ..method.model import CAFTConfig
 from ..method.objective_config import ObjectiveConfig
 from .arguments import training_settings
 from .data import collator, encode, read_jsonl
-from .engine import engine_name, require_dtype
+from .engine import engine_name
+from .loading import load_base_model, require_dtype
 from .settings import FineTuningSettings
-
-
-def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
-    """The base model in the asked-for precision, 4 or 8 bits included.
-
-    Raises:
-        ModuleNotFoundError: if 4 or 8 bits are asked for and bitsandbytes is not installed.
-    """
-    quantization = None
-    if settings.load_in_4bit or settings.load_in_8bit:
-        name = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
-        if find_spec("bitsandbytes") is None:
-            raise ModuleNotFoundError(
-                f"{name}: needs bitsandbytes, which is not installed. Run: pip install bitsandbytes, or leave the option out."
-            )
-        computing = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=settings.load_in_4bit,
-            load_in_8bit=settings.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=computing,
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=settings.loading_dtype, quantization_config=quantization
-    )
 
 
 def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:

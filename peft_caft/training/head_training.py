@@ -26,12 +26,13 @@ from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.run_folder import RunFolder, random_states
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from .arguments import training_settings
-from .data import collator, require_tokenizer_of
-from .engine import engine_name, require_dtype, sharding_requested
+from .data import collator
+from .engine import engine_name, sharding_requested
 from .head_data import DataFile, read_files
 from .head_metrics import HeadEvaluation
 from .head_trainer import HeadPretraining, HeadTrainer
 from .hidden_states_cache import cached_rows, with_hidden_states
+from .loading import require_dtype, require_tokenizer_of
 from .settings import HeadTrainingSettings
 
 

@@ -1,0 +1,91 @@
+"""Models loaded, to be trained or to be evaluated, and checked against what was asked for."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from .engine import zero_stage
+from .settings import FineTuningSettings
+
+
+def load_for_inference(
+    source: str, dtype: str, adapter: str | None = None, device: torch.device | None = None
+) -> Any:
+    """A `PreTrainedModel` in evaluation mode; with an adapter, the `PeftModel` that plain PEFT loads.
+
+    Args:
+        source: folder or Hub id.
+        dtype: ``"auto"`` for the checkpoint's, or the name of a torch dtype.
+        adapter: folder or Hub id.
+        device: device to put it on; None takes the GPU if there is one, else the CPU.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
+    """The base model in the asked-for precision, 4 or 8 bits included.
+
+    Raises:
+        ModuleNotFoundError: if 4 or 8 bits are asked for and bitsandbytes is not installed.
+    """
+    quantization = None
+    if settings.load_in_4bit or settings.load_in_8bit:
+        name = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
+        if find_spec("bitsandbytes") is None:
+            raise ModuleNotFoundError(
+                f"{name}: needs bitsandbytes, which is not installed. Run: pip install bitsandbytes, or leave the option out."
+            )
+        computing = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=settings.load_in_4bit,
+            load_in_8bit=settings.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=computing,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=settings.loading_dtype, quantization_config=quantization
+    )
+
+
+def require_dtype(model: PreTrainedModel, dtype: str, args: TrainingArguments) -> None:
+    """Refuse a model that was loaded in another dtype than asked for: under ZeRO-3 DeepSpeed's own
+    settings decide that.
+
+    Raises:
+        ValueError: if it was.
+    """
+    got = str(model.dtype).removeprefix("torch.")
+    if zero_stage(args) == 3 and dtype not in ("auto", got):
+        raise ValueError(
+            f"dtype: got {got}, expected {dtype}: ZeRO-3 loads a model in the dtype that DeepSpeed trains in. Set mixed_precision "
+            "in the accelerate configuration (bf16 for bfloat16, fp16 for float16, 'no' for float32), or leave --dtype out."
+        )
+
+
+def require_tokenizer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the model has an embedding for every token of the tokenizer.
+
+    Raises:
+        ValueError: if not.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ValueError(
+            f"tokenizer: got {len(tokenizer):,} tokens, expected at most {embeddings:,}, the rows of the model's embedding. "
+            "It belongs to another model; put the model's own tokenizer into its folder."
+        )
