@@ -74,7 +74,7 @@ class Workplace:
         """Whether it has answered the split."""
         return (self.output / run.path / split / RECORD_NAME).exists()
 
-    def heads_of(self, arm: Arm) -> str | None:
+    def heads_for(self, arm: Arm) -> str | None:
         """Heads to train with; for an arm with ``adapt_heads`` those that `adapt` makes: in the
         folder of the first arm with the same.
         """
@@ -87,7 +87,7 @@ class Workplace:
         """Train heads on the task's own data, once, from the seed of tuning: all seeds start from
         these, and all arms with the same.
         """
-        output, plan = self.heads_of(arm), self.plan
+        output, plan = self.heads_for(arm), self.plan
         if arm.adapt_heads is None or output is None or RunFolder(Path(output)).summary_path.exists():
             return
         heads = arm.settings.get("heads")
@@ -110,7 +110,7 @@ class Workplace:
 
     def settings_of(self, run: Run) -> FineTuningSettings:
         own = run.arm.settings
-        heads = {"heads": self.heads_of(run.arm)} if own.get("method", "caft").startswith("caft") else {}
+        heads = {"heads": self.heads_for(run.arm)} if own.get("method", "caft").startswith("caft") else {}
         return FineTuningSettings(
             model=self.plan.model,
             data=str(self.train),

@@ -18,9 +18,10 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from ..basics.files import file_sha256, full_disk_explained, read_json, write_jsonl, write_text
+from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, peak_memory_mib, provenance, source_name, weights_digest
+from ..hub.merging import named_base_model
 from ..training.data import read_jsonl
 from ..training.generation import (
     Sampling,
@@ -62,7 +63,9 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
     task = load_task(settings.task)
     metrics_of(task)  # refuses a name that is taken, before any work
     rows = read_jsonl(settings.data, settings.max_rows)
-    base = base_model_of(settings.model, settings.adapter)
+    if settings.model is None and settings.adapter is None:
+        raise ValueError("model: got neither --model nor --adapter, expected a model, an adapter, or both.")
+    base = settings.model or named_base_model(str(settings.adapter))
     tokenizer = AutoTokenizer.from_pretrained(base)
     max_new_tokens = settings.max_new_tokens or task.max_new_tokens
     sampling = Sampling(settings.temperature, 1.0, 0, max_new_tokens, stop_tokens_of(base, tokenizer))
@@ -107,29 +110,6 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
         write_text(parts.provenance_path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         parts.discard()
     return record
-
-
-def base_model_of(model: str | None, adapter: str | None) -> str:
-    """The base model to load: the given one, or the one that the adapter names.
-
-    Raises:
-        FileNotFoundError: if the adapter is a folder without adapter.
-        ValueError: if neither says.
-    """
-    if model is not None:
-        return model
-    if adapter is None:
-        raise ValueError("model: got neither --model nor --adapter, expected a model, an adapter, or both.")
-    config = Path(adapter, "adapter_config.json")
-    if not config.is_file():
-        raise FileNotFoundError(
-            f"adapter: no adapter_config.json in {adapter!r}, expected a folder that `peft-caft train` or save_pretrained wrote. (An adapter "
-            "on the Hub needs --model.)"
-        )
-    named = read_json(config).get("base_model_name_or_path")
-    if not named:
-        raise ValueError(f"model: {config} names no base model, expected one. Pass --model.")
-    return named
 
 
 def _require_room(encoded: list[PromptAndAnswer], model: nn.Module, max_new_tokens: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..basics.file_names import ADAPTER_CONFIG_NAME
+from ..basics.files import read_json
 
 
 def merge(adapter: str, output: str, model: str | None = None, dtype: str = "auto") -> None:
@@ -26,17 +28,9 @@ def merge(adapter: str, output: str, model: str | None = None, dtype: str = "aut
         FileExistsError: if ``output`` exists.
         ValueError: if no base model is known.
     """
-    config_path = Path(adapter, "adapter_config.json")
-    if not config_path.is_file():
-        raise FileNotFoundError(
-            f"adapter: no adapter_config.json in {adapter!r}, expected a folder that `peft-caft train` or "
-            "save_pretrained wrote."
-        )
     if Path(output).exists():
         raise FileExistsError(f"output: {output} exists, expected a new folder. Remove it or choose another one.")
-    model = model or json.loads(config_path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not model:
-        raise ValueError(f"model: {config_path} names no base model, expected one. Pass --model.")
+    model = named_base_model(adapter, model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -45,3 +39,22 @@ def merge(adapter: str, output: str, model: str | None = None, dtype: str = "aut
         merged.save_pretrained(whole)
         AutoTokenizer.from_pretrained(model).save_pretrained(whole)
         whole.rename(output)
+
+
+def named_base_model(adapter: str, model: str | None = None) -> str:
+    """The base model that the adapter in a folder names, unless ``model`` is given.
+
+    Raises:
+        FileNotFoundError: if the folder holds no adapter.
+        ValueError: if no base model is known.
+    """
+    config = Path(adapter, ADAPTER_CONFIG_NAME)
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"adapter: no {ADAPTER_CONFIG_NAME} in {adapter!r}, expected a folder that `peft-caft train` or save_pretrained "
+            "wrote. (`peft-caft evaluate` takes an adapter on the Hub together with --model.)"
+        )
+    named = model or read_json(config).get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"model: {config} names no base model, expected one. Pass --model.")
+    return named

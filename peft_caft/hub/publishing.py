@@ -70,10 +70,9 @@ def push(
         ValueError: if what would be published is damaged or names paths of this machine.
         PermissionError, ConnectionError: see `hub_errors.explained`.
     """
-    has_heads, has_adapter = (Path(folder, name).is_file() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
-    if has_adapter:
-        return push_adapter(folder, to, heads=heads, base_model=base_model, license=license, force=force)
-    if not has_heads:
+    if Path(folder, ADAPTER_CONFIG_NAME).is_file():
+        return _push_adapter(Path(folder), to, heads, base_model, license, force)
+    if not Path(folder, CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"folder: neither {CONFIG_NAME} (of heads) nor {ADAPTER_CONFIG_NAME} in {os.fspath(folder)!r}, expected a folder "
             "that `peft-caft train-heads`, `peft-caft train` or save_pretrained wrote."
@@ -85,17 +84,9 @@ def push(
     return push_heads(folder, to, base_model=base_model, license=license, force=force)
 
 
-def push_adapter(
-    folder: str | os.PathLike,
-    to: Destination,
-    *,
-    heads: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-    force: bool = False,
+def _push_adapter(
+    source: Path, to: Destination, heads: str | None, base_model: str | None, license: str | None, force: bool
 ) -> CommitInfo:
-    """Publish the adapter in a folder; arguments and errors as in `push`."""
-    source = Path(folder)
     if not (source / ADAPTER_WEIGHTS_NAME).is_file():
         raise FileNotFoundError(
             f"folder: no {ADAPTER_WEIGHTS_NAME} in {str(source)!r}, expected a saved adapter. Save it again."

@@ -19,10 +19,8 @@ from .engine import zero_stage
 from .settings import FineTuningSettings
 
 
-def load_for_inference(
-    source: str, dtype: str, adapter: str | None = None, device: torch.device | None = None
-) -> Any:
-    """A `PreTrainedModel` in evaluation mode; with an adapter, the `PeftModel` that plain PEFT loads.
+def load_for_inference(source: str, dtype: str, adapter: str | None = None, device: torch.device | None = None) -> Any:
+    """A `PreTrainedModel` in evaluation mode; with an adapter, the `PeftModel` that PEFT makes of it.
 
     Args:
         source: folder or Hub id.

@@ -112,7 +112,7 @@ def test_arms_share_heads_that_are_adapted_alike(tmp_path):
     }
     plan = read_plan(plan_file(tmp_path, arms=arms))
     place = Workplace(plan, Path("out"), Path("train"), Path("dev"), {})
-    heads = {arm.name: place.heads_of(arm) for arm in plan.arms}
+    heads = {arm.name: place.heads_for(arm) for arm in plan.arms}
     assert heads == {
         "lora": None,
         "one": "out/heads/one",
