@@ -1,6 +1,4 @@
-"""Files that are written whole or not at all, by one writer; readers of JSON; hashes; the cache
-folder.
-"""
+"""Files written whole or not at all, by one writer; their hashes; JSON; the cache folder."""
 
 from __future__ import annotations
 
@@ -13,18 +11,21 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
-if TYPE_CHECKING:
-    pass
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs into one output are not noticed
+    fcntl = None  # type: ignore[assignment]
+
+NO_ROOM = 2**20  # bytes; a disk with less is full
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it is renamed to ``path``, on error it
-    is removed.
+    """Yield a temporary path, which is renamed to ``path`` on success and removed on error.
 
     The old file stays whole until the rename, which the file system does in one step.
     """
@@ -42,10 +43,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder; on success its files are renamed, one by one, into ``folder``; on
-    error it goes.
+    """Yield a temporary folder, whose files are moved into ``folder``, one by one, on success.
 
-    No file in ``folder`` is ever half written, and one that nobody wrote anew stays.
+    No file in ``folder`` is ever half written, and other files in it stay.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -71,21 +71,16 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one output are not noticed there
-    fcntl = None  # type: ignore[assignment]
-NO_ROOM = 2**20  # bytes: less than that is a full disk
-
-
 def lock(file: IO[bytes], output: Path, wait: bool = False) -> None:
     """Lock an open file until it is closed or the process ends, however it ends.
 
     Args:
-        wait: until another process, which holds it, lets go.
+        file: the open file.
+        output: file or folder that the lock protects, for the message.
+        wait: whether to wait until another process releases the lock.
 
     Raises:
-        BlockingIOError: if another process holds it, and so writes ``output``.
+        BlockingIOError: if another process holds the lock.
     """
     if fcntl is None:
         return
@@ -99,11 +94,11 @@ def lock(file: IO[bytes], output: Path, wait: bool = False) -> None:
 
 @contextmanager
 def full_disk_explained(output: Path, kept: str) -> Iterator[None]:
-    """Turn what a full disk makes libraries raise into one OSError that says what to do.
+    """Turn the errors that libraries raise on a full disk into one OSError that says what to do.
 
     Args:
         output: file or folder that is written.
-        kept: what is not lost, as ``"All batches that were finished are"``.
+        kept: subject and verb of the sentence "... kept", such as ``"All finished batches are"``.
 
     Raises:
         OSError: if the disk is full.
@@ -121,7 +116,7 @@ def full_disk_explained(output: Path, kept: str) -> Iterator[None]:
 def _is_full(error: Exception, output: Path) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # torch.save and safetensors do not pass the system's error on.
+    # torch.save and safetensors raise errors of their own, without the system's number.
     folder = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     return "No space left" in str(error) or shutil.disk_usage(folder).free < NO_ROOM
 
@@ -136,7 +131,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def default_cache_dir() -> Path:
-    """Return ``$PEFT_CAFT_CACHE``, else ``$XDG_CACHE_HOME/peft-caft``, else ``~/.cache/peft-caft``."""
+    """``$PEFT_CAFT_CACHE``, else ``$XDG_CACHE_HOME/peft-caft``, else ``~/.cache/peft-caft``."""
     if chosen := os.environ.get("PEFT_CAFT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-caft"

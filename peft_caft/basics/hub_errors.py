@@ -1,4 +1,4 @@
-"""What goes wrong with the Hub, said so that a user knows what to do next."""
+"""Errors of the Hub, in words that tell a user what to do next."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may {}"
 
 @contextmanager
 def explained(field: str, repo_id: str, revision: str | None = None, action: str = "read") -> Iterator[None]:
-    """Turn huggingface_hub's errors about a repository into built-in ones that name the field and
-    the way out.
+    """Turn huggingface_hub's errors into built-in ones that name the field and the way out.
 
     Args:
-        field: the argument that named the repository.
-        action: ``"read"`` or ``"write"``, what the token must allow.
+        field: name of the argument that gave ``repo_id``.
+        repo_id: the repository.
+        revision: branch, tag or commit; None is ``main``.
+        action: permission that the token needs, ``"read"`` or ``"write to"``.
 
     Raises:
-        FileNotFoundError: no such repository, revision or file, or it is private, or not in the
-            cache while offline.
-        PermissionError: the token is missing, unknown or not allowed to do this.
-        ConnectionError: the Hub cannot be reached, failed, or the connection broke off.
+        FileNotFoundError: if there is no such repository, revision or file, or it is private, or
+            not in the cache while offline.
+        PermissionError: if the token is missing or unknown, or does not allow this.
+        ConnectionError: if the Hub cannot be reached or fails, or the connection breaks off.
     """
     where = f"{field}: {repo_id!r} on {constants.ENDPOINT}"
     at = f"revision {revision or 'main'}"
@@ -78,12 +79,12 @@ def explained(field: str, repo_id: str, revision: str | None = None, action: str
     except (HTTPError, OfflineModeIsEnabled) as error:
         raise ConnectionError(f"{where}: no connection, or it broke off ({first_line(error)}). {retry}") from error
     except RuntimeError as error:
-        # huggingface_hub wraps what stops the upload of a large file.
+        # huggingface_hub wraps the error that stops the upload of a large file.
         reason = first_line(error.__cause__ or error)
         raise ConnectionError(f"{where}: the transfer failed ({reason}). {retry}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of a message that may be long; the kind of error if it says nothing."""
+    """First line of the error's message, or the error's type if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,9 +1,9 @@
-"""How sure a mean over test rows is, and a difference between two runs on the same rows.
+"""Confidence intervals of a mean over test rows, and of the difference of two runs on them.
 
-All of it works on one table of values, shape (seeds, rows): a run trained from one seed is one line
-of it. Undefined values (None) take no part. Where there are several seeds, seeds and rows are drawn
-apart, since every seed meets the same rows (the "pigeonhole" bootstrap: Owen, Annals of Applied
-Statistics 1(2), 2007). Percentile intervals; seeded, so the same values give the same interval.
+Values form a table (seeds, rows), with a line for the run from each seed; undefined values (None)
+take no part. Seeds and rows are drawn independently, since every seed meets the same rows (the
+"pigeonhole" bootstrap: Owen, Annals of Applied Statistics 1(2), 2007). Intervals are those of
+percentiles, and the same for the same values.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Estimate:
     """A mean, or a difference of means, with its confidence interval.
 
     Attributes:
-        mean: over all defined values.
-        low: lower end; None where nothing can be said, as of one row.
+        mean: mean of all defined values.
+        low: lower end of the interval; None if there is none, as for one row.
         high: upper end.
-        rows: how many rows have a defined value.
-        method: how the interval was made: ``"bootstrap"`` or ``"wilson"``.
+        rows: number of rows that have a defined value.
+        method: method of the interval, ``"bootstrap"`` or ``"wilson"``.
     """
 
     mean: float
@@ -43,24 +43,24 @@ class Estimate:
 
 
 def excludes_zero(low: float | None, high: float | None) -> bool:
-    """Whether an interval leaves out 0; one that is not known does not."""
+    """Whether the interval is known and does not contain 0."""
     return low is not None and high is not None and (low > 0 or high < 0)
 
 
 def mean_estimate(
     values: Values, weights: Sequence[float] | None = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Estimate | None:
-    """The mean of one run's per-row values; None if none is defined.
+    """The mean of one run's values with its interval; None if no value is defined.
 
-    Shares of rows without weights, values 0 and 1 alone, get Wilson's interval: the bootstrap's has
-    no width where all rows agree, as at 0 of 164.
+    Values that are all 0 or 1, without weights, get Wilson's interval: the bootstrap's has no width
+    where all rows agree, as at 0 of 164.
 
     Args:
-        values: one per row.
-        weights: of the rows; the mean is sum(w v) / sum(w).
-        level: of confidence.
-        resamples: draws of the bootstrap.
-        seed: of the draws.
+        values: one value per row.
+        weights: weight w of each row; the mean is sum(w v) / sum(w).
+        level: confidence level.
+        resamples: number of draws of the bootstrap.
+        seed: seed of the draws.
     """
     table, weight = _table([values], weights)
     rows = int((weight > 0).sum())
@@ -80,22 +80,18 @@ def mean_over_seeds(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate | None:
-    """The mean over runs from several seeds, with its interval over seeds and rows; None if no
-    value is defined.
+    """The mean over runs from several seeds with its interval; None if no value is defined.
 
     Args:
-        values: per seed, one value per row; ``[values]`` for one seed, whose interval is over rows
-            alone.
-        weights: of the rows, the same for all seeds.
+        values: for each seed one value per row.
+        weights, level, resamples, seed: arguments of `mean_estimate`.
     """
     table, weight = _table(values, weights)
     return _estimate(table, weight, level, resamples, seed) if (weight > 0).any() else None
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Journal of the American Statistical Association 22,
-    1927).
-    """
+    """Wilson's score interval of a share (J. American Statistical Association 22, 1927)."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -113,15 +109,14 @@ def paired_difference(
 ) -> Estimate | None:
     """Mean of ``second - first``, paired by seed and row; None if no pair is defined.
 
-    A pair counts where both are defined, so that a metric which one of the runs leaves undefined
-    compares the rows on which both answered usefully. With S seeds the part of the variance that
-    comes from seeds is (S - 1) / S of what it should be: at three seeds an interval is too narrow
-    by up to a fifth, and with one seed it says nothing about seeds at all.
+    A pair counts if both values are defined. With S seeds, the part of the variance that comes from
+    seeds is (S - 1) / S of what it should be: with three seeds an interval is too narrow by up to a
+    fifth, and with one seed it says nothing about seeds.
 
     Args:
-        first: per seed, one value per row; ``[values]`` for one seed.
-        second: the same, of the other run.
-        weights: of the rows.
+        first: for each seed one value per row.
+        second: the same for the other run.
+        weights, level, resamples, seed: arguments of `mean_estimate`.
 
     Raises:
         ValueError: if the shapes differ.
@@ -137,41 +132,12 @@ def paired_difference(
 
 
 def too_narrow_by(seeds: int) -> float:
-    """Up to what share of its width an interval over so many seeds falls short, if all of the
-    spread is that of seeds.
-    """
+    """Share of its width that an interval lacks if all variance comes from its ``seeds``."""
     return 1 - ((seeds - 1) / seeds) ** 0.5
 
 
-def sign_flip_p_value(
-    differences: Values, weights: Sequence[float] | None = None, flips: int = 10_000, seed: int = 0
-) -> float:
-    """Two-sided p-value of paired differences whose signs would be chance if the runs did not
-    differ.
-
-    All 2^n signs where these are at most ``flips`` (then exact), else random ones, of which the
-    observed ones count as one.
-
-    Args:
-        differences: one per row (or per seed); undefined ones and zeros take no part.
-    """
-    table, weight = _table([differences], weights)
-    terms = (table * weight)[table * weight != 0]
-    observed = abs(terms.sum()) * (1 - 1e-12)
-    if 2 ** len(terms) <= flips:
-        numbers = np.arange(2 ** len(terms))[:, None]
-        signs = 1 - 2 * ((numbers >> np.arange(len(terms))) & 1)
-        return float((np.abs(signs @ terms) >= observed).mean())
-    rng = np.random.default_rng(seed)
-    hits = sum(
-        int((np.abs((2 * rng.integers(0, 2, (count, len(terms))) - 1) @ terms) >= observed).sum())
-        for count in _chunks(flips)
-    )
-    return (hits + 1) / (flips + 1)
-
-
 def _table(values: Sequence[Values], weights: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Values with 0 for undefined ones, and weights with 0 for these; both fp64 ``(seeds, rows)``."""
+    """Values and weights, both 0 where a value is undefined, and both fp64 ``(seeds, rows)``."""
     table = np.array([[np.nan if v is None else v for v in line] for line in values], dtype=np.float64).reshape(
         len(values), -1
     )
@@ -196,7 +162,7 @@ def _estimate(table: np.ndarray, weight: np.ndarray, level: float, resamples: in
 
 
 def _draws(weighted: np.ndarray, weight: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Means of so many draws; NaN where a draw holds no defined value."""
+    """Means of ``count`` draws; NaN where a draw has no defined value."""
     seeds, rows = weighted.shape
     of_rows = _counts(rng, count, rows)
     of_seeds = _counts(rng, count, seeds) if seeds > 1 else np.ones((count, 1))
@@ -206,9 +172,7 @@ def _draws(weighted: np.ndarray, weight: np.ndarray, rng: np.random.Generator, c
 
 
 def _counts(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """How often each of ``size`` is drawn, with replacement, ``count`` times over: fp64 ``(count,
-    size)``.
-    """
+    """How often each of ``size`` items is in each of ``count`` draws: fp64 ``(count, size)``."""
     drawn = rng.integers(0, size, (count, size)) + size * np.arange(count)[:, None]
     return np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size).astype(np.float64)
 

@@ -1,6 +1,4 @@
-"""The two pictures of a CAFT experiment, as PNG files: training curves, and the accuracy of the
-auxiliary heads.
-"""
+"""The look that all plots share: colours, axes, and how a figure is written."""
 
 import os
 from typing import Literal
@@ -10,15 +8,13 @@ from matplotlib.figure import Figure
 
 from .files import replacing
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes and in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, also in grey.
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-
 CROSS_ENTROPY = "cross entropy (nats/token)"
 
 
 def tidy_axes(axes: Axes, grid: Literal["both", "y"] = "both") -> None:
-    """The look that all plots share: a pale grid behind the data, no frame above and at the right."""
+    """Draw a pale grid behind the data, and no frame above and at the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#E3E6E8", linewidth=0.8)
     axes.set_axisbelow(True)

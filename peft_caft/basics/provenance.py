@@ -1,4 +1,4 @@
-"""What an artifact says about how it was made."""
+"""The record of how an artifact was made: command, versions, commit, machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("peft-caft", "torch", "transformers", "peft", "accelerate", "safeten
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
+    """Versions of Python and of the packages on which results depend."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -31,13 +31,14 @@ def versions() -> dict[str, str]:
 
 
 def listed(versions: dict[str, str]) -> str:
-    """`versions` in a line of text."""
+    """The `versions` as one line of text."""
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def source_name(source: str) -> str:
-    """A model's or artifact's Hub id, or the name of its folder: the path of it means nothing on
-    another machine.
+    """A model's or artifact's Hub id, or the name of its folder.
+
+    The folder's path means nothing on another machine.
     """
     return Path(source).resolve().name if Path(source).is_dir() else source
 
@@ -61,7 +62,7 @@ def git_commit() -> str | None:
 
 
 def provenance() -> dict[str, object]:
-    """Versions, commit and machine of this process, for the record beside an artifact."""
+    """Command, versions, commit and machine of this process, for the record of an artifact."""
     # A path means nothing on another machine, so only its last part is recorded.
     arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
     program = Path(sys.argv[0])
@@ -76,7 +77,7 @@ def provenance() -> dict[str, object]:
 
 
 def machine() -> str:
-    """System, processor with its number of cores, and GPUs, as "Linux x86_64, 2 x AMD EPYC"."""
+    """System, cores and GPUs in words, such as "Linux x86_64, 2 x AMD EPYC"."""
     import torch
 
     parts = [f"{platform.system()} {platform.machine()}"]
@@ -90,9 +91,7 @@ def machine() -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Hex digest of some numbers of each parameter: a merged adapter leaves the unembedding as it
-    was, but not this.
-    """
+    """Hex digest of some values of each parameter, which a merged adapter changes."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         values = parameter.detach().flatten()
@@ -101,9 +100,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def peak_memory_mib() -> float | None:
-    """Largest memory this process has held so far, MiB: of the GPU if it used one, else resident;
-    None on Windows.
-    """
+    """Peak memory of this process in MiB, of the GPU if it used one; None on Windows."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:

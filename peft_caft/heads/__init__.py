@@ -1,5 +1,4 @@
-"""Auxiliary heads and what they stand on: the base model's last layer, norm and unembedding; their
-files, card and repository.
+"""Auxiliary heads, the parts of the base model that they use, their files, card and repository.
 
 Rule: imports basics.
 """

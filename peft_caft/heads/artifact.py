@@ -1,10 +1,9 @@
 """Auxiliary heads on disk and on the Hub: ``config.json``, ``model.safetensors`` and a model card.
 
-``config.json`` holds the hash of the weights it belongs to. A save writes the new configuration
-first under a pending
-name, then replaces the weights, then the configuration: whenever it is cut off, one configuration
-on disk matches the weights on disk, and a reader takes that one. The old card goes before the old
-weights, so that none describes others.
+``config.json`` holds the hash of the weights it belongs to. A save first writes the new
+configuration under a pending name, then replaces the weights, then the configuration. Whenever it
+is interrupted, one configuration on disk matches the weights, and a reader takes that one. The old
+card is removed before the weights change, so that no card describes other heads.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ PENDING_CONFIG_NAME = ".config.json.pending"
 
 
 def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weights: dict[str, Tensor]) -> None:
-    """Write the artifact; the configuration then holds the hash of its weights.
+    """Write the artifact, and set the hash of its weights in ``config``.
 
     Args:
         save_directory: folder; it is made if there is none.
-        config: what the heads are.
-        weights: name -> tensor, on any device.
+        config: description of the heads.
+        weights: name -> tensor of any shape, dtype and device.
 
     Raises:
         NotADirectoryError: if ``save_directory`` is a file.
@@ -62,15 +61,15 @@ def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weight
 
 
 def _finish_interrupted_save(folder: Path) -> None:
-    """Give weights whose save was cut off the configuration that belongs to them, before the next
-    save replaces it.
+    """Complete a save that was interrupted after its weights, before the next one overwrites its
+    pending configuration.
     """
     pending, weights = folder / PENDING_CONFIG_NAME, folder / WEIGHTS_NAME
     if not pending.is_file() or not weights.is_file():
         return
     try:
         belongs = HeadsConfig.from_file(pending).weights_sha256 == file_sha256(weights)
-    except ValueError:  # another version of this package left it: the save that starts now replaces it anyway
+    except ValueError:  # another version of this package wrote it; the save that starts now replaces it
         return
     if belongs:
         os.replace(pending, folder / CONFIG_NAME)
@@ -78,7 +77,7 @@ def _finish_interrupted_save(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class HeadsFiles:
-    """Where an artifact's two files lie on this machine, and where they came from."""
+    """Paths of an artifact's two files; repository and commit if they come from the Hub."""
 
     config: Path
     weights: Path
@@ -86,15 +85,27 @@ class HeadsFiles:
     commit: str | None = None
 
     def read_config(self) -> HeadsConfig:
-        """The configuration that belongs to the weights on disk; see the module's docstring.
+        """The configuration that belongs to the weights on disk.
 
         Raises:
-            ValueError: if it is not one of heads, or the weights are damaged.
+            ValueError: if it describes no heads, or the weights are damaged.
         """
-        return _config_of_weights(self.config, self.weights)
+        pending = self.config.with_name(PENDING_CONFIG_NAME)
+        config = HeadsConfig.from_file(self.config if self.config.is_file() else pending)
+        if config.weights_sha256 is None:
+            return config
+        digest = file_sha256(self.weights)
+        if config.weights_sha256 != digest and pending.is_file():
+            config = HeadsConfig.from_file(pending)
+        if config.weights_sha256 != digest:
+            raise ValueError(
+                f"{self.weights}: damaged. Its sha256 is {digest}, expected {config.weights_sha256} as "
+                f"recorded in {self.config.name}. Save the heads again, or download them again (force_download=True)."
+            )
+        return config
 
     def read_weights(self) -> dict[str, Tensor]:
-        """Name -> tensor, on the CPU.
+        """Name -> tensor as saved, on the CPU.
 
         Raises:
             ValueError: if the file is damaged.
@@ -108,16 +119,18 @@ class HeadsFiles:
 
 
 def find_heads(source: str, field: str = "heads", revision: str | None = None, **hub: Any) -> HeadsFiles:
-    """The files of heads in a folder or on the Hub, both from one commit.
+    """Find the files of heads in a folder, or download both from one commit.
 
     Args:
-        source: folder, or repository id.
-        field: the argument that named the heads, for messages.
+        source: folder, or repository id on the Hub.
+        field: name of the argument that gave ``source``, for messages.
         revision: branch, tag or commit on the Hub.
         hub: further arguments of ``huggingface_hub.hf_hub_download``.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: see `hub_errors.explained`.
+        FileNotFoundError: if there are no heads, or none at this revision.
+        PermissionError: if the token may not read them.
+        ConnectionError: if the Hub cannot be reached and the cache does not hold them.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -132,7 +145,7 @@ def find_heads(source: str, field: str = "heads", revision: str | None = None, *
         return files
     with explained(field, source, revision):
         config = Path(_download(field, source, CONFIG_NAME, revision, hub))
-        # The cache keeps a file under snapshots/COMMIT. Someone may push between the two downloads.
+        # The cache keeps a file under snapshots/COMMIT; someone may push between the two downloads.
         commit = config.parent.name
         weights = Path(_download(field, source, WEIGHTS_NAME, commit, hub))
     return HeadsFiles(config, weights, source, commit)
@@ -148,22 +161,6 @@ def _download(field: str, repo_id: str, name: str, revision: str | None, hub: di
             f"{field}: no {name} in the Hub repository {repo_id!r} (revision {revision or 'main'}). Expected a repository "
             "that holds auxiliary heads, not an adapter or a model."
         ) from error
-
-
-def _config_of_weights(config_path: Path, weights_path: Path) -> HeadsConfig:
-    pending = config_path.with_name(PENDING_CONFIG_NAME)
-    config = HeadsConfig.from_file(config_path if config_path.is_file() else pending)
-    if config.weights_sha256 is None:
-        return config
-    digest = file_sha256(weights_path)
-    if config.weights_sha256 != digest and pending.is_file():
-        config = HeadsConfig.from_file(pending)
-    if config.weights_sha256 != digest:
-        raise ValueError(
-            f"{weights_path}: damaged. Its sha256 is {digest}, expected {config.weights_sha256} as "
-            f"recorded in {config_path.name}. Save the heads again, or download them again (force_download=True)."
-        )
-    return config
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .config import DEFAULT_NUM_HEADS, HeadsConfig, fingerprint
-from .layer_copy import plain_copy
+from .layer_copy import linear_of, plain_copy
 from .layer_replay import LayerAtRows, replay
 from .pretrained import PretrainedHeads
 from .sharding import gathered, whole
@@ -25,40 +25,45 @@ from .watched_pass import Captured
 
 
 class ResidualBlock(nn.Module):
-    """``x + SiLU(W x)`` with W ``(hidden, hidden)`` zero at first, so that it starts as the
-    identity.
+    """``x + SiLU(W x)`` with W ``(hidden, hidden)``, zero at first: it starts as the identity.
 
-    The block of Medusa (arXiv 2401.10774), without its bias unless imported heads need one.
+    It is the block of Medusa (arXiv 2401.10774), without the bias unless imported heads have one.
     """
 
     def __init__(self, hidden_size: int, device: torch.device, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
-        # Made on the meta device and filled directly: nn.Linear's initialisation would draw from
-        # the global generator, and PEFT's low_cpu_mem_usage turns every registered parameter into a
-        # meta tensor.
-        self.linear = nn.Linear(hidden_size, hidden_size, bias=bias, device="meta")
-        for name, parameter in list(self.linear.named_parameters()):
-            zeros = torch.zeros(parameter.shape, device=device, dtype=dtype)
-            self.linear._parameters[name] = nn.Parameter(zeros)
+        weight = torch.zeros(hidden_size, hidden_size, device=device, dtype=dtype)
+        self.linear = linear_of(weight, torch.zeros_like(weight[0]) if bias else None)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Map ``(rows, hidden)`` in the dtype of the parameters to the same shape and dtype."""
         return states + nn.functional.silu(self.linear(states))
 
 
 class ResidualHead(nn.Sequential):
-    """A stack of residual blocks; each token on its own."""
+    """A stack of residual blocks, which see each token alone."""
 
     def states(self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True) -> Tensor:
+        """States of the selected positions, before the final norm.
+
+        Args:
+            hidden: hidden states that the head reads, ``(batch, tokens, hidden)``.
+            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens``
+                positions.
+            captured: arguments of the base model's last layer; residual blocks need none.
+            skip_queries: allow decoder layers to compute the selected positions alone.
+
+        Returns:
+            ``(selected, hidden)`` in the dtype of the head, or of autocast.
+        """
         return self(hidden.flatten(0, 1)[rows])
 
 
 class DecoderLayerHead(nn.Sequential):
-    """A stack of layers of the base model's own kind, called with the mask and positions of its
-    last layer.
+    """A stack of layers of the base model's own kind, called as the model called its last layer.
 
-    Keys and values are needed of all positions, but queries and all that follows only of ``rows``.
-    So the last layer runs for these alone where that is possible (see `LayerAtRows`), and for all
-    positions elsewhere.
+    The last layer of the stack needs keys and values of all positions, but queries of ``rows``
+    alone. `LayerAtRows` computes no others, where that is possible.
     """
 
     def __init__(self, *layers: nn.Module) -> None:
@@ -66,6 +71,7 @@ class DecoderLayerHead(nn.Sequential):
         self._at_rows = LayerAtRows()
 
     def states(self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True) -> Tensor:
+        """States of the selected positions; arguments and result are those of `ResidualHead`."""
         *earlier, last = self
         for layer in earlier:
             hidden = replay(layer, hidden, captured)
@@ -75,14 +81,18 @@ class DecoderLayerHead(nn.Sequential):
 
 
 class AuxiliaryHeads(PretrainedHeads):
-    """n - 1 auxiliary heads of one base model; ``heads[0]`` predicts 2 tokens ahead, ``heads[-1]``
-    n.
+    """n - 1 auxiliary heads of a base model: ``heads[0]`` predicts 2 tokens ahead, ``heads[-1]`` n.
 
-    From the input x of the last decoder layer, head k computes ``lm_head(final_norm(head_k(x)))``;
-    from the last hidden state, which is already normed, ``lm_head(head_k(x))``. Norm and
-    unembedding are the base model's and are neither held nor saved here.
+    A head that reads the input x of the last decoder layer computes
+    ``lm_head(final_norm(head_k(x)))``; one that reads the last hidden state, which is normed
+    already, computes ``lm_head(head_k(x))``. Norm and unembedding belong to the base model and are
+    neither held nor saved here.
 
-    Make them with `from_base_model`, load them with `from_pretrained`.
+    Example:
+        >>> heads = AuxiliaryHeads.from_base_model(model, num_heads=4)  # fresh, untrained
+        >>> heads.save_pretrained("heads")
+        >>> heads = AuxiliaryHeads.from_pretrained("heads", base_model=model)
+        >>> two_ahead, *others = heads.logits(model, input_ids)  # each (batch, tokens, vocabulary)
     """
 
     def __init__(self, config: HeadsConfig, heads: list[ResidualHead | DecoderLayerHead]) -> None:
@@ -100,19 +110,17 @@ class AuxiliaryHeads(PretrainedHeads):
         head_num_layers: int = 1,
         residual_bias: bool = False,
     ) -> AuxiliaryHeads:
-        """Fresh heads for ``model``, on its device and in its dtype. They predict nothing useful
-        until trained.
+        """Make heads for ``model``, on its device and in its dtype. They must be trained first.
 
         Args:
-            model: a transformers causal language model, with or without PEFT adapters (which are
-                left out).
-            num_heads: n - 1.
+            model: a transformers causal language model; PEFT adapters in it are left out.
+            num_heads: number of heads, n - 1.
             head_type: ``"residual"`` (starts as the identity) or ``"decoder_layer"`` (copies of the
                 last layer, so that with ``head_input="last_layer_input"`` every head starts with
                 the model's own next-token logits).
             head_input: ``"last_layer_input"`` or ``"last_hidden_state"``.
-            head_num_layers: blocks or layers per head.
-            residual_bias: give residual blocks a bias, as other packages' have.
+            head_num_layers: number of blocks or layers per head.
+            residual_bias: give residual blocks a bias.
 
         Raises:
             TypeError: if the model is not a decoder-only causal language model.
@@ -141,12 +149,10 @@ class AuxiliaryHeads(PretrainedHeads):
 
     @classmethod
     def from_config(cls, config: HeadsConfig, backbone: Backbone) -> AuxiliaryHeads:
-        """Heads of the described shape; a ``decoder_layer`` head starts as a copy of the last
-        layer.
+        """Heads of the described shape; ``decoder_layer`` heads start as copies of the last layer.
 
-        Copied rather than constructed: a constructed layer draws from the global generator, leaves
-        the experts of a mixture empty, and might be of another attention kind than the mask that
-        the last layer is called with.
+        A layer that is constructed instead would draw from the global generator, leave the experts
+        of a mixture empty, and might have another kind of attention than the last layer's mask.
         """
         weight = backbone.lm_head.weight
 
@@ -161,13 +167,13 @@ class AuxiliaryHeads(PretrainedHeads):
         return cls(config, [head_class(*stack) for stack in stacks])
 
     def train(self, mode: bool = True) -> AuxiliaryHeads:
-        """Frozen heads stay in evaluation mode: their dropout would add noise and draw from the
+        """Keep frozen heads in evaluation mode: their dropout would add noise, and draw from the
         global generator.
         """
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def require_fits(self, backbone: Backbone, source: str = "given") -> None:
-        """Raise a ValueError if these heads were made for another base model (see `HeadsConfig`)."""
+        """Raise a ValueError if these heads were made for another base model."""
         self.config.require_base_model(whole(backbone.lm_head.weight), source)
 
     def keep_first(self, count: int, source: str = "given") -> None:
@@ -194,17 +200,15 @@ class AuxiliaryHeads(PretrainedHeads):
             captured: record of the base model's forward pass over ``(batch, tokens)``.
             rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens``
                 positions.
-            backbone: whose final norm to use.
-            skip_queries: let decoder-layer heads compute the selected positions alone where they
-                can.
+            backbone: parts of that base model; the final norm is used.
+            skip_queries: allow decoder-layer heads to compute the selected positions alone.
 
         Returns:
             ``(selected, hidden)`` in the dtype of the hidden states.
         """
         hidden = getattr(captured, self.config.head_input)
         head = self.heads[index]
-        # Heads kept in fp32 for training run in the base model's half precision, as under mixed
-        # precision.
+        # Heads that train in fp32 run in the base model's half precision, as mixed precision does.
         mixed = hidden.dtype in (torch.bfloat16, torch.float16) and next(head.parameters()).dtype == torch.float32
         with torch.autocast(hidden.device.type, dtype=hidden.dtype) if mixed else nullcontext():
             states = head.states(hidden, rows, captured, skip_queries)
@@ -219,16 +223,17 @@ class AuxiliaryHeads(PretrainedHeads):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> list[Tensor]:
-        """Logits of every head at every position, for inspection and evaluation; no gradient.
+        """Logits of every head at every position, without graph.
 
         Args:
-            model: the base model, or a PEFT model around it, whose active adapters then take part.
+            model: the base model, or a PEFT model around it, whose active adapters take part.
             input_ids: int64 ``(batch, tokens)``.
             attention_mask: ``(batch, tokens)``, 1 for tokens and 0 for padding.
             position_ids: int64 ``(batch, tokens)``.
 
         Returns:
-            one ``(batch, tokens, vocabulary)`` tensor per head; entry i is about token t + i + 2.
+            one ``(batch, tokens, vocabulary)`` tensor per head, fp32 or better; entry i predicts
+            token t + i + 2.
 
         Raises:
             ValueError: if the heads were made for another base model.
@@ -246,9 +251,7 @@ class AuxiliaryHeads(PretrainedHeads):
         return [unembedding.logits(s.to(unembedding.weight.dtype)).view(shape) for s in states]
 
     def plain_state_dict(self) -> dict[str, Tensor]:
-        """The heads' parameters, with LoRA inside the heads (``train_heads="lora"``) merged into
-        them.
-        """
+        """Name -> parameter; LoRA inside the heads (``train_heads="lora"``) is merged into them."""
         if not any(isinstance(module, BaseTunerLayer) for module in self.modules()):
             return self.state_dict()
         merged = copy.deepcopy(self)

@@ -1,9 +1,8 @@
-"""The parts of a causal language model that auxiliary heads lean on: last layer, final norm and
-unembedding.
+"""The parts of a causal language model that heads use: layers, final norm and unembedding.
 
-They are found by structure, not by architecture name, and what they compute is checked once against
-the model's own logits (`Backbone.verify`), so that a model that does something else at its output
-is refused instead of trained wrongly.
+They are found by structure, not by the name of an architecture. `Backbone.verify` compares what
+they compute with the model's own output once, so that a model that does something else there is
+refused instead of trained wrongly.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .watched_pass import Captured, LayerStack
 
 
 def beneath_adapters(module: nn.Module) -> nn.Module:
-    """The base model's own module under the wrappers that PEFT may have put around it."""
+    """The base model's own module inside the wrappers that PEFT may have put around it."""
     while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
     return module
@@ -49,8 +48,17 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 @dataclass(kw_only=True)
 class Backbone(LayerStack):
-    """References to the parts of one base model; it owns nothing. Resolved once, before FSDP wraps
-    the modules.
+    """References to the parts of one base model, found once, before FSDP wraps the modules.
+
+    Attributes:
+        model: the transformers model.
+        final_norm: norm between the last layer and the lm_head, None if there is none.
+        lm_head: linear layer with a floating-point weight.
+        logit_scale: factor on the logits.
+        logit_softcap: c of ``c * tanh(logits / c)``, or None.
+        verified: whether `verify` has passed.
+        shift_verified: whether it was checked that the model shifts its labels itself.
+        logits_needed: whether the model has no loss if it computes no logits.
     """
 
     model: PreTrainedModel
@@ -60,7 +68,7 @@ class Backbone(LayerStack):
     logit_softcap: float | None
     verified: bool = False
     shift_verified: bool = False
-    logits_needed: bool = False  # seen at the first pass without logits
+    logits_needed: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Backbone:
@@ -69,7 +77,7 @@ class Backbone(LayerStack):
         Raises:
             TypeError: if ``model`` is not a decoder-only transformers model with a
                 language-modelling head.
-            ValueError: if its weights are not all in this process's devices.
+            ValueError: if some of its weights are not on the devices of this process.
         """
         base = base_model_of(model)
         _require_weights_at_hand(base)
@@ -112,11 +120,11 @@ class Backbone(LayerStack):
         return whole_shape(self.lm_head.weight)[0]
 
     def unembedding(self, captured: Captured | None = None) -> Unembedding:
-        """The lm_head, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits; a
-        constant unless it is trained.
+        """The lm_head, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits.
 
-        Under autocast in its dtype. Made once for a pass, whose record it is kept in: to cast the
-        weight copies it, and under ZeRO-3 so does gathering it from all processes.
+        It is a constant unless the lm_head is trained, and has the dtype of autocast where that is
+        on. ``captured`` keeps it for the pass: casting the weight copies it, and so does gathering
+        it from all processes under ZeRO-3.
         """
         if captured is not None and captured.unembedding is not None:
             return captured.unembedding
@@ -128,27 +136,27 @@ class Backbone(LayerStack):
             scale=self.logit_scale,
             softcap=self.logit_softcap,
         ).in_compute_dtype(weight.device.type)
-        # Without gradients (`verify`) a trained one would be kept without its graph.
+        # Without gradients, as in `verify`, a trained weight would be kept without its graph.
         if captured is not None and (torch.is_grad_enabled() or not weight.requires_grad):
             captured.unembedding = unembedding
         return unembedding
 
     def normed(self, states: Tensor) -> Tensor:
-        """The base model's final norm, where it has one."""
+        """Final norm of ``(..., hidden)``, same shape; ``states`` itself if the model has none."""
         return states if self.final_norm is None else self.final_norm(states)
 
     @torch.no_grad()
     def verify(self, captured: Captured, what: str, own: Tensor, expected: Tensor) -> None:
-        """Check, once, that norm, unembedding and logit scaling are all there is after the layers.
+        """Check that the model does nothing after its layers that this class does not know.
 
         Args:
-            captured: record of a forward pass; the norm is checked on its first row's last token.
-            what: what ``own`` and ``expected`` are, for the message.
-            own: made of ``captured`` with this class's `unembedding`.
-            expected: the same as the model computed it, of the same shape.
+            captured: record of a forward pass; the norm of its first row's last token is checked.
+            what: name of ``own`` and ``expected`` in the message.
+            own: logits or log-probabilities of any shape, from ``captured`` and `unembedding`.
+            expected: the same from the model, of the same shape, any floating dtype.
 
         Raises:
-            TypeError: if they differ; training would follow a wrong gradient.
+            TypeError: if norm or values differ; training would follow a wrong gradient.
         """
         own_norm, norm = self.normed(captured.last_layer_output[:1, -1:]), captured.last_hidden_state[:1, -1:]
         # Under autocast the hidden states may be fp32 and the logits bf16.
@@ -168,9 +176,7 @@ class Backbone(LayerStack):
 
 
 def _require_weights_at_hand(model: PreTrainedModel) -> None:
-    """A ``device_map`` over several GPUs is fine; weights that come from elsewhere for each call
-    are not.
-    """
+    """Raise a ValueError if weights are split over processes, or offloaded from the devices."""
     processes = getattr(model, "tp_size", None) or 1
     if processes > 1:
         raise ValueError(
@@ -187,10 +193,10 @@ def _require_weights_at_hand(model: PreTrainedModel) -> None:
 
 
 def _with_graph_if_trained(parameter: Tensor) -> Tensor:
-    """All of a parameter of the lm_head; a constant if it is frozen.
+    """All of a parameter of the lm_head, of any shape; a constant if it is frozen.
 
     Raises:
-        ValueError: if it is trained, and whole only as a copy, to which no gradient could flow.
+        ValueError: if it is trained, but whole only as a copy, which no gradient reaches.
     """
     all_of_it = whole(parameter)
     if not (parameter.requires_grad and torch.is_grad_enabled()):
@@ -216,8 +222,8 @@ def _trunk_and_layers(model: nn.Module, count: int) -> tuple[nn.Module, nn.Modul
 
 
 def _final_norm(trunk: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
-    """The last norm among the trunk's children after its layers, or before them (OPT), where
-    embedding norms stand too.
+    """The last norm after the layers among the trunk's children, or before them (OPT), where norms
+    of embeddings stand too.
     """
     children = [(name, beneath_adapters(child)) for name, child in trunk.named_children()]
     position = next(index for index, (_, child) in enumerate(children) if child is layers)

@@ -19,11 +19,14 @@ UNTRAINED = "These heads are **not trained**: they carry no knowledge of the bas
 
 
 def write_card(folder: Path, config: HeadsConfig, repo_id: str | None = None) -> None:
-    """Write ``README.md`` into an artifact's folder, and ``heads.png`` if there are figures and
-    matplotlib.
+    """Write ``README.md`` into an artifact's folder, and ``heads.png`` if the heads were evaluated.
 
-    Without matplotlib a plot that lies there stays; without figures it goes. The Hub repository
-    ``repo_id`` is the one that the card tells to load them from.
+    Without matplotlib, an existing plot stays; without evaluations, it is removed.
+
+    Args:
+        folder: folder of the artifact.
+        config: description of the heads.
+        repo_id: Hub repository from which the card loads the heads; None for the folder.
     """
     plot = folder / PLOT_NAME
     evaluations = evaluations_of(config)
@@ -37,17 +40,15 @@ def write_card(folder: Path, config: HeadsConfig, repo_id: str | None = None) ->
 
 
 def evaluations_of(config: HeadsConfig) -> list[dict[str, Any]]:
-    """The evaluations that the heads' training recorded before and after; heads made elsewhere have
-    none.
-    """
+    """Evaluations before and after training that the heads' configuration records."""
     return [e for e in config.training.get("evaluations") or [] if e.get("before") and e.get("after")]
 
 
 def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool = False) -> str:
-    """Markdown with Hub metadata: what the heads are, for which base model, how to use them, how
-    good they are.
+    """The card in Markdown with the Hub's metadata.
 
     Args:
+        config: description of the heads.
         repo_id: repository that the card is for; None for a folder.
         has_plot: whether ``heads.png`` lies beside the card.
     """
@@ -131,7 +132,7 @@ def _usage(config: HeadsConfig, repo_id: str | None, base: str) -> list[str]:
 
 
 def training_lines(training: dict[str, Any]) -> list[str]:
-    """What is known of stage 1, in sentences; whatever else was recorded follows as a list."""
+    """The record of stage 1 as Markdown lines; fields without a sentence follow as a list."""
     rest = {k: v for k, v in training.items() if v is not None and not isinstance(v, (dict, list))}
     lines = [
         line for file in training.get("data") or [] if isinstance(file, dict) for line in _data_lines(file, "- Data:")
@@ -185,7 +186,7 @@ def _data_lines(file: dict[str, Any], start: str) -> list[str]:
     provenance = file.get("provenance")
     if not isinstance(provenance, dict):
         return [line]
-    # `peft-caft distill` records its settings under one name.
+    # `peft-caft distill` records all its settings under this name.
     settings = provenance.get("settings")
     settings = settings if isinstance(settings, dict) else provenance
     known = {k: v for k, v in settings.items() if isinstance(v, (str, int, float, bool)) and k not in _NO_NEWS}

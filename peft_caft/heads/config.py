@@ -1,6 +1,4 @@
-"""`HeadsConfig`: what auxiliary heads are, which base model they belong to and how they came to be
-(config.json).
-"""
+"""`HeadsConfig`: description of auxiliary heads, their base model and their training."""
 
 from __future__ import annotations
 
@@ -25,22 +23,20 @@ FINGERPRINT_TOLERANCE = 0.02  # bf16 and fp16 roundings of one matrix differ by 
 
 @dataclass
 class HeadsConfig:
-    """Description of an `AuxiliaryHeads` artifact, kept in its ``config.json``.
+    """Description of an `AuxiliaryHeads` artifact, its ``config.json``.
 
     Attributes:
         head_type: ``"residual"`` or ``"decoder_layer"``.
         head_input: ``"last_layer_input"`` or ``"last_hidden_state"``.
         num_heads: number of heads, n - 1; head k = 2 ... n predicts the token k ahead.
-        head_num_layers: blocks or layers per head.
-        final_norm: whether the base model's final norm stands between head and unembedding.
-        residual_bias: whether residual blocks are ``x + SiLU(W x + b)``, as those of caft-llm are.
+        head_num_layers: number of blocks or layers per head.
+        final_norm: whether the base model's final norm follows a head.
         hidden_size, vocab_size: sizes of the base model's unembedding.
-        unembedding_fingerprint: a few numbers that tell this unembedding from others, see
-            `fingerprint`.
-        base_model_name_or_path, base_model_revision, base_model_class: where the base model came
-            from.
-        license: identifier on the Hub, such as ``"apache-2.0"``; None if nobody said.
-        training: provenance of stage 1 (data, settings, versions, per-head metrics); empty for
+        unembedding_fingerprint: numbers by which `fingerprint` tells unembeddings apart.
+        residual_bias: whether residual blocks are ``x + SiLU(W x + b)``, like those of caft-llm.
+        base_model_name_or_path, base_model_revision, base_model_class: source of the base model.
+        license: identifier on the Hub, such as ``"apache-2.0"``; None if unknown.
+        training: record of stage 1 (data, settings, versions, per-head metrics); empty for
             untrained heads.
         weights_sha256: hash of ``model.safetensors``, set when saving.
     """
@@ -94,9 +90,9 @@ class HeadsConfig:
         required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
         if isinstance(values, dict) and "model_type" in values and "head_type" not in values:
             raise ValueError(
-                f"{path}: that of a whole model ({values['model_type']}), not the configuration of auxiliary heads. Heads and adapters are "
-                "what is meant here; a whole model, such as `peft-caft merge` and `peft-caft train --method caft_full` write, is published by "
-                "its own push_to_hub or `hf upload`."
+                f"{path}: got the configuration of a whole model ({values['model_type']}), expected that of auxiliary heads or an "
+                "adapter. To publish a whole model, such as `peft-caft merge` or `peft-caft train --method caft_full` writes, call "
+                "its push_to_hub, or use `hf upload`."
             )
         if not isinstance(values, dict) or not required <= set(values):
             missing = sorted(required - set(values)) if isinstance(values, dict) else sorted(required)
@@ -145,20 +141,18 @@ class HeadsConfig:
 
 
 def fingerprint(unembedding: Tensor) -> list[float] | None:
-    """Sixteen numbers, of the order of one, that tell one unembedding from another, whatever dtype
-    it is loaded in.
+    """Sixteen numbers of about 1 that tell one unembedding from another, in whatever dtype.
 
-    Each is the cosine between an evenly spaced row and a fixed wave, so that the rounding of fp16
-    or bf16 moves it far less than another model would; a hash of the bytes would not survive a
-    change of dtype.
+    Each is the cosine between one of sixteen evenly spaced rows and a fixed wave. Another model
+    moves it far more than rounding to fp16 or bf16 does, which a hash would not survive.
 
     Args:
         unembedding: ``(vocabulary, hidden)``, any floating dtype.
 
     Returns:
-        the numbers, rounded to 4 digits, or None for a tensor without data (meta device).
+        the numbers, rounded to 4 digits; None for a tensor without data (meta device).
     """
-    import torch  # here, so that the command line can read the constants above without it
+    import torch  # here, since the command line reads the constants above without torch
 
     if unembedding.is_meta:
         return None
@@ -167,6 +161,5 @@ def fingerprint(unembedding: Tensor) -> list[float] | None:
     rows = unembedding.detach()[picked].cpu().double()  # some devices have no double
     wave = torch.cos(torch.arange(hidden, dtype=torch.float64) ** 2)
     cosines = (rows @ wave) / (rows.norm(dim=1) * wave.norm()).clamp_min(1e-12)
-    # A row of ordinary size has a cosine of about 1 / sqrt(hidden) with the wave: scale it to the
-    # order of one.
+    # An ordinary row has a cosine of about 1 / sqrt(hidden) with the wave: scale it to about 1.
     return [round(value, 4) for value in (cosines * hidden**0.5).clamp(-8, 8).tolist()]

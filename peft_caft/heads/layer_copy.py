@@ -1,6 +1,4 @@
-"""A plain copy of a decoder layer, to become a head: without adapters, hooks, checkpointing, or
-quantised weights.
-"""
+"""Copies of decoder layers that become heads: no adapters, hooks, checkpointing or quantisation."""
 
 from __future__ import annotations
 
@@ -15,18 +13,15 @@ from .backbone import beneath_adapters
 
 
 def plain_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A deep copy of ``layer`` that shares the model's configuration and whose parameters can be
-    trained.
+    """A deep copy of ``layer`` with trainable parameters; it shares the model's configuration.
 
     Args:
         layer: a decoder layer, with or without adapters.
-        dtype: of linear maps that are quantised in ``layer`` (bitsandbytes, torchao) and plain in
-            the copy.
+        dtype: dtype in the copy of linear layers that are quantised by bitsandbytes or torchao.
 
     Raises:
-        ValueError: if an adapter is merged into the layer, whose own weights are then not at hand.
-        TypeError: if weights are quantised in a way that cannot be undone here (GPTQ, AWQ, HQQ and
-            others).
+        ValueError: if an adapter is merged into the layer, which hides its own weights.
+        TypeError: if weights are quantised in another way (GPTQ, AWQ, HQQ and others).
     """
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in layer.modules()):
         raise ValueError(
@@ -54,15 +49,14 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _simplify(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every wrapper below ``module`` by what it wraps, and quantised linear maps by plain
-    ones.
-
-    Wrappers may be nested (``target_parameters``).
+    """Replace wrappers below ``module``, which ``target_parameters`` nests, by what they wrap, and
+    quantised linear layers by plain ones.
     """
     for name, child in list(module.named_children()):
         bare = beneath_adapters(child)
         if _can_be_dequantised(bare):
-            bare = _plain_linear(bare, dtype)
+            bias = None if bare.bias is None else bare.bias.to(dtype, copy=True)
+            bare = linear_of(dequantize_module_weight(bare).detach().to(dtype, copy=True), bias)
         if bare is not child:
             setattr(module, name, bare)
         _simplify(bare, dtype)
@@ -73,11 +67,14 @@ def _can_be_dequantised(module: nn.Module) -> bool:
     return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao.")
 
 
-def _plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    weight = dequantize_module_weight(module).detach()
-    bias: Tensor | None = module.bias
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer with the parameters ``weight`` ``(out, in)`` and ``bias`` ``(out,)``.
+
+    nn.Linear would draw its own from the global generator, and PEFT's low_cpu_mem_usage turns every
+    parameter that a module registers into a meta tensor (huggingface/peft#1961).
+    """
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    for name, values in (("weight", weight), ("bias", bias)):  # not initialised, which would draw random numbers
-        if values is not None:
-            linear._parameters[name] = nn.Parameter(values.to(dtype, copy=True))
+    linear._parameters["weight"] = nn.Parameter(weight)
+    if bias is not None:
+        linear._parameters["bias"] = nn.Parameter(bias)
     return linear

@@ -1,9 +1,7 @@
-"""A decoder layer of a head, run on the hidden states of a forward pass that the base model has
-made.
+"""A decoder layer of a head, run on hidden states of a forward pass that the base model has made.
 
-`replay` runs it for all positions. `LayerAtRows` runs it for some: keys and values are computed of
-all positions, queries and everything after them of the selected ones. Both use the layer as it is,
-whatever its architecture.
+`replay` runs it for all positions. `LayerAtRows` computes keys and values of all positions, but
+queries and everything after them of selected ones. Both call the layer whatever its architecture.
 """
 
 from __future__ import annotations
@@ -24,38 +22,37 @@ WORTHWHILE = 0.9  # above this share of the positions, running for all of them i
 
 
 def replay(layer: nn.Module, hidden: Tensor, captured: Captured) -> Tensor:
-    """Output of ``layer`` for ``hidden``, both ``(batch, tokens, hidden)``, with the base model's
-    mask and positions.
+    """Output of ``layer`` for ``hidden``, both ``(batch, tokens, hidden)`` in the layer's dtype.
+
+    The mask and positions are those of the captured pass.
     """
     return layer_output(layer(hidden, *captured.layer_args, **captured.layer_kwargs))
 
 
 class LayerAtRows:
-    """Runs decoder layers for selected positions; finds out at the first call whether that gives
-    what `replay` gives.
+    """Runs decoder layers for selected positions, if the first call gives what `replay` gives.
 
-    transformers' attention hands its keys and values to a cache, if it is given one, and goes on
-    with what the cache returns.
-    So the layer is called twice: with all positions, up to where a cache takes the keys and values
-    and stops it, and with the selected positions, for which another one returns what the first has
-    taken.
+    transformers' attention gives its keys and values to a cache, if there is one, and goes on with
+    what the cache returns. So the layer is called twice. The first call has all positions, and a
+    cache that takes the keys and values and stops the layer. The second has the selected positions,
+    and a cache that returns what the first one took.
     """
 
     def __init__(self) -> None:
         self.works: bool | None = None  # not known before the first call
 
     def __call__(self, layer: nn.Module, hidden: Tensor, rows: Tensor, captured: Captured) -> Tensor | None:
-        """Output of the layer at ``rows``, or None where this layer or this batch needs `replay`.
+        """Output of the layer at ``rows``; None where this layer or this batch needs `replay`.
 
         Args:
             layer: the decoder layer.
             hidden: its input, ``(batch, tokens, hidden)``.
             rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens``
                 positions.
-            captured: what the base model called its last layer with.
+            captured: arguments with which the base model called its last layer.
 
         Returns:
-            ``(selected, hidden)``, or None.
+            ``(selected, hidden)`` in the dtype of the layer's output, or None.
         """
         if self.works is False or not len(rows) or is_sharded(layer) or torch.compiler.is_compiling():
             return None
@@ -98,12 +95,11 @@ class LayerAtRows:
 
 
 class Selection:
-    """Some positions of a batch as a rectangle: per sequence as many as the sequence with most of
-    them has.
+    """Selected positions of a batch as a rectangle, as wide as the sequence that has most of them.
 
     Attributes:
-        index: int64 ``(batch, most)``, positions within the sequence; filled up with 0.
-        slots: int64 ``(selected,)``, where the selected positions are in the flattened rectangle.
+        index: int64 ``(batch, most)``, positions within the sequence, padded with 0.
+        slots: int64 ``(selected,)``, indices of the selected positions in the flattened rectangle.
     """
 
     def __init__(self, rows: Tensor, batch: int, tokens: int) -> None:
@@ -115,8 +111,9 @@ class Selection:
         self.index = rows.new_zeros(batch * most).index_copy(0, self.slots, rows % tokens).view(batch, most)
 
     def of(self, values: Tensor, dim: int = 1) -> Tensor:
-        """The selected positions of ``values``, whose first dimension is the batch (or 1) and
-        ``dim`` the tokens.
+        """The selected positions of ``values``, any dtype.
+
+        Its first dimension is the batch, or 1, and ``dim`` the tokens, of which ``most`` remain.
         """
         shape = [1] * values.dim()
         shape[0], shape[dim] = self.index.shape
@@ -126,7 +123,7 @@ class Selection:
 
 
 class _KeysAndValues(Exception):
-    """Leaves the layer as soon as its keys and values are known."""
+    """Stops the layer as soon as its keys and values are known."""
 
 
 class _TakingCache:
@@ -162,9 +159,7 @@ def _at_selection(
 def _selected_arguments(
     layer: nn.Module, hidden: Tensor, captured: Captured, selection: Selection
 ) -> dict[str, Any] | None:
-    """What the layer is called with for the selected positions; None if something in it has an
-    unknown meaning.
-    """
+    """The layer's arguments for the selected positions; None if one has an unknown meaning."""
     if _cache_name(layer) is None:
         return None
     batch, tokens = hidden.shape[:2]
@@ -184,7 +179,7 @@ def _selected_arguments(
         else:
             return None
     if selected.get("attention_mask") is None:
-        if attention != "sdpa":  # which alone takes no mask for a causal one, and a mask of truth values
+        if attention != "sdpa":  # only sdpa reads no mask as causal, and takes boolean masks
             return None
         keys = torch.arange(tokens, device=hidden.device)
         selected["attention_mask"] = (selection.index[:, :, None] >= keys)[:, None]
@@ -197,7 +192,7 @@ def _is_about_tokens(value: Any, tokens: int) -> bool:
 
 
 def _arguments(layer: nn.Module, hidden: Tensor, captured: Captured) -> dict[str, Any]:
-    """All arguments of the replayed call by name."""
+    """All arguments of `replay`'s call by name."""
     bound = inspect.signature(layer.forward).bind(hidden, *captured.layer_args, **captured.layer_kwargs)
     arguments = dict(bound.arguments)
     for name, parameter in bound.signature.parameters.items():

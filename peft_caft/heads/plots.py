@@ -15,15 +15,13 @@ BEFORE_COLOUR, AFTER_COLOUR = "#A9B4BC", "#0072B2"
 def plot_head_accuracy(
     path: str | os.PathLike, before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]
 ) -> None:
-    """Draw top-1 accuracy, top-5 accuracy and cross entropy of each auxiliary head, before and
-    after stage 1.
+    """Draw top-1 and top-5 accuracy and cross entropy of each head, before and after stage 1.
 
     Args:
-        path: the PNG file to write.
+        path: PNG file to write.
         before: one entry per head with ``"tokens_ahead"`` (k = 2 ... n), ``"top1"`` and ``"top5"``
-            (fractions) and ``"cross_entropy"`` (nats/token), as stage 1 records them in the heads'
-            config.
-        after: the same heads, in the same order.
+            (fractions) and ``"cross_entropy"`` (nats/token); the heads' configuration records them.
+        after: entries of the same heads in the same order.
 
     Raises:
         ValueError: if ``before`` and ``after`` describe different heads, or none.
@@ -38,7 +36,7 @@ def plot_evaluations(
     """Draw `plot_head_accuracy` of several held-out sets, one row for each.
 
     Args:
-        path: the PNG file to write.
+        path: PNG file to write.
         evaluations: name of the set -> (before, after).
 
     Raises:

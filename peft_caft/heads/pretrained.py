@@ -1,9 +1,8 @@
-"""The methods of `AuxiliaryHeads` that every pretrained thing has: ``save_pretrained``,
-``from_pretrained``, ``push_to_hub``.
+"""``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of `AuxiliaryHeads`.
 
-They stand on ``HfApi`` and ``hf_hub_download`` and not on huggingface_hub's ``ModelHubMixin``: that
-loads configuration and weights without knowing their commit, uploads a folder in several commits
-where Xet is at work (huggingface_hub 2), and returns no commit.
+They use ``HfApi`` and ``hf_hub_download``, not huggingface_hub's ``ModelHubMixin``: that neither
+knows the commit that it loads nor returns the one that it makes, and it may make several (see
+`Repository.commit`).
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class PretrainedHeads(nn.Module, ABC):
     """Base class of `AuxiliaryHeads`.
 
     Attributes:
-        config: what the heads are.
-        repo_id, commit: where the heads were loaded from, None unless that was a Hub repository.
+        config: description of the heads.
+        repo_id, commit: Hub repository and commit that the heads were loaded from, or None.
     """
 
     config: HeadsConfig
@@ -42,21 +41,21 @@ class PretrainedHeads(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_config(cls: type[Heads], config: HeadsConfig, backbone: Backbone) -> Heads:
-        """Heads of the described shape, whose weights are still to be filled in."""
+        """Heads of the described shape, with initial weights."""
 
     @abstractmethod
     def plain_state_dict(self) -> dict[str, Tensor]:
-        """Name -> parameter, of the shapes that `from_config` makes."""
+        """Name -> parameter, with the names and shapes that `from_config` makes."""
 
     def recorded_as(self, source: str) -> str:
-        """What a record calls these heads, which were loaded from ``source``: a path means nothing
-        on another machine.
+        """Name of these heads in a record: repository and commit, else the last part of ``source``.
+
+        The path itself means nothing on another machine.
         """
         return f"{self.repo_id}@{self.commit}" if self.repo_id else os.path.basename(os.path.normpath(source))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write ``config.json``, ``model.safetensors``, a model card and, if they were evaluated, a
-        plot.
+        """Write ``config.json``, ``model.safetensors``, a model card, and a plot if evaluated.
 
         A save that is interrupted leaves the old heads or the new ones, whole.
 
@@ -77,10 +76,9 @@ class PretrainedHeads(nn.Module, ABC):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> Heads:
-        """Load heads, on the base model's device and in its dtype, without drawing a random number.
+        """Load heads onto the base model's device and in its dtype, without drawing random numbers.
 
-        Configuration and weights come from one commit, which the heads then hold as ``commit`` (and
-        their repository as ``repo_id``).
+        Configuration and weights come from one commit, which the heads keep as ``commit``.
 
         Args:
             pretrained_model_name_or_path: folder, or repository id on the Hub.
@@ -88,17 +86,15 @@ class PretrainedHeads(nn.Module, ABC):
             revision: branch, tag or commit on the Hub.
             token: Hub token; True or None takes the stored one, False none.
             cache_dir: Hub cache folder.
-            local_files_only: take what the cache holds and never ask the Hub.
-            force_download: download again what the cache holds.
+            local_files_only: use the cache and never ask the Hub.
+            force_download: download again even if the cache holds the files.
 
         Raises:
-            FileNotFoundError: if there are no heads, or not at this revision, or not for this
-                token.
-            PermissionError: if the token is unknown or may not read them.
-            ConnectionError: if the Hub cannot be reached or fails, and the cache does not hold
-                them.
-            ValueError: if they are damaged, of an unknown kind or version, or made for another base
-                model.
+            FileNotFoundError: if there are no heads, or none at this revision.
+            PermissionError: if the token may not read them.
+            ConnectionError: if the Hub cannot be reached and the cache does not hold them.
+            ValueError: if they are damaged, have an unknown type or version, or were made for
+                another base model.
             TypeError: if ``base_model`` is not a decoder-only causal language model.
         """
         source = os.fspath(pretrained_model_name_or_path)
@@ -134,23 +130,22 @@ class PretrainedHeads(nn.Module, ABC):
 
         Args:
             repo_id: ``"organisation/name"``.
-            commit_message: what the history shows.
-            private: visibility of a repository that is made; None takes the owner's default.
+            commit_message: message in the history.
+            private: visibility of a new repository; None takes the owner's default.
             token: Hub token; True or None takes the stored one.
             revision: branch to commit to; it is made if there is none.
             create_pr: open a pull request instead of changing the branch.
-            license: Hub identifier such as ``"apache-2.0"``; None keeps the one in the heads'
-                configuration.
-            force: publish even over other things than heads of the same base model.
+            license: Hub identifier such as ``"apache-2.0"``; None keeps that of the configuration.
+            force: replace whatever the repository holds.
 
         Returns:
-            the commit; its ``oid`` is the revision to load exactly these heads with.
+            the commit; its ``oid`` is the revision that loads exactly these heads.
 
         Raises:
-            FileExistsError: if the repository holds something else, such as heads of another base
-                model.
-            FileNotFoundError, PermissionError, ConnectionError: see
-                `peft_caft.basics.hub_errors.explained`.
+            FileExistsError: if the repository holds something else than heads of this base model.
+            FileNotFoundError: if there is no such repository for this token.
+            PermissionError: if the token may not write to it.
+            ConnectionError: if the Hub cannot be reached, or the transfer fails.
         """
         to = Destination(repo_id, commit_message, private, token, revision, create_pr)
         with tempfile.TemporaryDirectory() as folder:
@@ -159,10 +154,10 @@ class PretrainedHeads(nn.Module, ABC):
 
 
 def load_weights(heads: nn.Module, folder: str | os.PathLike) -> None:
-    """Copy the weights of an artifact into heads of the same shape, in place.
+    """Copy the weights of an artifact into heads of the same shapes, in place.
 
     Raises:
-        ValueError: if they are damaged or of other shapes.
+        ValueError: if they are damaged or have other shapes.
     """
     files = find_heads(os.fspath(folder))
     files.read_config()
@@ -171,8 +166,8 @@ def load_weights(heads: nn.Module, folder: str | os.PathLike) -> None:
 
 @torch.no_grad()
 def _fill(heads: nn.Module, files: HeadsFiles) -> None:
-    """Copy the weights in place: PEFT's low_cpu_mem_usage would turn newly registered parameters
-    into meta tensors.
+    """Copy the weights in place: PEFT's low_cpu_mem_usage turns every parameter that a module
+    registers into a meta tensor (huggingface/peft#1961).
     """
     own, weights = heads.state_dict(), files.read_weights()
     if difference := shape_difference(shapes_of(weights), shapes_of(own)):

@@ -1,4 +1,4 @@
-"""Heads on the Hub: published in one commit, with their card."""
+"""Publishes heads on the Hub in one commit, with their card."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..basics.file_names import (
-    CARD_NAME,
-    CONFIG_NAME,
-    PLOT_NAME,
-    WEIGHTS_NAME,
-)
+from ..basics.file_names import CARD_NAME, CONFIG_NAME, PLOT_NAME, WEIGHTS_NAME
 from ..basics.files import write_text
 from .artifact import find_heads
 from .card import heads_card, write_card
@@ -32,7 +27,22 @@ def push_heads(
     license: str | None = None,
     force: bool = False,
 ) -> CommitInfo:
-    """Publish the heads in a folder; arguments and errors as in `push`."""
+    """Publish the heads in a folder.
+
+    Args:
+        folder: folder that `AuxiliaryHeads.save_pretrained` wrote.
+        to: repository and commit.
+        base_model: Hub id of the base model; None keeps that of the configuration.
+        license: Hub identifier; None keeps that of the configuration.
+        force: replace whatever the repository holds.
+
+    Returns:
+        the commit.
+
+    Raises:
+        ValueError: if ``base_model`` is no repository id.
+        FileExistsError: if the repository holds something else than heads of this base model.
+    """
     source = Path(folder)
     config = find_heads(str(source), "folder").read_config()
     written = heads_card(config, has_plot=(source / PLOT_NAME).exists())
@@ -58,10 +68,10 @@ def push_heads(
 
 
 def require_hub_id(name: str, value: str, advice: str) -> str:
-    """``value`` if it can be a repository id and is no folder here.
+    """Return ``value``, which is published, if it can be a repository id and is no local folder.
 
     Raises:
-        ValueError: otherwise; what would be published names this machine.
+        ValueError: otherwise.
     """
     try:
         validate_repo_id(value)
@@ -78,7 +88,7 @@ def require_hub_id(name: str, value: str, advice: str) -> str:
 
 
 def copy_card(source: Path, target: Path, base_model: str | None, license: str | None) -> None:
-    """A card that its owner wrote: only the metadata that the Hub files it by are set."""
+    """Copy a card that its owner wrote, and set base model and licence in its metadata."""
     card = ModelCard(source.read_text(encoding="utf-8"))
     known = {"base_model": base_model if base_model and "/" in base_model else None, "license": license}
     card.data = ModelCardData(**card.data.to_dict() | {name: value for name, value in known.items() if value})

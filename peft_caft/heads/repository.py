@@ -1,6 +1,4 @@
-"""A repository on the Hub that is written to: looked at first, then changed in one commit on top of
-what was seen.
-"""
+"""A repository on the Hub that is read first, and then changed in one commit on top of that."""
 
 from __future__ import annotations
 
@@ -39,7 +37,15 @@ class Destination:
 
 @dataclass
 class Repository:
-    """A model repository on the Hub that may be written to, at the commit that it was looked at."""
+    """A model repository on the Hub, at the commit at which it was read.
+
+    Attributes:
+        to: destination of the commit.
+        api: client of the Hub.
+        repo_id: full name, with the owner.
+        head: commit at which it was read.
+        files: names of its files at that commit.
+    """
 
     to: Destination
     api: HfApi
@@ -49,7 +55,12 @@ class Repository:
 
     @classmethod
     def open(cls, to: Destination) -> Repository:
-        """Make the repository and the branch if there are none."""
+        """Read the repository; it and the branch are made if there are none.
+
+        Raises:
+            ValueError: if a pull request and a branch are asked for.
+            FileExistsError: if it is public and should be private.
+        """
         api = HfApi(token=to.token)
         if to.create_pr and to.revision not in (None, "main"):
             raise ValueError(
@@ -72,7 +83,7 @@ class Repository:
         """Refuse to replace an adapter, a model, or heads of another base model.
 
         Raises:
-            FileExistsError: naming both.
+            FileExistsError: if it holds one of these; the message names both.
         """
         if ADAPTER_CONFIG_NAME in self.files:
             raise self._holds("an adapter", "heads")
@@ -91,7 +102,7 @@ class Repository:
         """Refuse to replace heads, a model, or an adapter of another base model.
 
         Raises:
-            FileExistsError: naming both.
+            FileExistsError: if it holds one of these; the message names both.
         """
         if ADAPTER_CONFIG_NAME in self.files:
             there = json_or_none(self._download(ADAPTER_CONFIG_NAME)) or {}
@@ -113,23 +124,25 @@ class Repository:
             return Path(self.api.hf_hub_download(self.repo_id, name, revision=self.head))
 
     def commit(self, folders: tuple[Path, ...], names: tuple[str, ...], what: str, alone: bool) -> CommitInfo:
-        """Publish the files of these names, each from the first folder that has it, in one commit.
+        """Publish files in one commit, and remove those that would no longer describe the weights.
 
         Args:
-            alone: remove what the repository holds of another kind of artifact.
+            folders: folders with the files; each is taken from the first that has it.
+            names: names of the files.
+            what: kind of artifact, for the message of the commit.
+            alone: remove files of another kind of artifact too.
         """
         places = {name: [folder / name for folder in folders if (folder / name).is_file()] for name in names}
         found = {name: paths[0] for name, paths in places.items() if paths}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in found.items()
         ]
-        # What an earlier push left and this one does not have would describe the wrong weights, or
-        # be taken for them.
+        # What an earlier push left would describe the wrong weights, or be taken for them.
         stale = set(PUBLISHED_NAMES if alone else (PLOT_NAME, CAFT_CONFIG_NAME)) & self.files - found.keys()
         operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
         with explained("repo_id", self.repo_id, self.to.revision, "write to"):
-            # Not upload_folder: with Xet it makes several commits (huggingface_hub 2), of which a
-            # reader meets the first.
+            # Not upload_folder: from huggingface_hub 1.20 on it may make several commits
+            # (huggingface/hub-docs#2580), and someone may read between them.
             return self.api.create_commit(
                 self.repo_id,
                 operations,
@@ -141,7 +154,7 @@ class Repository:
 
 
 def _difference_of_bases(ours: HeadsConfig, theirs: HeadsConfig) -> str | None:
-    """What tells the base models of two artifacts apart, None if nothing does."""
+    """How the base models of two artifacts differ; None if they do not."""
     for name in ("hidden_size", "vocab_size"):
         here, there = getattr(ours, name), getattr(theirs, name)
         if here != there:

@@ -1,8 +1,8 @@
-"""Parameters that an engine has spread over processes: whether they are, and how to get them whole.
+"""Parameters that an engine has sharded over processes, read and written whole.
 
-FSDP2 makes them DTensors. DeepSpeed's ZeRO-3 leaves empty tensors with attributes (``ds_id``,
-``ds_shape``), already when transformers loads the model. All processes call the functions that read
-or write values together.
+FSDP2 makes them DTensors. DeepSpeed's ZeRO-3 makes them empty tensors with the attributes ``ds_id``
+and ``ds_shape``, already when transformers loads the model. All processes call the functions that
+read or write values together.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP or ZeRO-3 keeps the parameters of ``module``, or of a part of it, in several
-    processes.
+    """Whether FSDP or ZeRO-3 shards parameters of ``module``, or of a part of it.
 
-    Its hooks gather them around whole forward and backward passes of such a module, and nothing
-    less.
+    Their hooks gather them for whole forward and backward passes of such a module only.
     """
     return any(isinstance(part, (FSDPModule, FullyShardedDataParallel)) for part in module.modules()) or any(
         isinstance(parameter, DTensor) or _is_partitioned(parameter) for parameter in module.parameters()
@@ -43,17 +41,17 @@ def refuse_fsdp1(model: nn.Module) -> None:
 
 
 def shards_parameters(trainer: Trainer) -> bool:
-    """Whether the trainer's processes hold, or will hold as soon as it trains, parts of the model."""
+    """Whether each process of the trainer holds a part of the model, at the latest in training."""
     return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of all of a parameter; no process needs another one for this."""
+    """Shape of the whole parameter; processes need not call this together."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """All of a parameter: itself where nothing has spread it, else a copy without graph."""
+    """The whole parameter, same dtype: itself if it is not sharded, else a copy without graph."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach()
     if not _is_partitioned(parameter):
@@ -63,10 +61,9 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
-    """The module's own parameter of that name, partitioned or not.
+    """The module's own parameter of that name, sharded or not; None if it has none.
 
-    For use in forward passes, where under ZeRO-3 ``module.name`` gathers it, and has it gathered in
-    every later forward and backward pass of the module that runs.
+    In a forward pass under ZeRO-3, ``module.name`` would gather it, in all later passes too.
     """
     parameter = dict(module.named_parameters(recurse=False)).get(name)
     return getattr(module, name, None) if parameter is None else parameter
@@ -74,8 +71,8 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
 
 @contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Inside the block, parameters that ZeRO-3 has partitioned are whole, and may be read."""
-    # What is whole now, as small parameters are for good, must stay so.
+    """Inside the block, parameters that ZeRO-3 has sharded are whole and may be read."""
+    # Parameters that are whole already, like small ones, must stay so.
     partitioned = [p for p in parameters if _is_partitioned(p) and p.ds_status.name != "AVAILABLE"]
     if not partitioned:
         yield
@@ -88,7 +85,7 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def copy_into(parameter: Tensor, values: Tensor) -> None:
-    """Set a parameter to ``values``, all of it; each process keeps its part."""
+    """Set the whole parameter to ``values``, same shape, any dtype; each process keeps its part."""
     values = values.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
         parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements))
@@ -106,25 +103,19 @@ def _is_partitioned(parameter: Tensor) -> bool:
 
 
 def gather(heads: nn.Module, target: nn.Module) -> None:
-    """Copy the parameters of sharded ``heads`` into ``target``, a module of the same shape; all
-    processes call it together.
-    """
+    """Copy the parameters of sharded ``heads`` into ``target``, a module of the same shapes."""
     for name, parameter in heads.named_parameters():
         copy_into(target.get_parameter(name), whole(parameter))
 
 
 def scatter(source: nn.Module, heads: nn.Module) -> None:
-    """Copy the parameters of ``source`` into sharded ``heads``; each process keeps its shards, and
-    all call it together.
-    """
+    """Copy the parameters of ``source``, a module of the same shapes, into sharded ``heads``."""
     for name, parameter in heads.named_parameters():
         copy_into(parameter, source.get_parameter(name))
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop the whole parameters that an evaluation left in the outermost module: only shards may be
-    read and saved.
-    """
+    """Drop the whole parameters that an evaluation left: only shards may be read and saved."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,6 +1,4 @@
-"""The lm_head: from final hidden states to logits and log-probabilities, and back to dL/dhidden, a
-chunk at a time.
-"""
+"""The lm_head, a chunk of rows at a time: logits, log-probabilities, and dL/dhidden."""
 
 from __future__ import annotations
 
@@ -19,9 +17,9 @@ class ChunkSize:
     """How many logits are computed together on a kind of device, while memory allows it.
 
     Attributes:
-        elements: at most so many logits.
-        enough_rows, enough_elements: about as many rows as have both: matrix products are at full
-            speed, and what calling them costs is hidden. 0: as many as ``elements`` allows.
+        elements: maximal number of logits.
+        enough_rows, enough_elements: numbers of rows and of logits from which on matrix products
+            run at full speed; a chunk has about both. 0: as many as ``elements`` allows.
     """
 
     elements: int
@@ -29,39 +27,35 @@ class ChunkSize:
     enough_elements: int = 0
 
     def most(self, vocabulary: int) -> int:
-        """Rows that a chunk may have."""
+        """Maximal number of rows of a chunk."""
         return max(1, self.elements // vocabulary)
 
     def enough(self, vocabulary: int) -> int:
-        """Rows that a chunk should have."""
+        """Number of rows that a chunk should have."""
         return min(self.most(vocabulary), max(self.enough_rows, self.enough_elements // vocabulary) or self.elements)
 
 
-# In fp32 these are at most 64 MiB on a CPU (about 24 MiB for a vocabulary of 49k), and 512 MiB on a
-# GPU.
+# In fp32: at most 64 MiB on a CPU (about 24 MiB for a vocabulary of 49k), and 512 MiB on a GPU.
 CHUNK_SIZES = {"cpu": ChunkSize(2**24, enough_rows=128, enough_elements=2**22), "cuda": ChunkSize(2**27)}
-
-
 BYTES_PER_ELEMENT = 8  # logits in half precision, log-probabilities in fp32, and their gradient in half precision
 SHARE_OF_FREE_MEMORY = 0.25
 
 
 def chunks(rows: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size``, as `chunk_rows` gives it, that together cover ``rows``."""
+    """Consecutive slices of at most ``size`` that together cover ``rows``."""
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
 
 def chunk_rows(rows: int, weight: Tensor) -> int:
-    """Rows whose logits are computed together: a constant for each kind of device, halved while
-    memory is short of it.
+    """Number of rows whose logits are computed together, so that chunks are nearly equal in size.
 
-    Chunks are nearly equal in size. Call it once per pass: free memory changes meanwhile. It
-    follows free memory no more closely than by halves, so that a repeated run computes the same.
+    It is a constant of the device's kind, halved until it fits into free memory: by halves, so that
+    a repeated run computes the same. Call it once per pass, since free memory changes meanwhile.
 
     Args:
         rows: number of hidden states.
-        weight: ``(vocabulary, hidden)``, of which only the shape and the device count.
+        weight: ``(vocabulary, hidden)``, any dtype; only its shape and device count.
     """
     vocabulary, chunk_size = weight.shape[0], chunk_size_on(weight.device)
     most = chunk_size.most(vocabulary)
@@ -78,11 +72,10 @@ _planned_kind: ContextVar[str | None] = ContextVar("planned_kind", default=None)
 
 @contextmanager
 def chunks_as_on(kind: str) -> Iterator[None]:
-    """Inside the block, chunks have the size that they have on an idle device of ``kind``, such as
-    ``"cuda"``.
+    """Inside the block, chunks are as large as on an idle device of ``kind``, such as ``"cuda"``.
 
-    For simulations: their tensors say that they are on the CPU, and free memory here says nothing
-        about the planned device.
+    A simulation needs it: its tensors are on the CPU, whose free memory says nothing about the
+    planned device.
     """
     token = _planned_kind.set(kind)
     try:
@@ -92,16 +85,12 @@ def chunks_as_on(kind: str) -> Iterator[None]:
 
 
 def chunk_size_on(device: torch.device) -> ChunkSize:
-    """The size for the kind of ``device``; kinds that have no entry of their own take that of a
-    GPU.
-    """
+    """The chunk size of the device's kind; kinds without an entry take that of a GPU."""
     return CHUNK_SIZES.get(_planned_kind.get() or device.type, CHUNK_SIZES["cuda"])
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that a tensor on ``device`` could take; infinite where torch does not say, and in a
-    simulation.
-    """
+    """Bytes that a tensor on ``device`` could take; infinite if unknown or in a simulation."""
     if _planned_kind.get() is not None:
         return float("inf")
     if device.type == "cuda":
@@ -115,8 +104,8 @@ class Unembedding:
     """An lm_head and what the architecture does to its logits.
 
     Attributes:
-        weight: ``(vocabulary, hidden)``; with graph where it is trained (full fine-tuning).
-        bias: ``(vocabulary,)`` or None, likewise.
+        weight: ``(vocabulary, hidden)``, any floating dtype; with graph if it is trained.
+        bias: ``(vocabulary,)`` in the same dtype, with graph if it is trained; or None.
         scale: factor on the logits.
         softcap: c of ``c * tanh(logits / c)``, applied after the factor, or None.
     """
@@ -128,7 +117,7 @@ class Unembedding:
 
     @property
     def trained(self) -> list[Tensor]:
-        """Weight and bias, as far as they get a gradient."""
+        """Those of weight and bias that get a gradient."""
         return [tensor for tensor in (self.weight, self.bias) if tensor is not None and tensor.requires_grad]
 
     def detached(self) -> Unembedding:
@@ -142,9 +131,7 @@ class Unembedding:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     def in_compute_dtype(self, device_type: str) -> Unembedding:
-        """The same layer in the dtype of autocast, where that is on, for use with autocast switched
-        off.
-        """
+        """The same layer in the dtype of autocast, to be used with autocast switched off."""
         if not torch.is_autocast_enabled(device_type):
             return self
         dtype = torch.get_autocast_dtype(device_type)
@@ -152,8 +139,10 @@ class Unembedding:
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``(rows, vocabulary)``, fp32 or better, of ``(rows, hidden)`` in the dtype of the
-        weight.
+        """Logits ``(rows, vocabulary)`` in `logits_dtype`.
+
+        Args:
+            hidden: ``(rows, hidden)`` in the dtype of the weight.
         """
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias).to(self.logits_dtype)
         return self._scaled_and_capped(logits)
@@ -166,24 +155,22 @@ class Unembedding:
         return logits
 
     def workspace(self, size: int) -> Tensor:
-        """Room for the linear map of chunks of ``size`` rows, to be used for all chunks in turn.
+        """Buffer ``(size, vocabulary)`` in the weight's dtype, to be used for all chunks in turn.
 
-        Memory that is new to the process is slow: with a buffer per chunk a step of a 128k
-            vocabulary took 1.3 times as long.
+        With a new buffer for each chunk, a step with a vocabulary of 128k took 1.3 times as long.
         """
         return self.weight.new_empty(size, self.weight.shape[0])
 
     def log_probs(self, hidden: Tensor, workspace: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of a chunk, and its logits where `backward` needs them (with a soft
-        cap).
+        """Log-probabilities of a chunk, and its logits if `backward` needs them for a soft cap.
 
         Args:
             hidden: ``(rows, hidden)`` in the dtype of the weight.
             workspace: `workspace` for at least as many rows; its content is lost.
 
         Returns:
-            ``(rows, vocabulary)``, fp32 or better, which may lie in the workspace; and logits of
-            that shape, or None.
+            log-probabilities ``(rows, vocabulary)`` in `logits_dtype`, nats, which may lie in the
+            workspace; and logits of that shape and dtype, or None.
         """
         logits = workspace[: len(hidden)]
         if self.bias is None:
@@ -192,11 +179,15 @@ class Unembedding:
             torch.addmm(self.bias, hidden, self.weight.T, out=logits)
         scaled = self._scaled_and_capped(logits.to(self.logits_dtype))
         if self.softcap is None:
-            return torch.log_softmax(scaled, dim=1, out=scaled), None  # which reads a row before it writes it
+            return torch.log_softmax(scaled, dim=1, out=scaled), None  # it reads a row before it writes it
         return torch.log_softmax(scaled, dim=1), scaled
 
     def backward(self, grad_logits: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """From dL/dlogits, which is overwritten, and, with a soft cap, the logits.
+        """The way back from the gradient of the logits.
+
+        Args:
+            grad_logits: dL/dlogits, ``(rows, vocabulary)`` in `logits_dtype`; it is overwritten.
+            logits: second result of `log_probs`, ``(rows, vocabulary)`` or None.
 
         Returns:
             dL/dhidden ``(rows, hidden)`` and the gradient of the linear map's result, ``(rows,
@@ -208,22 +199,22 @@ class Unembedding:
         if self.scale != 1.0:
             grad_logits *= self.scale
         grad_linear = grad_logits.to(self.weight.dtype)
-        # grad_linear @ weight, transposed: of few rows a CPU computes this a tenth faster.
+        # grad_linear @ weight, transposed: with few rows a CPU computes this a tenth faster.
         return (self.weight.T @ grad_linear.T).T, grad_linear
 
 
 def target_scores(states: Tensor, targets: Tensor, unembedding: Unembedding, top: int = 1) -> tuple[Tensor, Tensor]:
-    """Scores of hidden states, a chunk of logits at a time.
+    """Cross entropies and hits of hidden states, a chunk of logits at a time, under no_grad.
 
     Args:
-        states: ``(rows, hidden)``.
-        targets: int64 ``(rows,)``.
-        unembedding: what makes logits of the states.
-        top: how many of the most likely tokens to compare with; at most the vocabulary.
+        states: ``(rows, hidden)``, any floating dtype.
+        targets: int64 ``(rows,)``, token ids.
+        unembedding: layer that makes logits of the states.
+        top: number of the most likely tokens that are compared; at most the vocabulary.
 
     Returns:
-        cross entropy, fp32 ``(rows,)``, nats; and which of the most likely tokens is the target,
-        the first one first, bool ``(rows, top)``.
+        cross entropies, fp32 ``(rows,)``, nats; and whether the i-th most likely token is the
+        target, bool ``(rows, top)``.
     """
     top = min(top, len(unembedding.weight))
     cross_entropies = [states.new_zeros(0, dtype=torch.float32)]

@@ -19,17 +19,17 @@ LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")  # passed to t
 
 @dataclass
 class Captured:
-    """What one forward pass of the base model left for the heads.
+    """What the heads need of one forward pass of the base model.
 
     Attributes:
-        last_layer_input: hidden states entering the last decoder layer, ``(batch, tokens,
-            hidden)``, with their graph.
+        last_layer_input: hidden states that enter the last decoder layer, ``(batch, tokens,
+            hidden)`` in the model's dtype, with their graph.
         last_hidden_state: hidden states after the final norm, same shape.
         last_layer_output: hidden states between the two, same shape.
-        layer_args: further positional arguments of the last layer (GPT-2 passes its mask so), cache
-            removed.
-        layer_kwargs: its keyword arguments (mask, position embeddings, ...), cache removed.
-        unembedding: kept here by `Backbone.unembedding`, for as long as the pass.
+        layer_args: further positional arguments of the last layer, such as GPT-2's mask, without
+            the cache.
+        layer_kwargs: its keyword arguments (mask, position embeddings, ...) without the cache.
+        unembedding: lm_head of this pass, which `Backbone.unembedding` keeps here.
     """
 
     last_layer_input: Tensor
@@ -56,16 +56,12 @@ class LayerStack:
 
     @property
     def last_layer(self) -> nn.Module:
-        """Looked up anew, since ``modules_to_save`` or FSDP may wrap it later; the wrapper gets the
-        same arguments.
-        """
+        """The last layer, or what ``modules_to_save`` or FSDP has wrapped around it meanwhile."""
         return self.layers[-1]
 
     @contextmanager
     def capture(self) -> Iterator[list[Captured]]:
-        """Record, for each forward pass inside the block, what the heads need; hooks are gone
-        afterwards.
-        """
+        """Record each forward pass inside the block in the list that this yields."""
         records: list[Captured] = []
         seen: dict[str, Any] = {}
 
@@ -82,7 +78,7 @@ class LayerStack:
             self.layers_return_tuples = not isinstance(output, Tensor)
 
         def after_trunk(module: nn.Module, args: tuple, output: Any) -> None:
-            if "hidden" not in seen:
+            if "hidden" not in seen:  # pytorch/pytorch#117758
                 raise RuntimeError(
                     "torch.compile: a graph that was compiled without hooks ran in place of the last layer, as torch before 2.13 "
                     "does where evaluation comes before training. Set torch._dynamo.config.skip_nnmodule_hook_guards = False before "
@@ -105,12 +101,11 @@ class LayerStack:
 
     @contextmanager
     def starting_at_last_layer(self, hidden: Tensor | None) -> Iterator[None]:
-        """Inside the block the trunk passes over all layers but the last, which reads ``hidden``
-        instead.
+        """Inside the block, only the last layer runs, on ``hidden``.
 
         Args:
-            hidden: ``(batch, tokens, hidden)``, ``Captured.last_layer_input`` of an earlier pass
-                over the same tokens; None changes nothing.
+            hidden: ``Captured.last_layer_input`` of an earlier pass over the same tokens, ``(batch,
+                tokens, hidden)``; None changes nothing.
         """
         if hidden is None:
             yield
@@ -136,7 +131,7 @@ class _PassedOver(nn.Module):
 
     def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not registered: it is no part of anything while it is passed over
+        self.__dict__["layer"] = layer  # not registered, since it takes no part in the pass
         self.returns_tuple = returns_tuple
 
     def __getattr__(self, name: str) -> Any:
@@ -147,7 +142,8 @@ class _PassedOver(nn.Module):
 
 
 def layer_output(output: Any) -> Tensor:
-    """Hidden states a decoder layer returned: a tensor since transformers 5, the first of a tuple
-    before.
+    """Hidden states ``(batch, tokens, hidden)`` in what a decoder layer returned.
+
+    Layers written for transformers 4 return a tuple, whose first entry they are.
     """
     return output if isinstance(output, Tensor) else output[0]

@@ -1,6 +1,4 @@
-"""`CAFTCallback`: tells the schedule the optimizer step, logs the auxiliary losses, and guards
-against silence.
-"""
+"""`CAFTCallback`: connects the auxiliary objective with ``transformers.Trainer``."""
 
 from __future__ import annotations
 
@@ -21,20 +19,23 @@ TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
 
 
 class CAFTCallback(TrainerCallback):
-    """Add to ``transformers.Trainer(..., callbacks=[CAFTCallback()])`` or TRL's ``SFTTrainer`` when
-    training a CAFT model.
+    """Callback that ``transformers.Trainer`` or TRL's ``SFTTrainer`` needs to train a CAFT model.
 
-    Logs ``caft/gamma``, ``caft/aux_loss`` and ``caft/loss_head_2`` ... ``caft/loss_head_n``
-    (nats/token, means since the last log of this process) into the trainer's log history. With
-    ``train_heads`` other than ``"frozen"`` the trained parameters of the heads are kept in every
-    checkpoint, so that a resumed run goes on where it was.
+    It tells the schedule the optimizer step. It adds ``caft/gamma``, ``caft/aux_loss`` and
+    ``caft/loss_head_2`` ... ``caft/loss_head_n`` (nats/token, means of this process since the last
+    log) to the log history. Unless ``train_heads`` is ``"frozen"``, it saves the heads' trained
+    parameters in every checkpoint and restores them when a run is resumed.
 
     Raises:
-        RuntimeError: at the end of a training step in which no auxiliary loss was computed, or if
-            the checkpoint to resume from lacks the trained heads.
+        RuntimeError: if a training step ends without an auxiliary loss, or the checkpoint to resume
+            from lacks the trained heads.
         TypeError: if the model has no CAFT adapter.
-        ValueError: if TRL is too old, or its loss is another one than the next-token loss, or FSDP1
-            shards the model.
+        ValueError: if TRL is too old or uses another loss than the next-token loss, or FSDP1 shards
+            the model.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[CAFTCallback()])
+        >>> trainer.train()
     """
 
     def on_train_begin(
@@ -66,7 +67,7 @@ class CAFTCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        objective_of(kwargs["model"]).forget_training_progress()  # the next run has a length of its own
+        objective_of(kwargs["model"]).forget_training_progress()  # the next run has its own length
 
     def on_log(
         self,
@@ -79,8 +80,8 @@ class CAFTCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         metrics = {f"caft/{name}": value for name, value in objective_of(kwargs["model"]).read_metrics().items()}
-        logs.update(metrics)  # for the callbacks after this one
-        state.log_history[-1].update(metrics)  # Trainer.log has copied the logs there already
+        logs.update(metrics)  # which the callbacks after this one read
+        state.log_history[-1].update(metrics)  # into which Trainer.log has copied the logs already
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trained = _trained_head_parameters(objective_of(kwargs["model"]))
@@ -91,9 +92,7 @@ class CAFTCallback(TrainerCallback):
 
 
 def _refuse_other_objectives(args: TrainingArguments) -> None:
-    """Refuse settings of TRL's SFTTrainer with which CAFT would not train, or would train something
-    else.
-    """
+    """Raise a ValueError for settings of TRL's SFTTrainer with which CAFT would not train."""
     if type(args).__name__ != "SFTConfig":
         return
     if args.loss_type == "dft":
@@ -109,8 +108,7 @@ def _refuse_other_objectives(args: TrainingArguments) -> None:
 
 
 def objective_of(model: nn.Module) -> AuxiliaryObjective:
-    """The CAFT tuner inside a (wrapped) PEFT model, or what `prepare_full_fine_tuning` has attached
-    to a model.
+    """The CAFT tuner in a model, or what `prepare_full_fine_tuning` attached to it.
 
     Raises:
         TypeError: if there is none.

@@ -1,4 +1,4 @@
-"""`CAFTConfig`: LoRA's configuration with the fields of the objective."""
+"""`CAFTConfig`: configuration of LoRA and of the objective."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ CAFT_CONFIG_FORMAT_VERSION = 1
 
 @dataclass
 class CAFTConfig(ObjectiveConfig, LoraConfig):
-    """Configuration of concept-aware fine-tuning (CAFT, https://arxiv.org/abs/2506.07833) with LoRA
-    adapters.
+    """Configuration of concept-aware fine-tuning (CAFT, arXiv 2506.07833) with LoRA adapters.
 
     Every field of [`~peft.LoraConfig`] keeps its meaning. The training loss is
 
@@ -34,13 +33,18 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
     and CE_1 the model's own next-token loss. Only ``CAUSAL_LM`` models have such a loss, so
     ``task_type`` is set to it.
 
-    On disk a CAFT adapter is a plain LoRA adapter (``adapter_config.json`` says ``LORA``), with the
-    fields below in ``caft_config.json`` beside it: it loads wherever a LoRA adapter loads, without
-    this package.
+    On disk a CAFT adapter is a plain LoRA adapter (``adapter_config.json`` says ``LORA``), which
+    loads without this package. The fields of the objective lie beside it in ``caft_config.json``.
 
     Raises:
-        ValueError: if a field is out of range; the message names it, what came and what was
-            expected.
+        ValueError: if a field is out of range; the message names field, value and expected range.
+
+    Example:
+        >>> config = CAFTConfig(heads="organisation/heads", r=16, target_modules="all-linear")
+        >>> base = AutoModelForCausalLM.from_pretrained("organisation/base")
+        >>> model = get_peft_model(base, config)
+        >>> Trainer(model, args, train_dataset=data, callbacks=[CAFTCallback()]).train()
+        >>> model.save_pretrained("adapter")  # a plain LoRA adapter
     """
 
     def __post_init__(self) -> None:
@@ -51,15 +55,15 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
                 f"task_type: got {self.task_type!r}, expected 'CAUSAL_LM' (or None). CAFT predicts future tokens, which "
                 "only a causal language model does; use LoraConfig for other tasks."
             )
-        # PeftModel.forward without a task type calls the base model directly and bypasses the
-        # tuner.
+        # Without a task type, PeftModel.forward calls the base model and bypasses the tuner.
         self.task_type: TaskType = TaskType.CAUSAL_LM
         self.require_valid_objective()
 
     @property
     def init_weights(self) -> Any:
-        """Alias of ``init_lora_weights``: the name under which ``PeftModel.save_pretrained`` (peft
-        0.21) resets it for every method but LORA when it converts a PiSSA-like adapter.
+        """Alias of ``init_lora_weights``, under which ``PeftModel.save_pretrained`` resets it.
+
+        peft 0.21 does so for every method but LORA when it converts a PiSSA-like adapter.
         """
         return self.init_lora_weights
 
@@ -68,18 +72,14 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
         self.init_lora_weights = value
 
     def to_lora_config(self) -> LoraConfig:
-        """The same adapter as a plain ``LoraConfig``, without the CAFT fields; nothing is copied
-        deeply.
-        """
+        """A shallow copy as a plain ``LoraConfig``, without the fields of the objective."""
         lora = object.__new__(LoraConfig)
         lora.__dict__.update({k: v for k, v in self.__dict__.items() if k not in caft_field_names()})
         lora.peft_type = PeftType.LORA
         return lora
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` as an ordinary LoRA adapter's, and ``caft_config.json``
-        beside it.
-        """
+        """Write ``adapter_config.json`` of a plain LoRA adapter, and ``caft_config.json``."""
         self.to_lora_config().save_pretrained(save_directory, **kwargs)
         caft = {"format_version": CAFT_CONFIG_FORMAT_VERSION} | {n: getattr(self, n) for n in caft_field_names()}
         write_text(Path(save_directory) / CAFT_CONFIG_NAME, json.dumps(caft, indent=2) + "\n")
@@ -93,12 +93,10 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
         Args:
             pretrained_model_name_or_path: folder, or repository id on the Hub.
             subfolder: folder inside it.
-            kwargs: what ``huggingface_hub.hf_hub_download`` takes (``revision``, ``token``,
-                ``cache_dir``, ...).
+            kwargs: arguments of ``huggingface_hub.hf_hub_download`` (``revision``, ``token``, ...).
 
         Raises:
-            FileNotFoundError: if there is no ``caft_config.json``: the adapter is a plain LoRA
-                adapter.
+            FileNotFoundError: if there is no ``caft_config.json``, as in a plain LoRA adapter.
             ValueError: if the format version or a field is unknown.
         """
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
@@ -109,9 +107,7 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
 
 
 def target_modules(given: str) -> str | list[str]:
-    """``target_modules`` as PEFT takes it, from a text: ``"all-linear"``, or module names with
-    commas.
-    """
+    """PEFT's ``target_modules`` from a text: ``"all-linear"``, or module names with commas."""
     return given if given == "all-linear" else given.split(",")
 
 

@@ -1,4 +1,4 @@
-"""The heads that a configuration asks for: loaded or fresh, with LoRA inside or not."""
+"""The heads that a configuration asks for: loaded or fresh, with or without LoRA inside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .objective_config import ObjectiveConfig
 
 
 def make_heads(config: ObjectiveConfig, model: nn.Module) -> AuxiliaryHeads:
-    """Load or make heads for ``model``; the configuration then says what they really are."""
+    """Load or make heads for ``model``, and write what they are into the configuration."""
     if config.heads is not None:
         heads = AuxiliaryHeads.from_pretrained(config.heads, base_model=model, revision=config.heads_revision)
         heads.keep_first(config.num_auxiliary_heads, config.heads)
@@ -37,8 +37,9 @@ def make_heads(config: ObjectiveConfig, model: nn.Module) -> AuxiliaryHeads:
 
 
 def add_lora(heads: AuxiliaryHeads, config: CAFTConfig, adapter_name: str) -> None:
-    """LoRA of the adapter's rank in every linear layer of the heads, without moving the global
-    random state.
+    """Put LoRA of the adapter's rank into every linear layer of the heads.
+
+    The global random state stays as it is.
     """
     targets = [name for name, module in heads.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     lora = LoraConfig(
@@ -50,8 +51,8 @@ def add_lora(heads: AuxiliaryHeads, config: CAFTConfig, adapter_name: str) -> No
     )
     with torch.random.fork_rng():
         inject_adapter_in_model(lora, heads, adapter_name)
-        # PEFT's low_cpu_mem_usage makes every parameter registered here a meta tensor, for the
-        # adapter file to fill; LoRA inside heads is in no file.
+        # PEFT's low_cpu_mem_usage makes parameters registered here meta tensors, to be filled from
+        # the adapter's file (huggingface/peft#1961); LoRA inside heads is in no file.
         for layer in [module for module in heads.modules() if isinstance(module, LoraLayer)]:
             device = layer.get_base_layer().weight.device
             linears = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])

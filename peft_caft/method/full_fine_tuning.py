@@ -1,6 +1,4 @@
-"""Full fine-tuning with the objective of CAFT: all parameters of the base model train, and it stays
-the plain model that it is.
-"""
+"""Full fine-tuning with the objective of CAFT: all parameters train, and the model stays plain."""
 
 from __future__ import annotations
 
@@ -25,15 +23,18 @@ NAME = "caft_objective"
 
 @dataclass
 class FullFineTuningConfig(ObjectiveConfig):
-    """Configuration of full fine-tuning with the objective of CAFT
-    (https://arxiv.org/abs/2506.07833).
+    """Configuration of full fine-tuning with the objective of CAFT (arXiv 2506.07833).
 
-    The loss, and the fields that it shares with `CAFTConfig`, are explained there. ``train_heads``
-    is ``"frozen"`` or ``"full"``.
+    `CAFTConfig` explains the loss. ``train_heads`` is ``"frozen"`` or ``"full"``.
 
     Raises:
-        ValueError: if a field is out of range; the message names it, what came and what was
-            expected.
+        ValueError: if a field is out of range; the message names field, value and expected range.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("organisation/base")
+        >>> prepare_full_fine_tuning(model, FullFineTuningConfig(heads="organisation/heads"))
+        >>> Trainer(model, args, train_dataset=data, callbacks=[CAFTCallback()]).train()
+        >>> model.save_pretrained("model")  # a plain transformers model
     """
 
     freeze_unembedding: bool = field(
@@ -50,15 +51,15 @@ class FullFineTuningConfig(ObjectiveConfig):
 
 
 class FullFineTuning(AuxiliaryObjective, nn.Module):
-    """The objective, attached to a model; made by `prepare_full_fine_tuning`.
+    """The objective that `prepare_full_fine_tuning` attaches to a model.
 
     It is a submodule of the model, works by hooks on its forward, and has no part in its state
-    dict: class, weights and ``save_pretrained`` of the model are the plain ones. Where the model is
-    in training mode and is called with labels and gradients, its loss includes the auxiliary loss,
-    and its outputs hold no logits unless the call asks for them, as `CAFTModel.forward` explains.
+    dict: class, weights and ``save_pretrained`` of the model stay plain. In training mode, with
+    labels and gradients, the model's loss includes the auxiliary loss, and its outputs hold no
+    logits unless the call asks for them, as `CAFTModel.forward` explains.
 
     Attributes:
-        config: as given; says what the heads really are.
+        config: the given configuration, with what the heads are.
         auxiliary_heads: the heads.
     """
 
@@ -76,8 +77,7 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
         self.register_load_state_dict_post_hook(heads_are_never_missing)
         self._pass: TrainingPass | None = None
         self._precision: dict[str, Any] = {}
-        # Hooks, and not another forward: whoever wraps or replaces the model's forward later
-        # (accelerate, TRL) stays within them.
+        # Hooks, not another forward: accelerate and TRL wrap or replace the model's forward later.
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -106,8 +106,7 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
         return True
 
     def _note_precision(self, trunk: nn.Module, args: tuple) -> None:
-        # accelerate switches autocast on inside of the model's hooks; the losses are computed as
-        # the model is.
+        # accelerate switches autocast on inside of the model's hooks; the losses need the same.
         device_type = self.gamma.device.type
         self._precision = {
             "device_type": device_type,
@@ -120,7 +119,7 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
         self._pass = self._training_pass(kwargs)
         if self._pass is None:
             return args, kwargs
-        # The model's switch has reached the heads, whose layers are not run as a whole.
+        # The model's switch has reached the heads too, whose layers are not run as a whole.
         for layer in self.auxiliary_heads.modules():
             if getattr(layer, "gradient_checkpointing", False):
                 layer.gradient_checkpointing = False
@@ -137,24 +136,24 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
             return finish(training_pass, outputs, model.forward, args)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Nothing, so that the model's state dict is the plain one: heads are an artifact of their
-        own.
-        """
+        """Nothing, so that the model's state dict is the plain one."""
         return kwargs.get("destination", {})
 
 
 def prepare_full_fine_tuning(model: PreTrainedModel, config: FullFineTuningConfig) -> PreTrainedModel:
-    """Attach the objective of CAFT to a causal language model of which all parameters are to be
-    trained.
+    """Attach the objective of CAFT to a causal language model whose parameters all train.
 
-    The model itself is returned, ready for ``Trainer`` or TRL's ``SFTTrainer`` with `CAFTCallback`.
-    ``save_pretrained`` and the checkpoints of a trainer are those of the plain model.
-    `FullFineTuning.detach_from` undoes it; a bare loop tells the schedule with
-    ``model.caft_objective.set_training_progress(step, total_steps)``.
+    ``Trainer`` or TRL's ``SFTTrainer`` with `CAFTCallback` trains the model; its checkpoints and
+    ``save_pretrained`` are those of the plain model. A bare loop tells the schedule with
+    ``model.caft_objective.set_training_progress(step, total_steps)``, and
+    ``model.caft_objective.detach_from(model)`` undoes it. `FullFineTuningConfig` has an example.
 
     Args:
-        model: from ``AutoModelForCausalLM.from_pretrained``, in fp32 or bf16 on any device.
-        config: of the objective.
+        model: causal language model of transformers, in fp32 or bf16 on any device.
+        config: configuration of the objective.
+
+    Returns:
+        the same model.
 
     Raises:
         TypeError: if the model is not a decoder-only causal language model, or has adapters.
@@ -174,6 +173,6 @@ def prepare_full_fine_tuning(model: PreTrainedModel, config: FullFineTuningConfi
         )
     objective = FullFineTuning(model, config)
     model.add_module(NAME, objective)
-    # For engines that collect parameters without asking for a state dict (DeepSpeed's ZeRO-3).
+    # DeepSpeed's ZeRO-3 collects parameters without asking for a state dict.
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *objective.keys_in(model)}
     return model

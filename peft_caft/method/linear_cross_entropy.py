@@ -1,8 +1,7 @@
-"""Cross entropy of a linear layer's logits, in chunks of rows, without ever holding all logits.
+"""Cross entropy of a linear layer's logits, a chunk of rows at a time.
 
-The forward pass, which has the logits of a chunk in hand, computes dL/dhidden there, and where the
-layer is trained (full fine-tuning) its gradient too: memory is one chunk of logits plus these. In
-plain torch, the same is
+The forward pass computes dL/dhidden as soon as it has the logits of a chunk, and the gradient of
+the layer if that is trained, so that memory holds one chunk of logits beside these. In plain torch:
 
     logits = scale(hidden @ weight.T + bias)
     losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
@@ -24,13 +23,13 @@ def linear_cross_entropy(
     """Cross entropies between ``unembedding.logits(hidden)`` and ``targets``, and their sum.
 
     Args:
-        hidden: ``(rows, hidden)``, any floating dtype; computed in the dtype of the weight or of
-            autocast.
+        hidden: ``(rows, hidden)``, any floating dtype; logits are computed in the dtype of the
+            weight or of autocast.
         targets: int64 ``(rows,)``, all of them valid token ids.
         unembedding: the layer; its weight and bias are constants unless they require a gradient.
         weights: fp32 ``(rows,)``, factor of each row in the sum; all 1 if None. In half precision
-            best about 1 in size (see `split_factor`): they are applied before dL/dlogits is
-            rounded.
+            they are applied before dL/dlogits is rounded, and should be about 1 in size (see
+            `split_factor`).
 
     Returns:
         sum over rows of weight * cross entropy, scalar, differentiable in ``hidden`` and the layer,
@@ -42,7 +41,7 @@ def linear_cross_entropy(
 
 
 def split_factor(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """``factor``, fp32 scalar, as a product of a number in [1/2, 1), or 0, and a power of two.
+    """Split an fp32 scalar into a number in [1/2, 1), or 0, and a power of two.
 
     A gradient that is multiplied by the first before it is rounded to half precision, and by the
     second afterwards, is rounded once, and neither overflows nor vanishes on the way.
@@ -54,8 +53,9 @@ def split_factor(factor: Tensor) -> tuple[Tensor, Tensor]:
 def plain_cross_entropy(
     hidden: Tensor, targets: Tensor, unembedding: Unembedding, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy` as one would write it, with all logits at once: what the chunks are
-    compared with.
+    """`linear_cross_entropy` written plainly, with all logits ``(rows, vocabulary)`` at once.
+
+    Arguments and results are the same, but gradients come from autograd.
     """
     logits = unembedding.logits(hidden.to(unembedding.weight.dtype))
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         layer_grad = _LayerGradient(layer) if any(needs_grad[1:]) else None
 
         def compute(chunk: slice, workspace: Tensor) -> None:
-            # What is made here is gone before the next chunk, whose size it has.
+            # A function, so that what is made here is freed before the next chunk.
             states, target = hidden[chunk].to(layer.weight.dtype), targets[chunk, None]
             # One buffer becomes log-probabilities, probabilities and dL/dlogits in turn.
             log_probs, logits = layer.log_probs(states, workspace)
@@ -117,15 +117,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _LayerGradient:
-    """dL/dweight and dL/dbias of the layer itself, summed over chunks in fp32 or better."""
+    """dL/dweight ``(vocabulary, hidden)`` and dL/dbias ``(vocabulary,)``, summed over chunks.
+
+    The sums are in `Unembedding.logits_dtype`.
+    """
 
     def __init__(self, layer: Unembedding) -> None:
         self.weight = torch.zeros_like(layer.weight, dtype=layer.logits_dtype)
         self.bias = None if layer.bias is None else torch.zeros_like(layer.bias, dtype=layer.logits_dtype)
 
     def add(self, grad_linear: Tensor, states: Tensor, weights: Tensor | None) -> None:
-        """A chunk: the gradient of its logits before scale and cap, its hidden states, and factors
-        of its rows.
+        """Add a chunk.
+
+        Args:
+            grad_linear: dL/dlogits before scale and cap, ``(rows, vocabulary)``.
+            states: hidden states ``(rows, hidden)`` in the same dtype.
+            weights: factors of the rows, fp32 ``(rows, 1)``, or None.
         """
         if weights is not None:
             grad_linear = grad_linear * weights
@@ -137,7 +144,7 @@ class _LayerGradient:
             self.bias += grad_linear.sum(0, dtype=self.bias.dtype)
 
     def of(self, unembedding: Unembedding) -> list[Tensor]:
-        """Those of ``unembedding.trained``, in its dtype."""
+        """Gradients of ``unembedding.trained``, in that order and in its dtype."""
         pairs = ((unembedding.weight, self.weight), (unembedding.bias, self.bias))
         return [
             grad.to(own.dtype) for own, grad in pairs if own is not None and grad is not None and own.requires_grad

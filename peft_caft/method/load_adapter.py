@@ -1,6 +1,4 @@
-"""Going on with a saved CAFT adapter, as CAFT: PEFT itself reads it as the plain LoRA adapter that
-it is on disk.
-"""
+"""Resumes CAFT training from a saved adapter, which PEFT alone loads as a plain LoRA adapter."""
 
 from __future__ import annotations
 
@@ -23,18 +21,22 @@ def load_adapter(
     """Load a saved CAFT adapter for further CAFT training.
 
     Args:
-        model: the base model, or a CAFT ``PeftModel`` to which the adapter is added (inactive)
-            under ``adapter_name``.
-        adapter: folder, or Hub repository id.
+        model: base model, or a CAFT ``PeftModel`` to which an inactive adapter is added.
+        adapter: folder, or repository id on the Hub.
         adapter_name: name of the adapter in the model.
-        is_trainable: False loads it for inference, without its heads.
-        kwargs: for ``hf_hub_download`` (``revision``, ``token``, ...).
+        is_trainable: whether it trains; False loads it for inference, without its heads.
+        kwargs: arguments of ``hf_hub_download`` (``revision``, ``token``, ...).
 
     Returns:
         the PEFT model.
 
     Raises:
         FileNotFoundError: if the adapter is not a CAFT adapter.
+
+    Example:
+        >>> base = AutoModelForCausalLM.from_pretrained("organisation/base")
+        >>> model = load_adapter(base, "adapter")
+        >>> Trainer(model, args, train_dataset=data, callbacks=[CAFTCallback()]).train()
     """
     source = os.fspath(adapter)
     config = CAFTConfig.from_pretrained(source, **kwargs)

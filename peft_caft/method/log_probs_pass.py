@@ -1,12 +1,12 @@
-"""Training by TRL's SFTTrainer, which makes the loss itself.
+"""A forward pass for TRL's SFTTrainer, which computes the loss itself.
 
-It calls the model with ``fused_lm_head=True``, gets a log-probability for every label, and takes
+``SFTTrainer.compute_loss`` (trl 1.16) calls the model with ``fused_lm_head=True``, gets a
+log-probability for every label, and takes
 
     loss = -sum(log_probs) / num_items_in_batch
 
-So the auxiliary loss cannot be added to a loss here. Its gradient travels in ``log_probs``: their
-values stay what they are, and whatever factor they are multiplied with on the way to the loss, the
-auxiliary loss gets too.
+So there is no loss to which the auxiliary loss could be added. Its gradient is hidden in
+``log_probs``, whose values do not change: it gets the factor that the trainer gives to them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from .supervised_pass import SupervisedPass
 
 
 def asks_for_log_probs(kwargs: dict[str, Any]) -> bool:
-    """Whether the caller makes its loss of log-probabilities."""
+    """Whether the caller computes its loss from log-probabilities."""
     return bool(kwargs.get("fused_lm_head"))
 
 
 @dataclass
 class LogProbsPass(SupervisedPass):
-    """A forward pass of the base model that returned log-probabilities; what `NextToken` is for one
-    that returned a loss.
+    """A forward pass of the base model that returned log-probabilities.
 
     Attributes:
-        outputs: what the model returned, with ``log_probs``, fp32 ``(batch, tokens - 1)``, 0 where
+        outputs: the outputs with ``log_probs``, fp32 ``(batch, tokens - 1)``, nats, 0 where
             there is no label, and ``label_mask``, bool of that shape.
-        captured: what the heads need of it.
+        captured: record of the pass for the heads.
         labels: int64 ``(batch, tokens)``, unshifted.
         supervised: number of next-token targets.
         divisor: 1, since the trainer divides; fp32 scalar.
@@ -52,8 +51,8 @@ class LogProbsPass(SupervisedPass):
 
     @torch.no_grad()
     def verify(self, backbone: Backbone) -> None:
-        """`Backbone.verify` by all log-probabilities."""
-        if not self.supervised and not is_sharded(backbone.lm_head):  # else all processes must gather it together
+        """Call `Backbone.verify` with all log-probabilities."""
+        if not self.supervised and not is_sharded(backbone.lm_head):  # a sharded one needs all processes
             return
         states, mask = self.captured.last_hidden_state, self.outputs.label_mask
         targets = self.labels[:, 1:].to(states.device)[mask.to(states.device)]
@@ -63,8 +62,9 @@ class LogProbsPass(SupervisedPass):
         backbone.verify(self.captured, "log-probabilities", -losses, self.outputs.log_probs[mask].to(losses.device))
 
     def with_auxiliary(self, total: Tensor) -> Any:
-        """The outputs with the gradient of ``total`` in the log-probabilities, and ``total`` in the
-        loss that is their mean.
+        """The outputs with the gradient of ``total``, fp32 scalar, in their log-probabilities.
+
+        Their own loss, which is a mean, gets ``total`` over the number of targets, nats.
         """
         total = total.to(self.outputs.log_probs.device)
         log_probs = _CarryingGradient.apply(self.outputs.log_probs, total, self.outputs.label_mask)
@@ -73,8 +73,9 @@ class LogProbsPass(SupervisedPass):
 
 
 def log_probs_pass(backbone: Backbone, kwargs: dict[str, Any]) -> Generator[dict[str, Any], Any, LogProbsPass]:
-    """A call of the base model with labels for a caller that wants log-probabilities, as
-    `next_token_pass` is for a loss.
+    """A call of the base model for a caller that wants log-probabilities.
+
+    It yields the keyword arguments, is sent the outputs, and returns the pass.
     """
     with backbone.capture() as records:
         outputs = yield kwargs
@@ -83,9 +84,7 @@ def log_probs_pass(backbone: Backbone, kwargs: dict[str, Any]) -> Generator[dict
 
 
 class _CarryingGradient(torch.autograd.Function):
-    """Returns ``log_probs`` as they are; backward, ``total`` gets the negative of what each of them
-    gets.
-    """
+    """Returns ``log_probs``; in the backward pass ``total`` gets minus the gradient of each."""
 
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, total: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""The auxiliary loss of CAFT: sum over heads of alpha^(k-1) * CE_k (arXiv 2506.07833, equation of
-the objective).
-"""
+"""The auxiliary loss of CAFT (arXiv 2506.07833): sum over heads of alpha^(k-1) * CE_k."""
 
 from __future__ import annotations
 
@@ -22,14 +20,14 @@ from .targets import Supervision
 
 @dataclass
 class AuxiliaryLoss:
-    """The auxiliary loss of one batch, and what it is made of.
+    """The auxiliary loss of one batch, and its parts.
 
     Attributes:
-        total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar, fp32, nats,
-            differentiable.
-        sums: one fp32 scalar per head without graph, nats; estimates of the full sum when positions
-            are sampled. ``sums[i]`` belongs to the head that predicts i + 2 tokens ahead.
-        counts: number of positions that each sum is about (before sampling).
+        total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar with graph,
+            fp32, nats.
+        sums: sum of cross entropies of each head, fp32 scalars without graph, nats; estimates if
+            positions are drawn. ``sums[i]`` belongs to the head that predicts i + 2 tokens ahead.
+        counts: number of supervised positions of each head, before any draw.
     """
 
     total: Tensor
@@ -50,21 +48,20 @@ def auxiliary_loss(
 ) -> AuxiliaryLoss:
     """Cross entropies of all heads on one batch.
 
-    Only rows with a target reach a residual head and the unembedding; of a decoder-layer head all
-    rows take part as keys and values. Frozen heads are differentiated at once, one after the other,
-    and leave nothing but the gradient of their input, and of final norm and unembedding where these
-    are trained.
+    Only rows with a target reach a residual head and the unembedding; all rows reach a decoder
+    layer as keys and values. Frozen heads are differentiated here, one after the other, so that
+    only the gradients of their input and of a trained final norm or unembedding are kept.
 
     Args:
         heads: the auxiliary heads.
-        backbone: of the base model that made ``captured``.
-        captured: hidden states ``(batch, tokens, hidden)``.
+        backbone: parts of the base model that made ``captured``.
+        captured: record of a forward pass over ``(batch, tokens)``.
         supervision: targets of the same batch.
         decay: alpha.
-        weight: of all heads together: in the objective beta * gamma over the number of next-token
-            targets.
-        fast_paths: False computes the same in the plainest way: all logits of a head, decoder
-            layers for all positions, and gradients by autograd in the backward pass.
+        weight: factor of the sum, fp32 scalar; in the objective beta * gamma over the number of
+            next-token targets.
+        fast_paths: False computes the same plainly: all logits of a head, decoder layers for all
+            positions, and gradients by autograd in the backward pass.
     """
     unembedding = backbone.unembedding(captured)
     weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=supervision.labels.device))
@@ -97,8 +94,8 @@ def auxiliary_loss(
 
 
 def _computed_together(heads: AuxiliaryHeads, rows: Sequence[Tensor], weight: Tensor) -> list[list[int]]:
-    """Decoder layers one by one, for their memory; residual heads in groups that fill two chunks of
-    logits, for large products.
+    """Indices of heads in groups: decoder layers one by one, to save memory; residual heads until
+    they fill two chunks of logits, to make products large.
     """
     groups: list[list[int]] = []
     together = 2 * chunk_size_on(weight.device).enough(weight.shape[0]) if heads.config.head_type == "residual" else 0
@@ -111,8 +108,9 @@ def _computed_together(heads: AuxiliaryHeads, rows: Sequence[Tensor], weight: Te
 
 
 def _can_be_differentiated_at_once(heads: AuxiliaryHeads, captured: Captured, hidden: Tensor) -> bool:
-    """Whether a part of a backward pass is possible here, and the heads and what their layers are
-    called with are constants.
+    """Whether the heads and the arguments of their layers are constants, and the hidden states not.
+
+    Sharded heads need whole backward passes.
     """
     if is_sharded(heads):
         return False
@@ -123,16 +121,14 @@ def _can_be_differentiated_at_once(heads: AuxiliaryHeads, captured: Captured, hi
 
 
 def _trained_norm(heads: AuxiliaryHeads, backbone: Backbone) -> list[Tensor]:
-    """Parameters of the final norm that get a gradient from the heads."""
+    """Parameters of the final norm that get a gradient through the heads."""
     if not heads.config.final_norm or backbone.final_norm is None:
         return []
     return [parameter for parameter in backbone.final_norm.parameters() if parameter.requires_grad]
 
 
 class _Differentiated(torch.autograd.Function):
-    """A loss whose gradients are known: ``total`` forward, ``grads`` of ``inputs`` times the
-    incoming gradient backward.
-    """
+    """Returns ``total``, whose gradients ``grads`` in ``inputs`` are known already."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`CAFTModel`: LoRA's tuner plus auxiliary heads and their loss."""
+"""`CAFTModel`: LoRA's tuner with auxiliary heads and their loss."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ from .registration import register
 
 
 class CAFTModel(AuxiliaryObjective, LoraModel):
-    """Concept-aware fine-tuning of a causal language model with LoRA
-    (https://arxiv.org/abs/2506.07833).
+    """Concept-aware fine-tuning (CAFT, arXiv 2506.07833) of a causal language model with LoRA.
 
-    Made by ``get_peft_model(model, CAFTConfig(...))``. In training mode, with labels and gradients,
-    its forward adds
+    ``get_peft_model(model, CAFTConfig(...))`` makes it. In training mode, with labels and
+    gradients, its forward adds
 
         beta * gamma(s) * sum_{k=2..n} alpha^(k-1) * CE_k
 
-    to the model's own loss CE_1. Every CE_k is divided by the same number as CE_1, the next-token
-    targets of the batch or ``num_items_in_batch`` if the trainer passes it. In evaluation, with the
-    adapter disabled, or after ``merge_and_unload``, it is a plain LoRA model.
+    to the model's own loss CE_1. All CE_k are divided by the number of next-token targets in the
+    batch, or by ``num_items_in_batch`` if the trainer passes it. In evaluation, with the adapter
+    disabled, or after ``merge_and_unload``, it is a plain LoRA model.
 
-    The heads live in this tuner, one set per adapter, and never in the base model or in the saved
-    adapter. They see the base model's own final norm and unembedding even where an adapter changes
-    those (``modules_to_save``): no auxiliary gradient reaches a trained copy of the lm_head.
+    Each adapter has its own heads in this tuner; they are neither in the base model nor in the
+    saved adapter. They use the base model's own final norm and unembedding, even where an adapter
+    changes these (``modules_to_save``): a trained copy of the lm_head gets no auxiliary gradient.
 
     Attributes:
-        auxiliary_heads: `AuxiliaryHeads` per adapter name; adapters loaded for inference have none.
-        gamma: fp32 scalar buffer, not saved: the weight of the auxiliary loss at the current
-            optimizer step.
+        auxiliary_heads: adapter name -> `AuxiliaryHeads`, without adapters loaded for inference.
+        gamma: weight of the auxiliary loss at the current step; fp32 scalar buffer, not saved.
+
+    Example:
+        >>> model = get_peft_model(base, CAFTConfig(aux_loss_schedule="constant")).train()
+        >>> model(input_ids=input_ids, labels=input_ids).loss.backward()  # a bare loop
     """
 
-    # Makes PEFT's inject_adapter_in_model, which would drop the heads with the tuner, refuse CAFT.
+    # So inject_adapter_in_model (peft 0.21) refuses CAFT; it would drop the tuner with the heads.
     uses_shared_state = True
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -53,10 +55,10 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
         super().__init__(model, *args, **kwargs)
         self.register_load_state_dict_post_hook(heads_are_never_missing)
 
-    # Heads: made with the adapter, follow it when it is switched, frozen, cast or deleted.
+    # Heads are made with their adapter, and switched, frozen, cast and deleted with it.
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add the LoRA layers of an adapter, and its heads unless it is loaded for inference."""
+        """Add the LoRA layers of an adapter, and heads unless it is loaded for inference."""
         config = self.peft_config[adapter_name]
         backbone = self._backbone or Backbone.of(model)
         heads = None if config.inference_mode else make_heads(config, model)
@@ -66,8 +68,8 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
                 "The auxiliary heads keep using the base model's frozen lm_head, so no auxiliary gradient reaches it.",
                 stacklevel=2,
             )
-        # Two conversions of peft.utils.transformers_weight_conversion (mixture-of-experts models)
-        # test for LORA.
+        # peft.utils.transformers_weight_conversion (peft 0.21) converts mixtures of experts for
+        # type LORA alone, in convert_peft_config_for_transformers.
         config.peft_type = PeftType.LORA
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -140,22 +142,23 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
 
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward; in training with ``labels`` its loss includes the auxiliary
-        loss.
+        """The base model's forward; in training with ``labels`` the auxiliary loss is in its loss.
 
-        Then it computes no logits, and those of the output are None, unless the call asks for them,
-        as for instance with ``logits_to_keep=0``, transformers' value for the logits of all tokens.
-        In evaluation nothing differs from the base model. Asked for log-probabilities
-        (``fused_lm_head``, TRL's SFTTrainer), it hides the auxiliary gradient in them, see
-        `peft_caft.method.log_probs_pass`.
+        Then the output holds no logits, unless the call asks for them, for instance with
+        ``logits_to_keep=0``, transformers' value for all tokens. In evaluation nothing differs from
+        the base model. If TRL's SFTTrainer asks for log-probabilities, they carry the auxiliary
+        gradient (see `peft_caft.method.log_probs_pass`).
 
         Args:
-            args, kwargs: of the base model. ``labels`` is int64 ``(batch, tokens)``, unshifted,
-                -100 where unsupervised. A batch without any supervised token has loss 0.
+            args, kwargs: arguments of the base model. ``labels`` is int64 ``(batch, tokens)``,
+                unshifted, -100 where unsupervised.
+
+        Returns:
+            the base model's output; the loss is an fp32 scalar in nats, 0 without any target.
 
         Raises:
-            ValueError: if the adapter was loaded for inference, the schedule does not know where
-                the run is, more than one adapter is active, or rows are split over processes.
+            ValueError: if the adapter was loaded for inference, the schedule does not know the step
+                of the run, more than one adapter is active, or rows are split over processes.
         """
         training_pass = self._training_pass(kwargs)
         return self.model(*args, **kwargs) if training_pass is None else run(training_pass, self.model, args)
@@ -178,9 +181,7 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
         return self.auxiliary_heads[name]
 
     def _output_is_the_base_models(self) -> bool:
-        """Whether norm and lm_head run as the base model has them, so that its logits can be
-        compared.
-        """
+        """Whether the base model's own norm and lm_head run, so that its logits can be compared."""
         assert self._backbone is not None
         own = {id(self._backbone.lm_head), id(self._backbone.final_norm)}
         replaced = self.model.get_output_embeddings()
@@ -202,7 +203,7 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict
     ) -> dict[str, Tensor]:
-        # set_peft_model_state_dict skips this conversion for every type but LORA.
+        # set_peft_model_state_dict (peft 0.21) makes this conversion for type LORA alone.
         state_dict = convert_peft_adapter_state_dict_for_transformers(
             model, config.to_lora_config(), state_dict, adapter_name
         )
@@ -212,9 +213,8 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: Any, peft_config: Any, path_initial_model_for_weight_conversion: str, *args: Any
     ) -> dict[str, Tensor]:
-        # PEFT would read the initial adapter from its folder as LORA and refuse to mix the two
-        # types; the weights of an adapter that is there already are loaded whatever the type on
-        # disk.
+        # PEFT would read the initial adapter as LORA and refuse to mix the two types. Into an
+        # adapter that is there already, it loads weights whatever the type on disk.
         initial = copy.deepcopy(peft_config)
         initial.inference_mode = True
         peft_model.add_adapter(os.path.basename(path_initial_model_for_weight_conversion), initial)

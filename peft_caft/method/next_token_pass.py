@@ -1,8 +1,7 @@
-"""The model's own next-token loss, CE_1, without its logits.
+"""A forward pass with the model's own next-token loss, CE_1, but without its logits.
 
-transformers' causal language models compute the logits of all tokens, keep them for the backward
-pass, and take the mean over the supervised ones. Here the model runs up to its final hidden states,
-and `linear_cross_entropy` does the rest.
+transformers' causal language models compute the logits of all tokens and keep them for the backward
+pass. Here the model runs up to its final hidden states, and `linear_cross_entropy` does the rest.
 """
 
 from __future__ import annotations
@@ -30,15 +29,13 @@ class NextToken(SupervisedPass):
     """A forward pass of the base model and its next-token loss.
 
     Attributes:
-        outputs: what the model returned: logits of all tokens, or of at most one token per row if
-            ``logits_left_out``.
-        captured: what the heads need of it.
+        outputs: the model's outputs.
+        captured: record of the pass for the heads.
         loss: CE_1 and what the model adds to it, such as the load balancing of a mixture of
             experts; scalar with graph, nats, 0 if there is no target.
         supervised: number of next-token targets.
-        divisor: of all losses: that number, or ``num_items_in_batch`` if the trainer passed it;
-            fp32 scalar.
-        logits_left_out: see `logits_can_be_left_out`.
+        divisor: that number, or ``num_items_in_batch`` if the trainer passed it; fp32 scalar.
+        logits_left_out: whether ``outputs`` lack logits of all tokens but one per row at most.
     """
 
     outputs: Any
@@ -50,15 +47,15 @@ class NextToken(SupervisedPass):
 
     @torch.no_grad()
     def verify(self, backbone: Backbone) -> None:
-        """`Backbone.verify` by the logits of the first row's last token."""
+        """Call `Backbone.verify` with the logits of the first row's last token."""
         unembedding = backbone.unembedding(self.captured)
         states = self.captured.last_hidden_state[:1, -1:].to(unembedding.weight.dtype)
         logits = _loss_and_logits(self.outputs)[1]
         backbone.verify(self.captured, "logits", unembedding.logits(states), logits[:1, -1:])
 
     def with_auxiliary(self, total: Tensor) -> Any:
-        """The model's outputs with ``total`` added to the loss, and None for logits that are not
-        those of all tokens.
+        """The outputs with ``total``, fp32 scalar, nats, added to the loss; logits are complete or
+        None.
         """
         loss = self.loss + total.to(self.loss.device)
         if not isinstance(self.outputs, ModelOutput):
@@ -70,14 +67,15 @@ class NextToken(SupervisedPass):
 def next_token_pass(
     backbone: Backbone, kwargs: dict[str, Any], leave_out_logits: bool = True
 ) -> Generator[dict[str, Any], Any, NextToken]:
-    """A call of the base model with labels: yields its keyword arguments, is sent its outputs, and
-    returns what came of it.
+    """A call of the base model with labels.
+
+    It yields the keyword arguments, is sent the outputs, perhaps twice, and returns the pass.
 
     Args:
-        backbone: of the model.
-        kwargs: of its forward, with ``labels``, int64 ``(batch, tokens)``, unshifted, -100 where
-            unsupervised.
-        leave_out_logits: False has the model compute its logits and its loss itself.
+        backbone: parts of the model.
+        kwargs: keyword arguments of its forward, with ``labels``, int64 ``(batch, tokens)``,
+            unshifted, -100 where unsupervised.
+        leave_out_logits: False lets the model compute its logits and its loss itself.
 
     Raises:
         ValueError: if the model returns no loss.
@@ -85,8 +83,7 @@ def next_token_pass(
     if leave_out_logits and logits_can_be_left_out(backbone, kwargs):
         with backbone.capture() as records:
             outputs = yield _without_logits(kwargs, tokens=0 if backbone.verified else 1)
-        # A model that does not understand these arguments takes the mean over no tokens, which is
-        # no number.
+        # A model that does not understand these arguments takes the mean over no tokens: NaN.
         if backbone.verified or (outputs.loss is not None and bool(torch.isfinite(outputs.loss.detach()))):
             supervised, divisor, loss = _mean_loss(backbone, records[-1], kwargs)
             # Without any target the loss is 0, whatever the model adds to it.
@@ -97,7 +94,7 @@ def next_token_pass(
         outputs = yield kwargs
     loss, logits = _loss_and_logits(outputs)
     supervised = int(supervised_count(kwargs["labels"]))
-    if supervised == 0:  # the mean over no tokens; a zero that hangs on the graph leaves every gradient 0
+    if supervised == 0:  # the mean over no tokens is NaN; a zero with graph makes every gradient 0
         loss = logits[:1, :1].float().sum() * 0.0
     elif not backbone.shift_verified:
         _refuse_shifted_labels(backbone, loss, logits, kwargs["labels"])
@@ -107,8 +104,8 @@ def next_token_pass(
 def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
     """Whether a forward pass with labels need not compute the logits of all tokens.
 
-    Not if the caller asks for them (``logits_to_keep``) or for a tuple, nor if the model has a loss
-    of its own, or another lm_head than the base model's (a trained copy, or one with an adapter).
+    It must if the caller asks for them (``logits_to_keep``) or for a tuple, or if the model has
+    another loss than transformers' usual one, or an lm_head that is trained or has an adapter.
     """
     model = backbone.model
     return (
@@ -128,12 +125,11 @@ def _takes_loss_arguments(model: PreTrainedModel) -> bool:
 
 
 def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Arguments with which the model computes the logits of a row's last token or of none, and a
-    loss without any target.
+    """Arguments for logits of the last ``tokens`` (0 or 1) of each row, and a loss without targets.
 
-    What is left of that loss is what the model adds to the cross entropy, and otherwise 0. The
-    tokens are given as indices: a slice of hidden states is not contiguous, and for its product
-    torch may copy the lm_head once per row (bf16 on a CPU).
+    That loss is what the model adds to the cross entropy, else 0. Tokens are given as indices: a
+    slice of hidden states is not contiguous, and for its product torch may copy the lm_head once
+    per row (bf16 on a CPU, pytorch/pytorch#151934).
     """
     labels = kwargs["labels"]
     nothing = labels.new_full((len(labels), tokens), IGNORE_INDEX)
@@ -142,9 +138,7 @@ def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
-    """The number of next-token targets, the divisor, and CE_1, with graph: the same targets as in
-    transformers' loss.
-    """
+    """Number of next-token targets, divisor, and CE_1: fp32 scalar with graph, nats."""
     device = captured.last_hidden_state.device
     rows, targets = supervised_rows(kwargs["labels"].to(device), 1)
     divisor = _divisor(kwargs, len(rows), device)
@@ -156,11 +150,9 @@ def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -
 
 @torch.no_grad()
 def _refuse_shifted_labels(backbone: Backbone, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Refuse, once, a model that takes its labels as shifted already, as XLNet does.
+    """Raise a TypeError if the model expects shifted labels, as XLNet does.
 
-    Raises:
-        TypeError: if its loss is the mean cross entropy between logits and labels of the same
-            positions.
+    Its loss then is the mean cross entropy between logits and labels of the same positions.
     """
     backbone.shift_verified = True
     rows = zip(logits, labels.to(logits.device), strict=True)
@@ -181,7 +173,7 @@ def _divisor(kwargs: dict[str, Any], supervised: int, device: torch.device) -> T
 def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor]:
     if isinstance(outputs, ModelOutput):
         loss, logits = outputs.loss, outputs.logits
-    else:  # a tuple; a mixture of experts puts its router's loss, a scalar, before the logits
+    else:  # a tuple, in which a mixture of experts puts its router's loss, a scalar, before the logits
         loss, logits = outputs[0], next(value for value in outputs if isinstance(value, Tensor) and value.dim() == 3)
     if loss is None:
         raise ValueError(

@@ -1,6 +1,4 @@
-"""`AuxiliaryObjective`: the schedule and the training forward that LoRA's tuner and full
-fine-tuning share.
-"""
+"""`AuxiliaryObjective`: schedule and training forward of both LoRA's tuner and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ from .targets import Supervision
 
 HEADS_PREFIX = "auxiliary_heads."
 
-# Yields the keyword arguments to call the base model with, is sent what it returned, and returns
-# the outputs for the caller.
+# Yields the keyword arguments for the base model, is sent what it returned, and returns the outputs
+# for the caller.
 TrainingPass = Generator[dict[str, Any], Any, Any]
 
 
@@ -32,8 +30,7 @@ class AuxiliaryObjective:
     """A module that adds the auxiliary loss to the loss of a base model while it trains.
 
     Attributes:
-        gamma: fp32 scalar buffer, not saved: the weight of the auxiliary loss at the current
-            optimizer step.
+        gamma: weight of the auxiliary loss at the current step; fp32 scalar buffer, not saved.
         auxiliary_heads: module that holds the heads.
     """
 
@@ -57,13 +54,11 @@ class AuxiliaryObjective:
         self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
 
     def set_training_progress(self, step: int, total_steps: int | None = None) -> None:
-        """Tell the schedule where the run is; `CAFTCallback` does it for Trainer, a bare loop calls
-        it every step.
+        """Tell the schedule the step; `CAFTCallback` does so for Trainer, a bare loop every step.
 
         Args:
-            step: s, optimizer steps done so far (0 before the first).
-            total_steps: S, optimizer steps of the whole run; None takes ``total_steps`` of the
-                configuration.
+            step: s, number of optimizer steps done so far.
+            total_steps: S, number of optimizer steps of the run; None takes the configuration's.
 
         Raises:
             ValueError: if S is unknown or not positive, or s is negative.
@@ -72,9 +67,7 @@ class AuxiliaryObjective:
         self._update_gamma(self._active_config())
 
     def forget_training_progress(self) -> None:
-        """End a run: the next one must tell its own progress, or the first training forward is an
-        error.
-        """
+        """End a run: the next one must tell its own progress."""
         self._progress = Progress()
 
     def auxiliary_loss_is_missing(self) -> bool:
@@ -87,17 +80,13 @@ class AuxiliaryObjective:
         return {"gamma": float(self.gamma)} | losses
 
     def _update_gamma(self, config: ObjectiveConfig) -> None:
-        # Written through .data: module.to(bfloat16) may have cast the buffer, and gamma needs its
-        # digits.
+        # .data, since module.to(bfloat16) may have cast the buffer, and gamma needs its digits.
         self.gamma.data = torch.full_like(self.gamma, self._progress.gamma(config), dtype=torch.float32)
 
     @contextmanager
     def auxiliary_loss_enabled(self, enabled: bool) -> Iterator[None]:
-        """Within the block, compute the auxiliary loss or not, e.g. for trainers with another
-        objective.
-        """
-        before = self._auxiliary_loss_enabled
-        self._auxiliary_loss_enabled = enabled
+        """Within the block, compute the auxiliary loss or not."""
+        before, self._auxiliary_loss_enabled = self._auxiliary_loss_enabled, enabled
         try:
             yield
         finally:
@@ -105,15 +94,12 @@ class AuxiliaryObjective:
 
     @contextmanager
     def fast_paths_enabled(self, enabled: bool) -> Iterator[None]:
-        """Within the block, compute the losses fast and in little memory, or in the plainest way,
-        to compare the two.
+        """Within the block, compute the losses fast and in little memory, or plainly, to compare.
 
-        The plainest way: the model computes all its logits and its own loss, heads compute all
-        logits at once and decoder layers for all positions, and all gradients are computed by
-        autograd in the backward pass.
+        Plainly, the model computes all its logits and its own loss, heads compute all logits at
+        once and decoder layers for all positions, and autograd computes all gradients.
         """
-        before = self._fast_paths_enabled
-        self._fast_paths_enabled = enabled
+        before, self._fast_paths_enabled = self._fast_paths_enabled, enabled
         try:
             yield
         finally:
@@ -124,9 +110,7 @@ class AuxiliaryObjective:
 
     @torch.compiler.disable
     def _training_pass(self, kwargs: dict[str, Any]) -> TrainingPass | None:
-        """A call of the base model with the auxiliary loss, to be run by `run`; None for one
-        without it.
-        """
+        """A call of the base model with the auxiliary loss, for `run`; None if it has none."""
         if not self._wants_auxiliary_loss():
             return None
         _refuse_parts_of_rows(kwargs)
@@ -174,13 +158,13 @@ class AuxiliaryObjective:
 
 @torch.compiler.disable(recursive=False)  # the base model that it calls is compiled
 def run(training_pass: TrainingPass, model: Callable[..., Any], args: tuple) -> Any:
-    """Call ``model`` as often and with what ``training_pass`` wants; the outputs for the caller."""
+    """Call ``model`` as ``training_pass`` wants, and return the outputs for the caller."""
     return finish(training_pass, model(*args, **begin(training_pass)), model, args)
 
 
 @torch.compiler.disable(recursive=False)
 def finish(training_pass: TrainingPass, outputs: Any, model: Callable[..., Any], args: tuple) -> Any:
-    """`run` from where the model has been called once."""
+    """Continue `run` after the first call of ``model``, which returned ``outputs``."""
     while True:
         done, value = _advance(training_pass, outputs)
         if done:
@@ -190,13 +174,13 @@ def finish(training_pass: TrainingPass, outputs: Any, model: Callable[..., Any],
 
 @torch.compiler.disable
 def begin(training_pass: TrainingPass) -> dict[str, Any]:
-    """What to call the model with."""
+    """Keyword arguments for the first call of the model."""
     return next(training_pass)
 
 
 @torch.compiler.disable  # the losses have sizes that depend on the data, and a backward pass inside
 def _advance(training_pass: TrainingPass, outputs: Any) -> tuple[bool, Any]:
-    """Whether it ended, and then the outputs for the caller, else what to call the model with."""
+    """Whether the pass ended, and the outputs for the caller, or the next keyword arguments."""
     try:
         return False, training_pass.send(outputs)
     except StopIteration as end:
@@ -204,9 +188,7 @@ def _advance(training_pass: TrainingPass, outputs: Any) -> tuple[bool, Any]:
 
 
 def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
-    """Refuse shifted labels: context and sequence parallelism pass them, since a process then holds
-    a part of every row.
-    """
+    """Raise a ValueError for shifted labels, which context and sequence parallelism pass."""
     if kwargs.get("shift_labels") is not None:
         raise ValueError(
             "shift_labels: given, expected labels alone. Under context or sequence parallelism (cp_size or sp_size > 1) the "
@@ -216,7 +198,5 @@ def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
 
 
 def heads_are_never_missing(module: nn.Module, incompatible: Any) -> None:
-    """After loading a state dict, none of which holds heads; PEFT and transformers would warn of
-    them.
-    """
+    """Hook after loading a state dict: PEFT and transformers would warn that it lacks the heads."""
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if HEADS_PREFIX not in key]

@@ -1,6 +1,4 @@
-"""`ObjectiveConfig`: the settings of CAFT's objective, whatever it trains. Imports no torch: the
-command line reads it.
-"""
+"""`ObjectiveConfig`: settings of CAFT's objective. It imports no torch, for the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ TRAIN_HEADS = ("frozen", "lora", "full")
 
 @dataclass
 class ObjectiveConfig:
-    """Fields that `CAFTConfig` and `FullFineTuningConfig` share; the objective is given there."""
+    """Fields that `CAFTConfig` and `FullFineTuningConfig` share; `CAFTConfig` has the equation."""
 
     heads: str | None = setting(
         "Pretrained auxiliary heads: Hub id or folder; fresh ones are made where none are given.",
@@ -70,7 +68,7 @@ class ObjectiveConfig:
     def require_valid_objective(self) -> None:
         """Raise a ValueError that names the first of these fields that is out of range."""
         if self.heads is not None:
-            self.heads = os.fspath(self.heads)  # a Path would not go into JSON
+            self.heads = os.fspath(self.heads)  # JSON has no Path
         require_choice("head_type", self.head_type, HEAD_TYPES)
         require_choice("head_input", self.head_input, HEAD_INPUTS)
         require_choice("aux_loss_schedule", self.aux_loss_schedule, tuple(SCHEDULES))

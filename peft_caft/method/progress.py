@@ -1,4 +1,4 @@
-"""`RecentLosses`: the auxiliary losses of the forward passes since they were last logged."""
+"""`RecentLosses`, auxiliary losses since the last log, and `Progress`, the step of the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .schedule import gamma
 
 @dataclass
 class RecentLosses:
-    """Sums over forward passes, kept on the device until they are read."""
+    """Sums of auxiliary losses over forward passes, kept on the device until they are read."""
 
     _head_sums: list[Tensor] = field(default_factory=list)
     _head_counts: list[int] = field(default_factory=list)
@@ -32,12 +32,12 @@ class RecentLosses:
         self._supervised += supervised
 
     def read(self, decay: float, reduce: Callable[[Tensor], Any] | None = None) -> dict[str, float]:
-        """Losses since the last call, in nats, and forget them; empty if there were none.
+        """Return and forget the losses since the last call, in nats/token; empty if there are none.
 
         Args:
             decay: alpha.
-            reduce: sums a tensor over the processes, all of which then call this; None for the
-                losses of this one alone.
+            reduce: function that sums a tensor over the processes, which then call this together;
+                None for the losses of this process.
 
         Returns:
             ``loss_head_k``: mean cross entropy over the positions that supervise head k;
@@ -62,12 +62,14 @@ class RecentLosses:
 
 @dataclass
 class Progress:
-    """Steps of the run as `CAFTModel.set_training_progress` told them, or counted by forward passes
-    if it never did.
+    """The step of the run, told by `set`, or else counted by forward passes.
 
     Attributes:
-        computed: number of forward passes since `set` whose auxiliary loss was computed (or is zero
-            by ``aux_loss_weight=0``).
+        step: number of optimizer steps done.
+        total_steps: number of optimizer steps of the run; None takes the configuration's.
+        told: whether `set` was ever called.
+        forwards_since_told: number of training forwards since then.
+        computed: number of them whose auxiliary loss was computed, or is 0 by its weight.
         recent: auxiliary losses since they were last read.
     """
 
@@ -83,10 +85,10 @@ class Progress:
         self.forwards_since_told = self.computed = 0
 
     def begin_forward(self, config: ObjectiveConfig) -> None:
-        """Count one training forward; without `set` it is taken for one optimizer step.
+        """Count one training forward, as one optimizer step if `set` was never called.
 
         Raises:
-            ValueError: if the schedule moves and nobody said how long the run is.
+            ValueError: if the schedule needs the number of steps and nobody has told it.
         """
         if not self.told:
             if config.total_steps is None and config.aux_loss_schedule != "constant":
@@ -100,7 +102,11 @@ class Progress:
         self.forwards_since_told += 1
 
     def gamma(self, config: ObjectiveConfig) -> float:
-        """gamma(s) of the configured schedule."""
+        """gamma(s) of the configured schedule.
+
+        Raises:
+            ValueError: if it needs the number of steps and nobody has told it.
+        """
         total_steps = config.total_steps if self.total_steps is None else self.total_steps
         if config.aux_loss_schedule == "constant":
             return 1.0
@@ -113,8 +119,8 @@ class Progress:
         return gamma(config.aux_loss_schedule, self.step, total_steps)
 
     def forward_seed(self) -> int:
-        """Seed for the sampling of positions: new for every forward pass, the same again after a
-        resume.
+        """Seed of the draw of positions: another one in every forward pass, but the same one after
+        a resume.
         """
         return self.step * 1_000_003 + self.forwards_since_told
 

@@ -1,7 +1,7 @@
 """Makes ``CAFT`` a PEFT method: the one place where a table of another library is extended.
 
-``peft.utils.register_peft_method`` refuses a name that the ``PeftType`` enum lacks, and offers no
-way to add one, so the member is added by hand, once. ``PeftType`` mixes in ``str``, hence
+``register_peft_method`` (huggingface/peft#2282, unchanged in 0.21) refuses a name that the enum
+``PeftType`` lacks, so the member is added by hand, once. ``PeftType`` is a ``str``, hence
 ``str.__new__``.
 """
 
@@ -26,8 +26,6 @@ def peft_type() -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register the CAFT configuration and tuner with PEFT; the parameters keep LoRA's prefix, as
-    AdaLoRA's do.
-    """
+    """Register configuration and tuner with PEFT; like AdaLoRA, CAFT keeps LoRA's prefix."""
     if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix="lora_")

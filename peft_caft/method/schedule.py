@@ -1,9 +1,8 @@
 """gamma(s): how the weight of the auxiliary loss moves over a training run.
 
-``s`` is the number of optimizer steps done, ``S`` the number of all of them. CAFT (arXiv
-2506.07833) fades the auxiliary loss out with a *reflected sine*, so that the run ends on the
-next-token loss alone. The other schedules are those of the authors' code (commit d10c79e), and
-``linear_decay``, the straight line from 1 to 0.
+``s`` is the number of optimizer steps done, ``S`` that of the whole run. CAFT (arXiv 2506.07833)
+fades the auxiliary loss out with a *reflected sine*, so that the run ends with the next-token loss
+alone. The other schedules are in the authors' code too (commit d10c79e), except ``linear_decay``.
 """
 
 import math

@@ -16,7 +16,7 @@ class SupervisedPass(Protocol):
     `NextToken` is one that returns a loss, `LogProbsPass` one that returns log-probabilities.
 
     Attributes:
-        captured: what the heads need of the pass.
+        captured: record of the pass for the heads.
         supervised: number of next-token targets.
         divisor: number by which all losses are divided; fp32 scalar.
     """

@@ -16,23 +16,20 @@ def supervised_rows(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Positions from which the head for ``tokens_ahead`` = k has a target, and the targets.
+    """Positions that have a target ``tokens_ahead`` = k tokens ahead, and the targets.
 
-    Position t has one where label[t+k] is set and t and t+k belong to one document: their positions
-    differ by k where ``position_ids`` are given (packed and padding-free batches restart them), and
-    neither is padding.
+    Position t has one if label[t+k] is set, neither t nor t+k is padding, and both belong to one
+    document: their ``position_ids``, which packed batches restart, differ by k.
 
     Args:
         labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
         tokens_ahead: k >= 1; k = 1 gives the model's own next-token targets.
-        attention_mask: ``(batch, tokens)``, 0 for padding; masks of other shapes say nothing about
-            padding here.
+        attention_mask: ``(batch, tokens)``, 0 for padding; masks of other shapes are ignored.
         position_ids: int64 ``(batch, tokens)`` or ``(1, tokens)``.
 
     Returns:
-        rows, int64 ``(supervised,)``, indices into the flattened ``batch * tokens`` positions, and
-        the target token ids, int64 ``(supervised,)``. Both are empty when no sequence is longer
-        than k.
+        rows, int64 ``(supervised,)``, ascending indices into the flattened ``batch * tokens``
+        positions, and the target token ids, int64 ``(supervised,)``.
     """
     tokens = labels.shape[1]
     if tokens <= tokens_ahead:
@@ -51,8 +48,9 @@ def supervised_rows(
 
 
 def supervised_count(labels: Tensor) -> Tensor:
-    """Number of next-token targets, the divisor of CE_1: a label in the first column has no
-    position before it.
+    """Number of next-token targets, int64 scalar, of labels ``(batch, tokens)``.
+
+    A label in the first column is none, since no position is before it.
     """
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 

@@ -1,6 +1,4 @@
-"""How well auxiliary heads predict held-out data: cross entropy, top-1, top-5 and acceptance
-length.
-"""
+"""Metrics of auxiliary heads on held-out data: cross entropy, accuracy, acceptance length."""
 
 from __future__ import annotations
 
@@ -24,13 +22,12 @@ TOP = 5
 
 @dataclass
 class HeadMetrics:
-    """How well one head predicts.
+    """Metrics of one head.
 
     Attributes:
         tokens_ahead: k.
-        cross_entropy: mean, nats per token.
-        top1, top5: fraction of targets that are the most likely token, or among the five most
-            likely.
+        cross_entropy: mean over targets, nats/token.
+        top1, top5: fraction of targets that are the most likely token, or one of the five.
         tokens: number of targets.
     """
 
@@ -43,13 +40,12 @@ class HeadMetrics:
 
 @dataclass
 class HeadEvaluation:
-    """How well all heads of one base model predict.
+    """Metrics of all heads.
 
     Attributes:
         heads: one entry per head.
         acceptance_length: mean number of consecutive heads, from k = 2 on, whose most likely token
-            is the right one, over the positions that have a target for every head; between 0 and n
-            - 1.
+            is the target, between 0 and n - 1; over positions that have a target for every head.
     """
 
     heads: list[HeadMetrics]
@@ -60,7 +56,7 @@ class HeadEvaluation:
 
     @classmethod
     def from_totals(cls, totals: Tensor) -> HeadEvaluation:
-        """From the sum of `batch_totals` over all batches."""
+        """Make means of the sum of `batch_totals` over all batches, float64 ``(heads + 1, 4)``."""
         means = totals / totals[:, 3:].clamp_min(1)
         heads = [
             HeadMetrics(index + 2, float(mean[0]), float(mean[1]), float(mean[2]), int(total[3]))
@@ -69,7 +65,7 @@ class HeadEvaluation:
         return cls(heads, float(means[-1, 0]))
 
     def weighted_cross_entropy(self, decay: float) -> float:
-        """sum_k alpha^(k-1) * CE_k, the objective of stage 1 with hard targets, nats."""
+        """sum_k alpha^(k-1) * CE_k, the objective of stage 1 with hard targets, nats/token."""
         return sum(decay ** (head.tokens_ahead - 1) * head.cross_entropy for head in self.heads)
 
 
@@ -86,11 +82,11 @@ def evaluate_heads(
 
     Args:
         heads: the heads.
-        model: the base model they belong to, in evaluation mode.
-        rows: as `peft_caft.training.data.encode` gives them.
-        collate: makes a batch of tensors ``(batch, tokens)`` of some rows.
+        model: their base model, in evaluation mode.
+        rows: rows that `peft_caft.training.data.encode` returned.
+        collate: function that makes a batch of tensors ``(batch, tokens)`` of rows.
         batch_size: rows per forward pass.
-        description: of the progress bar.
+        description: label of the progress bar.
     """
     backbone = Backbone.of(model)
     was_training = heads.training
@@ -110,15 +106,13 @@ def evaluate_heads(
 
 
 def length_sorted(rows: list[dict[str, list[int]]], collate: Callable, batch_size: int) -> DataLoader:
-    """Batches of rows of about one length, long ones first, so that little is padding and memory
-    runs out at once.
-    """
+    """Batches, longest rows first: little padding, and an out-of-memory error comes at once."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     return DataLoader([rows[index] for index in order], batch_size=batch_size, collate_fn=collate)
 
 
 def sum_totals(totals: Iterable[Tensor]) -> Tensor:
-    """Sum of `batch_totals` over batches; one batch at least."""
+    """Sum of one or more `batch_totals`, each float64 ``(heads + 1, 4)``."""
     return torch.stack(list(totals)).sum(dim=0)
 
 
@@ -128,14 +122,16 @@ def batch_totals(
     """Sums over one batch, from which `HeadEvaluation.from_totals` makes means.
 
     Args:
-        heads, backbone, captured: as for `peft_caft.method.loss.auxiliary_loss`.
+        heads: the heads.
+        backbone: parts of their base model.
+        captured: record of a forward pass over ``(batch, tokens)``.
         labels: int64 ``(batch, tokens)``, -100 where unsupervised.
-        attention_mask: ``(batch, tokens)`` or None.
+        attention_mask: ``(batch, tokens)``, 0 for padding, or None.
 
     Returns:
-        float64 ``(heads + 1, 4)``: for each head the sums of cross entropies, top-1 hits, top-5
-        hits, and the number of targets; in the last row the sum of accepted lengths, two zeros, and
-        the number of positions with all targets.
+        float64 ``(heads + 1, 4)``, fp32 on MPS: for each head the sum of cross entropies (nats),
+        top-1 hits, top-5 hits, and the number of targets; in the last row the sum of accepted
+        lengths, two zeros, and the number of positions with all targets.
     """
     unembedding = backbone.unembedding(captured)
     exact = torch.float32 if labels.device.type == "mps" else torch.float64  # Apple's devices have no double

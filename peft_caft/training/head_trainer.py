@@ -1,8 +1,7 @@
-"""The module and the Trainer of stage 1: the frozen base model with trainable heads on it.
+"""Module and Trainer of stage 1: a frozen base model with trainable heads.
 
-The objective is the auxiliary sum alone, with beta = gamma = 1: sum over heads of alpha^(k-1) *
-CE_k, against the tokens of the text (hard targets) or the base model's own distributions (soft
-targets).
+The objective is the sum over heads of alpha^(k-1) * CE_k, against the tokens of the text (hard
+targets) or the base model's own distributions (soft targets).
 """
 
 from __future__ import annotations
@@ -37,15 +36,20 @@ from .soft_targets import soft_auxiliary_loss
 
 
 class HeadPretraining(nn.Module):
-    """The frozen base model with trainable heads, as a module that ``transformers.Trainer`` can
-    train.
+    """The frozen base model with trainable heads, for ``transformers.Trainer``.
 
-    The base model runs up to its last layer's norm and computes no logits of its own; with soft
-    targets its distributions are computed at the supervised positions alone. Where hidden states
-    are given, only its last layer runs.
+    The base model runs up to its final norm, or, on given hidden states, its last layer alone. Soft
+    targets need its logits at the supervised positions.
+
+    Args:
+        model: the base model.
+        heads: heads for it.
+        aux_loss_decay: alpha.
+        targets: ``"hard"`` or ``"soft"``.
+        aux_token_fraction: share of the positions that are drawn in each step.
     """
 
-    loss_type = "ForCausalLM"  # tells Trainer that labels are shifted, for num_items_in_batch
+    loss_type = "ForCausalLM"  # so Trainer counts shifted labels in num_items_in_batch
 
     def __init__(
         self,
@@ -67,18 +71,17 @@ class HeadPretraining(nn.Module):
         self._sampling_seeds = count()
         self.recent = RecentLosses()
         self._backbone = Backbone.of(model)
-        # What FSDP shards one by one: the layers of the base model, and the heads that are copies
-        # of one.
+        # FSDP shards these one by one: layers of the base model, and heads that are copies of one.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self._backbone.layers})
 
     def begin_step(self, seed: int, step: int, process: int) -> None:
-        """Where the run is: from it alone follow the positions that are drawn, also after a resume."""
+        """Seed the draws of positions with the place in the run, so that a resume repeats them."""
         digest = hashlib.sha256(f"{seed}, {step}, {process}".encode()).digest()
         self._sampling_seeds = count(int.from_bytes(digest[:6], "big"))
 
     def train(self, mode: bool = True) -> HeadPretraining:
         super().train(mode)
-        self.base.eval()  # its dropout would make the hidden states, which the heads learn from, noisy
+        self.base.eval()  # its dropout would add noise to the hidden states
         return self
 
     def forward(
@@ -93,13 +96,14 @@ class HeadPretraining(nn.Module):
         """Loss of a batch in training mode, its `batch_totals` in evaluation mode.
 
         Args:
-            input_ids, labels, attention_mask: ``(batch, tokens)``.
-            hidden_states: what enters the base model's last layer, ``(batch, tokens, hidden)``,
-                from an earlier pass.
-            num_items_in_batch: divisor of the loss; next-token targets of this batch if None.
+            input_ids, labels: int64 ``(batch, tokens)``; labels are -100 where unsupervised.
+            attention_mask: ``(batch, tokens)``, 0 for padding.
+            hidden_states: input of the base model's last layer in an earlier pass, ``(batch,
+                tokens, hidden)``.
+            num_items_in_batch: divisor of the loss; None takes the next-token targets of the batch.
 
         Returns:
-            ``{"loss": scalar}`` or ``{"totals": float64 (heads + 1, 4)}``.
+            ``{"loss": fp32 scalar, nats}`` or ``{"totals": float64 (heads + 1, 4)}``.
         """
         captured = self._captured(input_ids, attention_mask, hidden_states)
         if not self.training:
@@ -134,10 +138,12 @@ class _TellStep(TrainerCallback):
 
 
 class HeadTrainer(Trainer):
-    """Trainer whose checkpoints hold the heads artifact instead of the whole model, and that
-    evaluates every head.
+    """Trainer that evaluates every head and saves the heads instead of the whole model.
 
-    ``eval_dataset`` is a dict of encoded rows by name.
+    Args:
+        model: the module to train.
+        args: arguments of the run.
+        kwargs: further arguments of Trainer; ``eval_dataset`` is a dict of encoded rows by name.
     """
 
     def __init__(self, model: HeadPretraining, args: TrainingArguments, **kwargs: Any) -> None:
@@ -145,7 +151,7 @@ class HeadTrainer(Trainer):
         self.add_callback(_TellStep())
         self._before: dict[str, HeadEvaluation] | None = None
         self.sharded = shards_parameters(self)
-        # Sharded modules cannot be copied: the place for whole parameters is made before they are.
+        # Sharded modules cannot be copied, so the place for whole parameters is made before.
         self._whole_heads = copy.deepcopy(model.heads).cpu() if self.sharded else model.heads
 
     @property
@@ -153,8 +159,9 @@ class HeadTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).heads
 
     def trained_heads(self) -> AuxiliaryHeads:
-        """The heads with whole parameters; a copy on the CPU where they are sharded. All processes
-        call this together.
+        """The heads with whole parameters, a copy on the CPU if they are sharded.
+
+        All processes call this together.
         """
         if self.sharded:
             gather(self._heads, self._whole_heads)
@@ -162,9 +169,7 @@ class HeadTrainer(Trainer):
 
     @torch.no_grad()
     def round_heads(self, dtype: torch.dtype) -> None:
-        """Leave in the heads what ``dtype`` can hold, so that the next evaluation is about the
-        heads as they are saved.
-        """
+        """Round the heads to ``dtype``, so that the next evaluation measures what is saved."""
         if not self.sharded:
             self._heads.to(dtype)
         else:  # whose dtype is fixed
@@ -172,14 +177,12 @@ class HeadTrainer(Trainer):
                 copy_into(parameter, whole(parameter).to(dtype))
 
     def evaluate_heads(self, description: str) -> dict[str, HeadEvaluation]:
-        """`HeadEvaluation` of every evaluation set; under several processes each takes a share of
-        the rows.
-        """
+        """Name -> evaluation of every evaluation set; each process takes a share of the rows."""
         evaluations = {}
         self.model_wrapped.eval()
         for name, rows in self.eval_dataset.items():
             share = rows[self.args.process_index :: self.args.world_size]
-            if len(share) * self.args.world_size < len(rows):  # all processes must run the same number of batches
+            if len(share) * self.args.world_size < len(rows):  # all processes must run equally many batches
                 share = [
                     *share,
                     {"input_ids": rows[0]["input_ids"], "labels": [IGNORE_INDEX] * len(rows[0]["labels"])},
@@ -199,9 +202,7 @@ class HeadTrainer(Trainer):
         return evaluations
 
     def evaluate_before(self) -> dict[str, HeadEvaluation]:
-        """Evaluate, once, the untrained heads; at the latest before the first step or the first
-        checkpoint that is loaded.
-        """
+        """Evaluate the untrained heads, once, before the first step or loaded checkpoint."""
         if self._before is None:
             self._before = self.evaluate_heads("Held-out, before training")
         return self._before
@@ -211,8 +212,9 @@ class HeadTrainer(Trainer):
         return self.model_wrapped(**batch.to(self.args.device))["totals"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Per-head metrics of every set into the log; ``eval_loss`` is the objective with hard
-        targets, over all sets.
+        """Log metrics of each head on every set; ``eval_loss`` is the mean objective, nats/token.
+
+        Its targets are hard.
         """
         metrics = {}
         evaluations = self.evaluate_heads("Held-out")
@@ -249,8 +251,7 @@ class HeadTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.evaluate_before()
-        # A run interrupted between its last step and its end is at its end: Trainer would take one
-        # step more.
+        # If a run was interrupted after its last step, Trainer (5.23) would take one step more.
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -278,7 +279,7 @@ class HeadTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # then comes trainer_state.json, which says that the checkpoint is whole
+        self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, marks a whole checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.evaluate_before()
@@ -289,7 +290,7 @@ class HeadTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # Trainer would load the checkpoint before the untrained heads are evaluated, and miss the
+        # Trainer would load the checkpoint before the untrained heads are evaluated, and expect the
         # frozen base model in it.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.evaluate_before()

@@ -1,11 +1,8 @@
-"""Cross entropy of several heads' logits against the base model's own next-token distributions
-(self-distillation).
+"""Cross entropy of all heads against the base model's own distributions (self-distillation).
 
-The base model's distribution for token t+k is in its own forward pass, at position t+k-1. All heads
-are compared with it
-chunk by chunk: one chunk of the model's probabilities serves every head, and, as in
-`linear_cross_entropy`, the gradient is computed where the logits are at hand, so that no logits are
-kept. In plain torch, for one head:
+The base model predicts token t+k at position t+k-1 of its own forward pass. One chunk of these
+probabilities serves all heads, and, as in `linear_cross_entropy`, gradients are computed at once,
+so that no logits are kept. In plain torch, for one head:
 
     teacher = softmax(scale(teacher_states[rows] @ weight.T + bias))
     loss = -(teacher * log_softmax(scale(states @ weight.T + bias))).sum()
@@ -29,21 +26,20 @@ from ..method.targets import Supervision
 def soft_cross_entropy(
     states: list[Tensor], rows: list[Tensor], teacher_states: Tensor, unembedding: Unembedding
 ) -> list[Tensor]:
-    """Sums over rows of the cross entropy between each head's logits and the teacher's
-    distributions.
+    """Cross entropies between each head's and the teacher's distributions, summed over rows.
 
     Args:
-        states: for each head ``(rows_i, hidden)``, any floating dtype; computed in the dtype of the
-            weight or of autocast.
-        rows: for each head int64 ``(rows_i,)``, ascending: the row of ``teacher_states`` that each
+        states: ``(rows_i, hidden)`` of each head, any floating dtype; logits are computed in the
+            dtype of the weight or of autocast.
+        rows: int64 ``(rows_i,)`` of each head, ascending: the row of ``teacher_states`` that each
             state has to match.
-        teacher_states: ``(teacher_rows, hidden)``, final hidden states of the teacher; no gradient
-            reaches them.
-        unembedding: the frozen layer, which both sides share.
+        teacher_states: final hidden states of the teacher, ``(teacher_rows, hidden)``, any floating
+            dtype; they get no gradient.
+        unembedding: frozen layer of both sides.
 
     Returns:
-        one scalar per head, fp32 (float64 for a float64 layer), nats, differentiable in the states;
-        0 for no rows. Its minimum is the entropy of the teacher, not 0.
+        one scalar per head, fp32 (float64 for a float64 layer), nats, with graph; 0 for no rows.
+        Its minimum is the entropy of the teacher, not 0.
     """
     needs_grad = torch.is_grad_enabled() and any(s.requires_grad for s in states)
     return list(
@@ -103,12 +99,18 @@ def soft_auxiliary_loss(
     decay: float,
     weight: Tensor | float = 1.0,
 ) -> AuxiliaryLoss:
-    """`auxiliary_loss` with the base model's own distributions as targets, at the same positions
-    (self-distillation).
+    """`auxiliary_loss` whose targets are the base model's own distributions (self-distillation).
 
-    Head k at t learns what the base model predicts for token t+k when it has read the tokens up to
-    t+k-1, which the same forward pass computed. With ``fraction`` < 1 it is the predicted tokens
-    that are drawn: each needs the base model's logits once, for all heads.
+    Head k at t learns what the base model predicts for token t+k after the tokens up to t+k-1. A
+    draw is over predicted tokens, for each of which all heads need the same logits of that model.
+
+    Args:
+        heads: the auxiliary heads.
+        backbone: parts of the base model that made ``captured``.
+        captured: record of a forward pass over ``(batch, tokens)``.
+        supervision: targets of the same batch, of which only the positions count.
+        decay: alpha.
+        weight: factor of the sum, fp32 scalar.
     """
     states, teacher_rows, counts = [], [], []
     for index in range(len(heads.heads)):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from peft_caft.basics.intervals import mean_estimate, paired_difference, sign_flip_p_value, wilson_interval
+from peft_caft.basics.intervals import mean_estimate, paired_difference, wilson_interval
 
 
 def test_mean_is_over_defined_values_and_weighed():
@@ -92,21 +92,6 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     runs = [mean_estimate(list(rng.exponential(1.0, 60)), resamples=400) for _ in range(300)]
     covered = sum(run.low <= 1.0 <= run.high for run in runs) / len(runs)
     assert 0.88 <= covered <= 0.98
-
-
-def test_sign_flips_are_counted_exactly_for_few_differences():
-    assert sign_flip_p_value([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)  # all of one sign: two of eight
-    assert sign_flip_p_value([1.0, -1.0]) == 1.0
-    assert sign_flip_p_value([0.0, None, 4.0]) == 1.0
-    assert sign_flip_p_value([1.0, 2.0, -3.0]) == 1.0  # their sum is 0
-    # +-1 +-1 +-1 +-4: as far out as 5 are 7, 7, 5, 5, 5 and their negatives
-    assert sign_flip_p_value([1.0, 1.0, -1.0, 4.0]) == pytest.approx(8 / 16)
-
-
-def test_sign_flips_by_chance_agree_with_the_normal_distribution():
-    differences = np.random.default_rng(5).normal(0.1, 1.0, 400)
-    z = abs(differences.sum()) / np.sqrt((differences**2).sum())
-    assert sign_flip_p_value(list(differences)) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -130,7 +130,8 @@ def test_folder_without_heads_is_refused(tmp_path):
 def test_folder_of_a_model_is_refused(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"that of a whole model \(llama\), not the configuration of auxiliary heads.*push_to_hub"
+        ValueError,
+        match=r"got the configuration of a whole model \(llama\), expected that of auxiliary heads.*push_to_hub",
     ):
         AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
 
