@@ -12,6 +12,12 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}.")
 
 
+def require_at_least_one(name: str, value: object, note: str = "") -> None:
+    """Raise a ValueError unless ``value`` is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1{note}.")
+
+
 def require_token_fraction(value: float, note: str = "") -> None:
     """Raise a ValueError unless ``value`` can be the share of positions that a step draws."""
     if not 0 < value <= 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..basics.checks import require_choice
+from ..basics.checks import require_at_least_one, require_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,9 +67,7 @@ class HeadsConfig:
         require_choice("head_type", self.head_type, HEAD_TYPES)
         require_choice("head_input", self.head_input, HEAD_INPUTS)
         for name in ("num_heads", "head_num_layers", "hidden_size", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1.")
+            require_at_least_one(name, getattr(self, name))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

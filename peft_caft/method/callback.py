@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..basics.files import replacing
 from ..heads.sharding import copy_into, refuse_fsdp1, whole
@@ -38,23 +38,17 @@ class CAFTCallback(TrainerCallback):
         >>> trainer.train()
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         refuse_fsdp1(kwargs["model"])
         _refuse_other_objectives(args)
         trained = _trained_head_parameters(objective_of(kwargs["model"]))
         if state.global_step > 0 and trained:
             _restore(trained, _checkpoint(args, state) / TRAINED_HEADS_NAME)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         objective_of(kwargs["model"]).set_training_progress(state.global_step, state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if objective_of(kwargs["model"]).auxiliary_loss_is_missing():
             raise RuntimeError(
                 f"step {state.global_step} ended without an auxiliary loss, expected one in every training forward: "
@@ -64,18 +58,11 @@ class CAFTCallback(TrainerCallback):
                 "`model.auxiliary_loss_enabled(False)` or CAFTConfig(aux_loss_weight=0)."
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         objective_of(kwargs["model"]).forget_training_progress()  # the next run has its own length
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any
     ) -> None:
         if logs is None or "loss" not in logs:
             return
@@ -83,7 +70,7 @@ class CAFTCallback(TrainerCallback):
         logs.update(metrics)  # which the callbacks after this one read
         state.log_history[-1].update(metrics)  # into which Trainer.log has copied the logs already
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         trained = _trained_head_parameters(objective_of(kwargs["model"]))
         tensors = {name: whole(parameter).detach().cpu().contiguous() for name, parameter in trained.items()}
         if trained and state.is_world_process_zero:

@@ -30,9 +30,8 @@ def make_heads(config: ObjectiveConfig, model: nn.Module) -> AuxiliaryHeads:
         heads = AuxiliaryHeads.from_base_model(
             model, config.num_auxiliary_heads, config.head_type, config.head_input, config.head_num_layers
         )
-    config.head_type = heads.config.head_type  # type: ignore[assignment]
-    config.head_input = heads.config.head_input  # type: ignore[assignment]
-    config.head_num_layers = heads.config.head_num_layers
+    for name in ("head_type", "head_input", "head_num_layers"):
+        setattr(config, name, getattr(heads.config, name))
     return heads
 
 

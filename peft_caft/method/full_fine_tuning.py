@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..basics.checks import require_choice
+from ..basics.settings import OBJECTIVE, setting
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from .configured_heads import make_heads
@@ -37,12 +38,11 @@ class FullFineTuningConfig(ObjectiveConfig):
         >>> model.save_pretrained("model")  # a plain transformers model
     """
 
-    freeze_unembedding: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the lm_head as it is, which the heads share; with tied embeddings the input embedding too. "
-            "Otherwise it learns from all losses."
-        },
+    freeze_unembedding: bool = setting(
+        "Keep the lm_head as it is, which the heads share; with tied embeddings the input embedding too. "
+        "Otherwise it learns from all losses.",
+        False,
+        group=OBJECTIVE,
     )
 
     def __post_init__(self) -> None:

@@ -54,12 +54,11 @@ class LogProbsPass(SupervisedPass):
         """Call `Backbone.verify` with all log-probabilities."""
         if not self.supervised and not is_sharded(backbone.lm_head):  # a sharded one needs all processes
             return
-        states, mask = self.captured.last_hidden_state, self.outputs.label_mask
-        targets = self.labels[:, 1:].to(states.device)[mask.to(states.device)]
-        _, losses = linear_cross_entropy(
-            states[:, :-1][mask.to(states.device)], targets, backbone.unembedding(self.captured)
-        )
-        backbone.verify(self.captured, "log-probabilities", -losses, self.outputs.log_probs[mask].to(losses.device))
+        states, expected = self.captured.last_hidden_state, self.outputs.log_probs[self.outputs.label_mask]
+        mask = self.outputs.label_mask.to(states.device)
+        targets = self.labels[:, 1:].to(states.device)[mask]
+        _, losses = linear_cross_entropy(states[:, :-1][mask], targets, backbone.unembedding(self.captured))
+        backbone.verify(self.captured, "log-probabilities", -losses, expected.to(losses.device))
 
     def with_auxiliary(self, total: Tensor) -> Any:
         """The outputs with the gradient of ``total``, fp32 scalar, in their log-probabilities.

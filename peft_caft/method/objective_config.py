@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from ..basics.checks import require_choice, require_token_fraction
+from ..basics.checks import require_at_least_one, require_choice, require_token_fraction
 from ..basics.settings import OBJECTIVE, setting
 from ..heads.config import DEFAULT_NUM_HEADS, HEAD_INPUTS, HEAD_TYPES
 from .schedule import SCHEDULES
@@ -73,10 +73,12 @@ class ObjectiveConfig:
         require_choice("head_input", self.head_input, HEAD_INPUTS)
         require_choice("aux_loss_schedule", self.aux_loss_schedule, tuple(SCHEDULES))
         require_choice("train_heads", self.train_heads, TRAIN_HEADS)
-        self._require_at_least_one("num_auxiliary_heads", " (n = num_auxiliary_heads + 1, so n >= 2)")
-        self._require_at_least_one("head_num_layers")
+        require_at_least_one(
+            "num_auxiliary_heads", self.num_auxiliary_heads, " (n = num_auxiliary_heads + 1, so n >= 2)"
+        )
+        require_at_least_one("head_num_layers", self.head_num_layers)
         if self.total_steps is not None:
-            self._require_at_least_one("total_steps")
+            require_at_least_one("total_steps", self.total_steps)
         if not 0 <= self.aux_loss_weight < math.inf:
             raise ValueError(
                 f"aux_loss_weight (beta): got {self.aux_loss_weight}, expected 0 (plain LoRA) or more, and finite."
@@ -84,8 +86,3 @@ class ObjectiveConfig:
         if not 0 < self.aux_loss_decay <= 1:
             raise ValueError(f"aux_loss_decay (alpha): got {self.aux_loss_decay}, expected 0 < alpha <= 1.")
         require_token_fraction(self.aux_token_fraction, " To switch the auxiliary loss off, set aux_loss_weight=0.")
-
-    def _require_at_least_one(self, name: str, note: str = "") -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1{note}.")

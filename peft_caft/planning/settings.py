@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..basics.checks import require_choice, require_token_fraction
+from ..basics.checks import require_at_least_one, require_choice, require_token_fraction
 from ..basics.settings import ADAPTER, DATA, same_setting, setting
 from ..method.objective_config import ObjectiveConfig
 
@@ -47,8 +47,7 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_auxiliary_heads", "head_num_layers", "r", "gpus"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a whole number of at least 1.")
+            require_at_least_one(name, getattr(self, name))
         least = self.num_auxiliary_heads + 2
         if self.tokens < least:
             raise ValueError(
