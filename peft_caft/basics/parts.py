@@ -1,10 +1,10 @@
-"""What `peft-caft distill` has finished so far, kept so that a kill at any moment costs at most the
-batches in work.
+"""Finished batches of `peft-caft distill` and `peft-caft evaluate`, kept so that a kill at any
+moment costs only the batches in work.
 
-Beside the output there is a hidden folder with ``settings.json`` and, for each process,
-``part-RANK.jsonl`` with one line per finished batch, flushed to the disk. A line without its end is
-cut off when the run is resumed, and its batch is made again. Which process made a batch does not
-matter, so a run can be resumed with another number of them.
+A hidden folder beside the output holds ``settings.json`` and, for each process, ``part-RANK.jsonl``
+with one line per finished batch. When a run is resumed, a line without its end is cut off and its
+batch is made again. Batches are not bound to a process, so a run can be resumed with another number
+of processes.
 """
 
 from __future__ import annotations
@@ -43,13 +43,18 @@ class Parts:
         return self.output.with_name(self.record_name or f"{self.output.stem}.provenance.json")
 
     def begin(self, settings: dict[str, Any], overwrite: bool = False) -> dict[str, Any] | None:
-        """Start a run or take up an interrupted one; for one process alone, while the others wait.
+        """Start a run or resume an interrupted one. One process calls it while the others wait.
+
+        Args:
+            settings: everything that decides the result; JSON values.
+            overwrite: replace the output, and what an interrupted run has finished.
 
         Returns:
-            the provenance of the finished output if it is there with these settings, else None.
+            the record of the finished run if it was made with these settings, else None.
 
         Raises:
-            FileExistsError: if there is an output, or an interrupted run, of other settings.
+            BlockingIOError: if another process writes the same output.
+            FileExistsError: if the output or an interrupted run was made with other settings.
         """
         for part in self._parts():
             with open(part, "rb+") as file:
@@ -76,7 +81,7 @@ class Parts:
         return None
 
     def finished(self) -> Iterator[dict[str, Any]]:
-        """The finished batches of all processes, in no order."""
+        """Yield the finished batches of all processes, in no particular order."""
         for part in self._parts():
             with open(part, encoding="utf-8") as file:
                 for line in file:
@@ -84,11 +89,10 @@ class Parts:
 
     @contextmanager
     def appending(self, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Yield a function that records a finished batch: it is on the disk when the function
-        returns.
+        """Yield a function that writes a finished batch to the disk before it returns.
 
         Raises:
-            BlockingIOError: if another run writes the same output.
+            BlockingIOError: if another process writes the same output.
         """
         with open(self.folder / f"part-{rank}.jsonl", "ab") as file:
             lock(file, self.output)
@@ -101,7 +105,7 @@ class Parts:
             yield append
 
     def discard(self) -> None:
-        """Remove everything, in one step as far as another run can see."""
+        """Remove all finished batches. Another run sees them vanish in one step."""
         trash = self.folder.with_name(f"{self.folder.name}.trash")
         shutil.rmtree(trash, ignore_errors=True)
         if self.folder.exists():

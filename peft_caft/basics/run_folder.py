@@ -1,8 +1,7 @@
-"""The folder of a training run: what was asked for, its checkpoints, its result; so that a run can
-be taken up again.
+"""The folder of a run, from which an interrupted run is resumed.
 
-``run.json`` holds the settings, ``checkpoints/`` what the Trainer saves on the way,
-``summary.json`` is written last and says that the run is finished.
+``run.json`` holds the settings and ``checkpoints/`` what the Trainer saves. ``summary.json`` is
+written last: it holds the result and marks the run as finished.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ADVICE = "Choose another output, or pass --overwrite to replace it."
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder; see the module's docstring."""
+    """The folder of one run, laid out as the module's docstring says."""
 
     path: Path
 
@@ -42,14 +41,13 @@ class RunFolder:
 
     @contextmanager
     def held(self, wait: bool = False) -> Iterator[None]:
-        """No other process may run in this folder inside the block, and a full disk is one clear
-        error.
+        """Keep other processes out of the folder inside the block, and explain a full disk.
 
         Args:
-            wait: for another process that does.
+            wait: wait until another process leaves the folder, instead of raising an error.
 
         Raises:
-            BlockingIOError: if another one does.
+            BlockingIOError: if another process runs in the folder.
             OSError: if the disk is full.
         """
         self.path.mkdir(parents=True, exist_ok=True)
@@ -60,10 +58,10 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def require_free(self, settings: dict[str, Any]) -> None:
-        """Check that a run of these settings can start here or be taken up.
+        """Check that a run with these settings can start or resume here.
 
         Raises:
-            FileExistsError: if the folder holds a finished run, or an interrupted one of other
+            FileExistsError: if the folder holds a finished run, or an interrupted one with other
                 settings.
         """
         if self.summary_path.exists():
@@ -79,22 +77,21 @@ class RunFolder:
     def begin(
         self, settings: dict[str, Any], overwrite: bool = False, checkpoint_files: tuple[str, ...] = ()
     ) -> Path | None:
-        """Start a run or take up an interrupted one. Call it when nothing is left that a better
-        command could mend.
+        """Start a run or resume an interrupted one. Call it last, after every check that a user
+        could fix in the command.
 
         Args:
             settings: everything that decides the result; JSON values.
-            overwrite: remove the checkpoints that the folder holds and start anew.
-            checkpoint_files: files that a checkpoint must hold to be resumed from, besides the
-                Trainer's.
+            overwrite: remove the checkpoints in the folder and start anew.
+            checkpoint_files: files that a checkpoint needs besides the Trainer's.
 
         Returns:
             the last whole checkpoint to resume from, or None to start from the beginning.
 
         Raises:
-            FileExistsError: see `require_free`.
+            FileExistsError: if `require_free` refuses the settings.
         """
-        git_commit()  # remembered for the provenance: a long run is of the code that it began with
+        git_commit()  # cached now, so that a long run records the code that it started with
         if overwrite:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.summary_path.unlink(missing_ok=True)
@@ -104,9 +101,7 @@ class RunFolder:
         return last_whole_checkpoint(self.checkpoints, checkpoint_files)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary, which marks the run as finished, and drop its checkpoints and what
-        killed saves left.
-        """
+        """Write the summary, then remove checkpoints and what interrupted saves left."""
         write_text(self.summary_path, json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for litter in self.path.glob(".*.tmp"):
@@ -135,8 +130,12 @@ def require_same_settings(settings: dict[str, Any], recorded: dict[str, Any] | N
 
 
 def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | None:
-    """The newest ``checkpoint-N`` that was saved to its end: each process writes last its random
-    state, or Trainer's state.
+    """The newest ``checkpoint-N`` that was saved to its end.
+
+    Trainer saves its state and the random states last, so a checkpoint with these is whole.
+
+    Args:
+        needed: names of further files that a whole checkpoint holds.
     """
     numbered = [(int(p.name.removeprefix("checkpoint-")), p) for p in folder.glob("checkpoint-*") if p.is_dir()]
     for _, checkpoint in sorted(numbered, reverse=True):
@@ -150,12 +149,10 @@ def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | 
 
 
 def random_states(processes: int) -> tuple[str, ...]:
-    """Files in which Trainer keeps the random state of each process; without them no checkpoint is
-    whole.
-    """
+    """Names of the files in which Trainer saves the random state of each process."""
     return tuple(f"rng_state_{index}.pth" for index in range(processes)) if processes > 1 else ("rng_state.pth",)
 
 
 def _is_whole(path: Path) -> bool:
-    """Torch writes a zip file, whose directory is at its end."""
+    """Whether a file was written to its end: torch writes zip files, whose directory comes last."""
     return zipfile.is_zipfile(path) if path.suffix == ".pth" else path.is_file()

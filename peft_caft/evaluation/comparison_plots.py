@@ -1,6 +1,4 @@
-"""The plot of a comparison: each seed's result, and the differences to the first arm with their
-intervals.
-"""
+"""Plots a comparison: results of each seed, and differences to the first arm with intervals."""
 
 import os
 from typing import Any
@@ -15,12 +13,12 @@ LONGEST_IN_TITLE = 16  # characters
 
 
 def plot_comparison(path: str | os.PathLike, found: dict[str, Any]) -> None:
-    """Draw two panels a metric: a point for each seed and a bar for their mean; differences with 95
-    % intervals.
+    """Draw two panels per metric: a point for each seed and a bar for the mean; and the differences
+    with 95 % intervals.
 
     Args:
-        path: the PNG file to write.
-        found: what `peft_caft.evaluation.comparison.compare` returns.
+        path: PNG file to write.
+        found: summary that `peft_caft.evaluation.comparison.compare` returned.
     """
     labels = {name: arm["label"] for name, arm in found["arms"].items()}
     metrics = found["metrics"]

@@ -1,5 +1,5 @@
-"""What a comparison found, as numbers and as Markdown: means by arm, and paired differences to the
-first one with their intervals.
+"""The results of a comparison as numbers and as Markdown: means of each arm, and paired differences
+to the first arm with intervals.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from ..basics.tables import markdown_table
 from .report import SMALL_GROUP, natural_order
 from .task import Metric
 
-Results = dict[str, list[list[dict[str, Any]]]]  # by arm and seed: the lines of rows.jsonl
+Results = dict[str, list[list[dict[str, Any]]]]  # arm -> for each seed, the lines of rows.jsonl
 
 
 def summarise(metrics: Sequence[Metric], results: Results) -> dict[str, Any]:
-    """By metric and arm, the first arm first: means, each seed's mean, and the difference to the
-    first arm.
+    """For each metric and arm: the mean, each seed's mean, and the difference to the first arm.
 
     Args:
-        metrics: those that no row defines are left out.
-        results: all of the same rows and seeds.
+        metrics: metrics; those that no row defines are left out.
+        results: results of all arms for the same rows and seeds.
 
     Raises:
         ValueError: if the rows are not the same.
@@ -33,7 +32,7 @@ def summarise(metrics: Sequence[Metric], results: Results) -> dict[str, Any]:
 
 
 def summarise_groups(metrics: Sequence[Metric], results: Results) -> dict[str, Any]:
-    """By group of rows and its value: the number of rows, and what `summarise` says of them."""
+    """For each group of rows and its value: the number of rows, and `summarise` of these rows."""
     values: dict[str, dict[str, list[int]]] = {}
     (first, *_) = results.values()
     for index, row in enumerate(first[0]):
@@ -97,7 +96,7 @@ def is_beyond(difference: dict[str, Any] | None) -> bool:
 
 
 def markdown_report(found: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report in Markdown, made of the contents of ``summary.json``."""
     labels = {name: arm["label"] for name, arm in found["arms"].items()}
     first, seeds = next(iter(labels.values())), len(found["seeds"])
     rows = found["sizes"]
@@ -119,7 +118,7 @@ def markdown_report(found: dict[str, Any]) -> str:
             "",
             markdown_table(*_differences(found, labels)),
         ]
-    lines += ["", "| metric | of what | better |", "|---|---|---|"]
+    lines += ["", "| metric | meaning | better |", "|---|---|---|"]
     for name, metric in found["metrics"].items():
         lines.append(f"| {name} | {metric['meaning']} | {'higher' if metric['higher_is_better'] else 'lower'} |")
     if len(labels) > 1:
@@ -155,7 +154,7 @@ def _differences(found: dict[str, Any], labels: dict[str, str]) -> tuple[list[st
 
 
 def _groups(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
-    """A table of differences for each way to group rows that tells some apart."""
+    """A table of differences for each way to group rows that makes two groups or more."""
     lines: list[str] = []
     first, *others = labels
     for group, by_value in found["groups"].items():
@@ -183,7 +182,9 @@ def _cell(metric: dict[str, Any] | None, arm: str, what: str) -> str:
     sign = "+" if what == "difference" else ""
     form = f"{{:{sign}.1%}}" if metric["unit"] == "share" else f"{{:{sign}.3f}}"
     text = form.format(value["mean"])
-    if value["low"] is not None and value["low"] < value["high"]:  # where all rows agree, no width means nothing
+    if (
+        value["low"] is not None and value["low"] < value["high"]
+    ):  # an interval without width only says that all rows agree
         text += f" ({form.format(value['low'])} to {form.format(value['high'])})"
     return text + (" *" if what == "difference" and is_beyond(value) else "")
 
@@ -203,8 +204,8 @@ def _tuning(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
     return [
         "## Learning rates",
         "",
-        f"Cross entropy (nats/token) of the answers of {found['sizes']['dev']:,} dev rows, from seed {found['tuning']['seed']}, which is "
-        "tested on nothing. No test row was read before the choice. (edge): the chosen one is the smallest or largest of those tried.",
+        f"Cross entropy (nats/token) of the answers of {found['sizes']['dev']:,} dev rows, from seed {found['tuning']['seed']}, which no "
+        "test uses. No test row was read before the choice. (edge): the chosen rate is the smallest or largest of those tried.",
         "",
         markdown_table(["", *(f"{rate:g}" for rate in rates), "chosen"], table),
     ]
@@ -212,15 +213,17 @@ def _tuning(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
 
 def _caveats(found: dict[str, Any], labels: dict[str, str], seeds: int) -> list[str]:
     lines = [
-        f"{labels[name]} trains {times:.3f} times as long: that many times LoRA's operations are CAFT's, both with the logits of "
-        "supervised tokens alone."
+        f"{labels[name]} trains {times:.3f} times as long, since CAFT computes that many times LoRA's operations (both with the "
+        "logits of supervised tokens alone)."
         for name, times in found["times_the_steps"].items()
     ]
     if seeds == 1:
         lines.append("With one seed the intervals say nothing about other seeds.")
     else:
         lines.append(f"With {seeds} seeds an interval is too narrow by up to {too_narrow_by(seeds):.0%}.")
-    lines.append("Intervals are of one difference each: of twenty that are 0, one is beyond its own by chance.")
+    lines.append(
+        "Each interval is for one difference alone: of twenty differences that are truly 0, about one gets a star by chance."
+    )
     return lines
 
 

@@ -1,5 +1,5 @@
-"""One run of a comparison: fine-tune an arm from one seed, answer one split; taken up where it was,
-and done once.
+"""One run of a comparison: fine-tunes an arm from one seed and answers one split. A finished run is
+not repeated, and an interrupted one is resumed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Inside the comparison's folder."""
+        """The run's folder, inside the comparison's."""
         return Path("runs", self.arm.name, f"lr-{self.learning_rate:g}", f"seed-{self.seed}")
 
     def describe(self) -> str:
@@ -43,25 +43,27 @@ class Run:
 
 
 def tuning_runs(plan: ComparisonPlan) -> list[Run]:
-    """From the seed of tuning; arms that have nothing to choose need none."""
+    """Runs from the seed of tuning, for arms with two learning rates or more."""
     arms = [arm for arm in plan.arms if len(arm.learning_rates) > 1]
     return [Run(arm, rate, plan.tuning_seed) for arm in arms for rate in arm.learning_rates]
 
 
 def final_runs(plan: ComparisonPlan, chosen: dict[str, float]) -> list[Run]:
-    """All arms of a seed before the next seed, so that what is finished early can be compared."""
+    """Runs with the chosen rates; all arms of a seed come before the next seed, so that early
+    results can be compared.
+    """
     return [Run(arm, chosen[arm.name], seed) for seed in plan.seeds for arm in plan.arms]
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """What runs share.
+    """Plan, files and folder of a comparison, in which its runs are done.
 
     Attributes:
         output: the comparison's folder.
         train: file of training rows.
-        dev: file of rows that learning rates are chosen by.
-        more_steps: by arm with ``flops_of``, how many times as long it trains.
+        dev: file of rows that decide the learning rates.
+        more_steps: arm with ``flops_of`` -> how many times as long it trains.
     """
 
     plan: ComparisonPlan
@@ -71,12 +73,12 @@ class Workplace:
     more_steps: dict[str, float]
 
     def is_done(self, run: Run, split: str) -> bool:
-        """Whether it has answered the split."""
+        """Whether the run has answered the split."""
         return (self.output / run.path / split / RECORD_NAME).exists()
 
     def heads_for(self, arm: Arm) -> str | None:
-        """Heads to train with; for an arm with ``adapt_heads`` those that `adapt` makes: in the
-        folder of the first arm with the same.
+        """Heads to train with. For an arm with ``adapt_heads``, `adapt` makes them in the folder of
+        the first arm that is adapted in the same way.
         """
         if arm.adapt_heads is None:
             return arm.settings.get("heads")
@@ -84,8 +86,8 @@ class Workplace:
         return str(self.output / "heads" / first.name)
 
     def adapt(self, arm: Arm) -> None:
-        """Train heads on the task's own data, once, from the seed of tuning: all seeds start from
-        these, and all arms with the same.
+        """Train heads on the task's data, once, from the seed of tuning. All seeds start from these
+        heads, and so do all arms that are adapted in the same way.
         """
         output, plan = self.heads_for(arm), self.plan
         if arm.adapt_heads is None or output is None or RunFolder(Path(output)).summary_path.exists():
@@ -130,7 +132,7 @@ class Workplace:
         return training
 
     def train_run(self, run: Run) -> None:
-        """Fine-tune, unless it is done."""
+        """Fine-tune, unless it was done before."""
         settings = self.settings_of(run)
         if RunFolder(Path(settings.output)).summary_path.exists():
             return
@@ -140,7 +142,7 @@ class Workplace:
         free_memory()
 
     def evaluate_run(self, run: Run, data: Path, split: str, answers: bool = True) -> None:
-        """Answer the rows of a split, or only score their references, unless it is done."""
+        """Answer the rows of a split, or only score the references, unless it was done before."""
         if self.is_done(run, split):
             return
         trained = self.settings_of(run)
@@ -160,10 +162,9 @@ class Workplace:
         free_memory()
 
     def dev_loss(self, run: Run) -> float:
-        """Cross entropy of the reference answers of dev, nats/token; trains and evaluates what is
-        missing.
+        """Cross entropy of the reference answers of dev, nats/token, after training if needed.
 
-        The model does not answer: that costs the most time, and nothing is chosen by it.
+        The model does not answer, since that takes the most time and decides nothing.
         """
         self.train_run(run)
         self.evaluate_run(run, self.dev, "dev", answers=False)
@@ -171,12 +172,12 @@ class Workplace:
 
 
 def _number_of_new_heads(arm: Arm) -> int | None:
-    """Pretrained ones are adapted all, however many of them the arm uses."""
+    """Number of heads to make; None for pretrained heads, all of which are adapted."""
     return None if arm.settings.get("heads") else arm.settings.get("num_auxiliary_heads")
 
 
 def _adapted_alike(arm: Arm, other: Arm) -> bool:
-    """Whether two arms are given the same heads by `Workplace.adapt`."""
+    """Whether `Workplace.adapt` makes the same heads for two arms."""
     return (
         arm.adapt_heads == other.adapt_heads
         and _number_of_new_heads(arm) == _number_of_new_heads(other)
@@ -185,11 +186,10 @@ def _adapted_alike(arm: Arm, other: Arm) -> bool:
 
 
 def require_paired(folders: list[Path]) -> None:
-    """Check, by what they recorded, that runs of one seed had the same data, their order and
-    initial adapter.
+    """Check in their records that runs of one seed had the same data, order and initial adapter.
 
     Raises:
-        ValueError: naming the field and the runs.
+        ValueError: if a field differs, naming it and the runs.
     """
     names = ("data_sha256", "max_rows", "seed", "data_seed", "processes", *PAIRED_SETTINGS, *PAIRED_TRAINING)
     first, *others = [(folder, read_json(RunFolder(folder / "adapter").settings_path)) for folder in folders]
@@ -203,14 +203,12 @@ def require_paired(folders: list[Path]) -> None:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``rows.jsonl``."""
+    """The lines of ``rows.jsonl`` in the folder of an evaluation."""
     return [json.loads(line) for line in (folder / ROWS_NAME).read_text(encoding="utf-8").splitlines()]
 
 
 def free_memory() -> None:
-    """Of the run that has ended: models hold references in circles, and the next one needs the
-    room.
-    """
+    """Free the memory of a finished run. Models hold reference cycles, which only gc collects."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

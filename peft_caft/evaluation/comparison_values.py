@@ -1,5 +1,5 @@
-"""Values of a comparison's plan, checked one by one: every error names the field, what it is and
-what was expected.
+"""Checks of the values of a comparison's plan. Each error names the field, its value and what was
+expected.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def text(where: str, value: Any) -> str:
 
 def number(where: str, value: Any) -> float:
     try:
-        return float(value)  # YAML takes 1e-4, without a point, for a text
+        return float(value)  # YAML reads 1e-4, without a point, as a text
     except (TypeError, ValueError):
         raise ValueError(f"{where}: got {value!r}, expected a number.") from None
 
@@ -91,5 +91,5 @@ def training_values(
 
 
 def options_of(training: dict[str, Any]) -> list[str]:
-    """Fields of TrainingArguments as options on a command line, where they are parsed."""
+    """Fields of TrainingArguments as options on a command line, which is how they are parsed."""
     return [word for name, value in training.items() for word in (f"--{name}", str(value))]

@@ -1,5 +1,5 @@
-"""How many steps of LoRA cost what one step of CAFT costs, counted from the model, the heads and
-the training rows.
+"""How many steps of LoRA cost as much as one step of CAFT, counted from model, heads and training
+rows.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .comparison_plan import Arm, ComparisonPlan
 
 
 def equal_flops(plan: ComparisonPlan, arm: Arm, train: Path) -> float:
-    """CAFT's operations a token over LoRA's; both compute logits of supervised tokens alone.
+    """CAFT's operations per token divided by LoRA's, both with logits of supervised tokens alone.
 
-    LoRA as transformers runs it computes all logits. What it would save is counted for it all the
-    same: skipping them is no merit of the method, and so LoRA gets more steps rather than fewer.
-    Heads that are trained along cost more than is counted here.
+    transformers computes all logits for LoRA. They are not counted, because skipping them is no
+    merit of CAFT; so LoRA gets more steps rather than fewer. Training the heads along costs more
+    than is counted here.
 
     Args:
-        arm: of method ``"caft"``.
-        train: file of its rows.
+        arm: arm of method ``"caft"``.
+        train: file of its training rows.
     """
     settings = FineTuningSettings(model=plan.model, data=str(train), output="", **arm.settings)
     rows = read_jsonl(train, plan.sizes["train"])
@@ -45,7 +45,7 @@ def equal_flops(plan: ComparisonPlan, arm: Arm, train: Path) -> float:
 def ratio(
     shapes: ModelShapes, data: EncodedData, head_type: str, num_heads: int, head_num_layers: int, fraction: float
 ) -> float:
-    """See `equal_flops`; a query of a row of N tokens meets N / 2 keys on average."""
+    """`equal_flops` from counts; a query of a row of N tokens meets N / 2 keys on average."""
     keys = sum(len(row["input_ids"]) ** 2 for row in data.rows) / data.tokens / 2
     supervised = data.supervised_tokens / data.tokens
     caft = caft_step(shapes, keys, head_type, num_heads, supervised, fraction, head_num_layers=head_num_layers)

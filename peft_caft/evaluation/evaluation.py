@@ -1,9 +1,8 @@
-"""``peft-caft evaluate``: what a model answers to the rows of a task, and how good that is, row by
-row.
+"""``peft-caft evaluate``: lets a model answer the rows of a task and scores each answer.
 
-The folder gets ``rows.jsonl`` (one line per row, in the order of the data: answer, scores, the
-cross entropy of each token of the reference), ``evaluation.json`` (means with confidence intervals,
-settings, provenance) and ``evaluation.md``. An interrupted run is taken up where it was.
+It writes ``rows.jsonl`` (one line per row, in the order of the data: answer, scores, cross entropy
+of each token of the reference), ``evaluation.json`` (means with confidence intervals, settings,
+provenance) and ``evaluation.md``. An interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -42,26 +41,34 @@ ROWS_NAME, RECORD_NAME = "rows.jsonl", "evaluation.json"
 
 
 def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str, Any]:
-    """Let a model answer the rows of a task and score it; an interrupted run goes on.
+    """Let a model answer the rows of a task, and score the answers. An interrupted run is resumed.
 
-    The result does not depend on interruptions; it does a little on ``batch_size``, since padding
-    changes the rounding.
+    The result does not depend on interruptions. It depends a little on ``batch_size``, since
+    padding changes the rounding.
+
+    Args:
+        settings: task, data, model, sampling, output.
+        overwrite: replace an evaluation that was made with other settings.
 
     Returns:
         the contents of ``evaluation.json``.
 
     Raises:
-        FileExistsError, FileNotFoundError, ModuleNotFoundError, TypeError, ValueError, OSError: as
-            the message says.
+        FileExistsError: if the output was made with other settings.
+        FileNotFoundError: if there is no such task, data or adapter.
+        ModuleNotFoundError: if the task needs a package that is not installed.
+        TypeError: if the task's file holds no task.
+        ValueError: if a setting, a row or the task's scores cannot be used.
+        OSError: if the disk is full.
     """
     for name in ("batch_size", "max_rows", "max_new_tokens"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1.")
-    git_commit()  # remembered for the provenance
+    git_commit()  # cached now, so that a long run records the code that it started with
     disable_progress_bar()
     task = load_task(settings.task)
-    metrics_of(task)  # refuses a name that is taken, before any work
+    metrics_of(task)  # refuses a taken name before any work
     rows = read_jsonl(settings.data, settings.max_rows)
     if settings.model is None and settings.adapter is None:
         raise ValueError("model: got neither --model nor --adapter, expected a model, an adapter, or both.")

@@ -1,4 +1,4 @@
-"""What is written down of each row that a model answered: a line of ``rows.jsonl``."""
+"""`Evaluator`: answers and scores rows, and makes of each a line of ``rows.jsonl``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reference_losses import PromptAndAnswer, answer_losses
 from .report import common_scores
 from .task import Row, Scores, Task, answer_of
 
-LENGTHS = (1, 4, 8, 16, 32, 64, 128)  # tokens of a reference: upper ends of the groups
+LENGTHS = (1, 4, 8, 16, 32, 64, 128)  # longest reference of each group, in tokens
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Evaluator:
 
     Attributes:
         rows: all rows of the data.
-        encoded: their tokens.
+        encoded: tokens of each row.
         generates: whether the model answers; without, only the cross entropy of the references is
             measured.
     """
@@ -78,7 +78,7 @@ class Evaluator:
         return results, sum(map(len, answers))
 
     def _scores(self, rows: list[Row], answers: list[str]) -> Scores:
-        """`Task.score`, checked, so that a mistake in a user's task is not taken for one of ours."""
+        """`Task.score`, checked: the error names the task, since a user wrote it."""
         try:
             scores = self.task.score(rows, answers)
         except KeyError as error:
@@ -94,7 +94,7 @@ class Evaluator:
         return {name: [_number(value) for value in values] for name, values in scores.items()}
 
     def _text(self, ids: list[int]) -> str:
-        """The answer without special tokens; what stands after one of them is another turn."""
+        """The answer up to its first special token, after which another turn begins."""
         return text_of(ids[: position_of_first(ids, self._special)], self.tokenizer)
 
 

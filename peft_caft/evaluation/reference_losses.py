@@ -1,5 +1,5 @@
-"""Rows as prompt and answer tokens, and what the model gives for each token of a reference answer,
-all earlier ones given.
+"""Rows as prompt and answer tokens, and the cross entropy of each token of a reference answer,
+given all tokens before it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..training.generation import until_stop
 
 @dataclass(frozen=True)
 class PromptAndAnswer:
-    """Tokens of one row: what is given, and the last answer up to and with the token that ends it."""
+    """Token ids of one row: the prompt, and the last answer up to and including its end."""
 
     prompt: list[int]
     answer: list[int]
@@ -33,11 +33,14 @@ class PromptAndAnswer:
 def encode_answers(
     rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
 ) -> list[PromptAndAnswer]:
-    """Tokenize rows as training does; of what a chat template puts after the end of an answer,
-    nothing is kept.
+    """Tokenize rows as training does, without what a chat template puts after the end of an answer.
+
+    Args:
+        rows: rows that `peft_caft.training.data.read_jsonl` returned.
+        stop_token_ids: tokens that end an answer.
 
     Raises:
-        ValueError: naming the row, if it has no answer, or the tokenizer cannot read it.
+        ValueError: if a row has no answer or the tokenizer refuses it, naming the row.
     """
     encoded = []
     for number, row in enumerate(rows, start=1):
@@ -58,11 +61,17 @@ def encode_answers(
 
 @torch.inference_mode()
 def answer_losses(model: nn.Module, rows: Sequence[PromptAndAnswer], pad_token_id: int) -> list[list[float]]:
-    """Cross entropy of each answer token, nats, for a batch of rows.
+    """Cross entropy of each answer token of a batch of rows.
 
     Args:
-        model: in evaluation mode, on its device.
+        model: model in evaluation mode, on its device.
         pad_token_id: any token; padding is masked.
+
+    Returns:
+        for each row, one value per answer token, nats, computed in fp32.
+
+    Raises:
+        ValueError: if a prompt has no tokens.
     """
     longest = max(len(row.ids) for row in rows)
     first = min(len(row.prompt) for row in rows) - 1  # no earlier logits are needed

@@ -1,5 +1,5 @@
-"""Per-row results of an evaluation as means with intervals, for all rows and for groups of them,
-and as Markdown.
+"""Turns the results of rows into means with intervals, for all rows and for groups, and into a
+report.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from ..basics.tables import markdown_table
 from .task import Metric, Row, Task, prompt_of
 
 COMMON = (
-    Metric("cross_entropy", "of the reference, each token given those before", "nats/token", False, per_token=True),
-    Metric("answer_cross_entropy", "of the whole reference", "nats/answer", False),
+    Metric("cross_entropy", "loss of the reference, each token given those before", "nats/token", False, True),
+    Metric("answer_cross_entropy", "loss of the whole reference", "nats/answer", False),
     Metric("ended", "share of answers that the model ended itself"),
 )
-SMALL_GROUP = 2  # rows: below that a group has no interval, and is not shown
-SAMPLES = 5
+SMALL_GROUP = 2  # rows that a group needs to have an interval and to be shown
+SAMPLES = 5  # rows shown in a report
+LONGEST_QUOTE = 200  # characters
 
 
 def metrics_of(task: Task) -> tuple[Metric, ...]:
-    """The metrics of a task and those that all tasks have.
+    """The metrics of a task, and after them those that all tasks have.
 
     Raises:
-        ValueError: if the task gives one of its own the name of one of these.
+        ValueError: if a metric of the task has the name of one that all tasks have.
     """
     for metric in task.metrics:
         if metric.name in {common.name for common in COMMON}:
@@ -40,7 +41,7 @@ def common_scores(losses: list[float], ended: bool | None) -> dict[str, float | 
 
     Args:
         losses: cross entropy of each token of the reference, nats.
-        ended: whether the model ended its answer; None if it gave none.
+        ended: whether the model ended its answer; None if it did not answer.
     """
     return {
         "cross_entropy": sum(losses) / len(losses),
@@ -50,13 +51,13 @@ def common_scores(losses: list[float], ended: bool | None) -> dict[str, float | 
 
 
 def estimate(metric: Metric, results: list[dict[str, Any]]) -> Estimate | None:
-    """Mean and 95 % interval of a metric over lines of ``rows.jsonl``."""
+    """Mean and 95 % interval of a metric over lines of ``rows.jsonl``, None if none defines it."""
     weights = [len(result["answer_losses"]) for result in results] if metric.per_token else None
     return mean_estimate([result["scores"][metric.name] for result in results], weights)
 
 
 def summarise(task: Task, rows: list[Row], results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that is said of the results; metrics that no row defines are left out."""
+    """Means of the metrics over all rows and over groups, without metrics that no row defines."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for result in results:
         for group, value in result["groups"].items():
@@ -84,7 +85,13 @@ def _described(metric: Metric) -> dict[str, Any]:
 
 
 def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results: list[dict[str, Any]]) -> str:
-    """The report for people."""
+    """The report in Markdown.
+
+    Args:
+        record: contents of ``evaluation.json``.
+        rows: rows of the data.
+        results: lines of ``rows.jsonl``.
+    """
     settings = record["settings"]
     model = settings["model"] + (f" with the adapter {settings['adapter']}" if settings["adapter"] else "")
     how = "greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']}"
@@ -101,7 +108,7 @@ def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results
         "",
         f"{record['rows']:,} rows of {settings['data']}, {how}. In brackets 95 % confidence intervals over rows.",
         "",
-        markdown_table(["metric", "mean", "rows", "unit", "of what", "better"], overall),
+        markdown_table(["metric", "mean", "rows", "unit", "meaning", "better"], overall),
     ]
     for group, by_value in record["groups"].items():
         large = {value: own for value, own in by_value.items() if own["rows"] >= SMALL_GROUP}
@@ -127,7 +134,7 @@ def _group_table(group: str, by_value: dict[str, Any], names: list[str]) -> str:
 
 
 def natural_order(value: str) -> tuple[int, int, str]:
-    """Lengths in their order, other groups by name."""
+    """Key that sorts lengths by number, and other groups by name."""
     number = next((int(word) for word in value.split() if word.isdigit()), 0)
     return (value.startswith("over"), number, value)
 
@@ -148,7 +155,7 @@ def _better(value: dict[str, Any]) -> str:
     return "higher" if value["higher_is_better"] else "lower"
 
 
-def _quoted(text: str, longest: int = 200) -> str:
+def _quoted(text: str) -> str:
     """Text as code in one line of Markdown."""
-    line = text if len(text) <= longest else text[:longest] + " ..."
+    line = text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + " ..."
     return "`` " + line.replace("\n", "⏎").replace("``", "`\u200b`") + " ``"

@@ -1,16 +1,16 @@
-"""Running a program that a model wrote, with limits on what it can do by accident.
+"""Runs a program that a model wrote, with limits on what it can do by accident.
 
-The program runs in a Python process of its own: an empty folder to work in, a bare environment, no
-standard input, and limits on processor time, wall time, memory, the size of what it writes and open
-files. On Linux (x86-64, arm64) it also cannot, from its first line on, start a process, send a
-signal, open a socket, or change a file, its output apart (see `seccomp`); its process group is
-killed when it is done.
+The program runs in its own Python process, with an empty working folder, a bare environment, no
+standard input, and limits on processor time, wall time, memory, output size and open files. On
+Linux (x86-64, arm64) the system call filter of `seccomp` also keeps it from starting processes,
+sending signals, opening sockets, and changing files other than its output. Its process group is
+killed at the end.
 
 What this does not protect against: the program can *read* every file that you can read, and a fault
 of the kernel or of Python may let it out. Where the system call filter is missing (macOS, other
-processors) it can also write and delete your files and use the network; it may start no process
-there either, but that limit does not bind root, and one that left the group would stay. Run
-programs of a model that you do not trust in a container or a virtual machine.
+processors) it can also write and delete your files and use the network. A limit keeps it from
+starting processes there, but that limit does not bind root, and a process that leaves the group
+survives. Run programs of a model that you do not trust in a container or a virtual machine.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OUTPUT_LIMIT = 2**16  # bytes
-# Runs before the program, in its process. A program that ends itself (sys.exit(0) before its tests)
-# never says the word.
+# This runs in the program's process, first the limits, then the program. A program that ends itself
+# (sys.exit(0) before its tests) never writes the word.
 _BOOT = """
 import os, resource, sys
 source, word, report, cpu, memory, output, package = sys.argv[1:8]
@@ -61,10 +61,10 @@ class Outcome:
     """How a program ended.
 
     Attributes:
-        passed: it ran to its end without an exception and without ending itself.
-        reason: ``"passed"``, ``"failed"``, ``"timeout"``, ``"memory"`` or ``"output"``: which limit
-            it met, where it says so.
-        output: the last 2,000 characters of what it wrote.
+        passed: whether it ran to its end without an exception and without ending itself.
+        reason: ``"passed"``, ``"failed"``, or the limit that it exceeded: ``"timeout"``,
+            ``"memory"`` or ``"output"``.
+        output: the last 2,000 characters that it wrote.
     """
 
     passed: bool
@@ -73,17 +73,17 @@ class Outcome:
 
 
 def run_program(program: str, cpu_seconds: int = 5, wall_seconds: float = 20.0, memory_mib: int = 1024) -> Outcome:
-    """Run a Python program with limits; see the module's docstring for what they are worth.
+    """Run a Python program with limits. The module's docstring says what they protect against.
 
     Args:
         program: source text.
-        cpu_seconds: processor time, s.
-        wall_seconds: after which it is killed, s; more than that of the processor, as the machine
-            may be busy.
-        memory_mib: address space, MiB.
+        cpu_seconds: limit of processor time, seconds.
+        wall_seconds: time after which it is killed, seconds; more than ``cpu_seconds``, since the
+            machine may be busy.
+        memory_mib: limit of the address space, MiB.
 
     Raises:
-        OSError: where the system has no such limits (Windows).
+        OSError: if the system has no such limits (Windows).
     """
     if os.name != "posix":
         raise OSError(

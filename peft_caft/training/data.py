@@ -1,17 +1,17 @@
-"""JSONL training data: reading it with errors that name file and line, and turning rows into
+"""JSONL training data: reads rows, with errors that name file and line, and turns them into
 supervised tokens.
 
 A row has one of three forms:
 
 - ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}``:
-  the chat template of the tokenizer is applied, and the loss is on what the assistant says;
+  the tokenizer's chat template is applied, and the loss is on what the assistant says;
 - ``{"prompt": "...", "completion": "..."}``: plain text, the loss is on the completion and the end
   of text;
-- ``{"text": "..."}``: the loss is on everything.
+- ``{"text": "..."}``: the loss is on every token.
 
-``"complete": false`` says that the row's last answer was cut off where it was made (`peft-caft
-distill` writes it), so that no end of it is learned. ``"last_answer_only": true`` leaves earlier
-answers of a chat unsupervised, because somebody else gave them.
+``"complete": false`` says that the row's last answer was cut off when it was generated, so that its
+end is not learned (`peft-caft distill` writes it). ``"last_answer_only": true`` leaves earlier
+answers of a chat unsupervised, because the model did not give them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class EncodedData:
     """Rows ready for a trainer.
 
     Attributes:
-        rows: ``{"input_ids": list[int], "labels": list[int]}``, labels unshifted, -100 where
-            unsupervised.
-        truncated: rows that were cut to the maximal length.
-        dropped: rows of which nothing supervised was left.
+        rows: ``{"input_ids": list[int], "labels": list[int]}``; labels are unshifted, and -100
+            where unsupervised.
+        truncated: number of rows that were cut to the maximal length.
+        dropped: number of rows that were left out, because no supervised token was left.
     """
 
     rows: list[dict[str, list[int]]]
@@ -63,15 +63,15 @@ class EncodedData:
 
 
 def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; blank lines are passed over.
+    """Read the rows of a JSONL file; blank lines are skipped.
 
     Args:
         path: UTF-8 text, one JSON object a line.
-        limit: take the first so many rows.
+        limit: largest number of rows to read; None reads all.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming file and line, if a line is not JSON or not a row of a known form, or if
+        ValueError: if a line is not JSON or not a row of a known form, naming file and line; or if
             there is no row.
     """
     path = Path(path)
@@ -84,17 +84,17 @@ def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any
 
 
 def json_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, Any]]:
-    """``("FILE, line N", value)`` for each of the first ``limit`` lines that are not blank.
+    """Yield ``("FILE, line N", value)`` for each of the first ``limit`` lines that are not blank.
 
     Raises:
-        ValueError: naming file and line, if a line is not JSON in UTF-8.
+        ValueError: if a line is not JSON in UTF-8, naming file and line.
     """
     with open(path, "rb") as file:
         lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip())
         for where, line in islice(lines, limit):
             try:
                 value = json.loads(line.decode("utf-8"))
-                json.dumps(value, ensure_ascii=False).encode("utf-8")  # "\\ud800" is JSON, but no text
+                json.dumps(value, ensure_ascii=False).encode("utf-8")  # "\\ud800" is JSON, but not text
             except UnicodeError as error:
                 raise ValueError(f"{where}: not valid UTF-8 ({error}). Save the file as UTF-8.") from error
             except json.JSONDecodeError as error:
@@ -130,14 +130,14 @@ def encode(
     """Tokenize rows and mark what is supervised.
 
     Args:
-        rows: as `read_jsonl` gives them.
-        tokenizer: with a chat template if there are ``messages``, and an end-of-text token.
-        max_length: longest row in tokens; longer ones lose their end.
+        rows: rows that `read_jsonl` returned.
+        tokenizer: needs an end-of-text token, and a chat template if rows have ``messages``.
+        max_length: longest row in tokens; longer rows lose their end.
         quiet: show no progress bar.
 
     Raises:
-        ValueError: naming the row, if the tokenizer has no chat template for its messages or one
-            that refuses or rewrites them; or if no row has a supervised token left.
+        ValueError: if the tokenizer has no chat template for a row's messages, or one that refuses
+            or rewrites them, naming the row; or if no row has a supervised token left.
     """
     encoded, truncated, dropped = [], 0, 0
     numbered = enumerate(
@@ -163,15 +163,15 @@ def encode(
 
 
 def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens of one row and its labels, unshifted, -100 where unsupervised; of any length."""
+    """Token ids of one whole row, and its labels: unshifted, -100 where unsupervised."""
     complete = row.get("complete", True)
     if "messages" in row:
         return _encode_chat(row["messages"], tokenizer, complete, row.get("last_answer_only", False))
     if "text" in row:
         input_ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
         return input_ids, list(input_ids)
-    # Tokenized apart, as at inference, where the prompt's tokens are fixed before the first token
-    # of the answer.
+    # Prompt and answer are tokenized separately, because at inference the prompt's tokens are fixed
+    # before the first token of the answer.
     prompt = tokenizer(row["prompt"])["input_ids"]
     answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
     if complete:
@@ -212,13 +212,17 @@ def _tokens_after(input_ids: list[int], text: str, longer: str, tokenizer: PreTr
     whole = tokenizer(longer, add_special_tokens=False)["input_ids"]
     if whole[: len(input_ids)] == input_ids:
         return whole[len(input_ids) :]
-    # A token spans the seam, as when an answer begins with the white space that the prompt ends
-    # with. At inference the prompt's tokens are fixed before the first token of the answer.
+    # A token spans both, for example white space at the end of the prompt and the start of the
+    # answer. At inference the prompt's tokens are fixed before the first token of the answer.
     return tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"]
 
 
 def rendered(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
-    """A chat as the model reads it; raises a ValueError if the chat template refuses it."""
+    """The text of a chat as the model reads it.
+
+    Raises:
+        ValueError: if the chat template refuses the messages.
+    """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except TemplateError as error:
@@ -228,7 +232,9 @@ def rendered(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Pads a batch at the right: labels with -100, the attention mask with 0."""
+    """Collator that pads rows on the right: labels with -100, the attention mask with 0. It returns
+    int64 tensors ``(batch, tokens)``.
+    """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -1,5 +1,5 @@
-"""What the commands set in ``TrainingArguments`` unless told otherwise. Imports nothing, so that
-``--help`` is quick.
+"""Defaults of the training commands for ``TrainingArguments``. The command line shows them, so this
+file imports no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ COMMON: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-# Learning rate and warm-up by benchmarks/head_recipes.
+# Learning rate and warm-up were measured in benchmarks/head_recipes.
 STAGE_1: dict[str, Any] = COMMON | {
     "learning_rate": 2e-3,
     "warmup_steps": 20,
@@ -27,7 +27,7 @@ STAGE_2: dict[str, Any] = COMMON | {"learning_rate": 1e-4, "warmup_steps": 10, "
 
 
 def training_note(defaults: dict[str, Any]) -> str:
-    """The end of a command's help: further options, and what is set unless they say otherwise."""
+    """The end of a command's help, which names further options and their defaults."""
     return (
         "Any field of transformers.TrainingArguments is an option too, e.g. --gradient_accumulation_steps 4 "
         "--gradient_checkpointing true --seed 1, or a line of --training-yaml. Set unless given: "

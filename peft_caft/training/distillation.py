@@ -39,23 +39,29 @@ REASONS = ("empty", "repetitive", "untrainable", "duplicate")
 
 
 def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str, Any]:
-    """Let the base model answer prompts and write its answers as JSONL; an interrupted run is taken
-    up where it was.
+    """Let the base model answer prompts, and write its answers as JSONL. An interrupted run is
+    resumed.
 
     Under several processes (``accelerate launch``) each answers a share. The result does not depend
-    on interruptions; it does on ``batch_size``, because the random numbers of a batch are drawn
+    on interruptions. It depends on ``batch_size``, because the random numbers of a batch are drawn
     together.
 
+    Args:
+        settings: model, prompts, sampling, output.
+        overwrite: replace an output or an interrupted run that was made with other settings.
+
     Returns:
-        the provenance, which is also written beside the output: settings, counts, tokens, seconds,
-            versions.
+        the provenance, also written beside the output: settings, counts, tokens, seconds, versions.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError, OSError: as the message says.
+        FileExistsError: if the output was made with other settings.
+        FileNotFoundError: if there is no such file of prompts.
+        ValueError: if a setting is out of range, or no prompt can be used.
+        OSError: if the disk is full.
     """
     _require_valid(settings)
-    git_commit()  # remembered for the provenance: a long run is of the code that it began with
-    # Without an accelerator accelerate must be told so, or each process takes itself for the only
+    git_commit()  # cached now, so that a long run records the code that it started with
+    # Without ``cpu`` on a machine that has no accelerator, each process takes itself for the only
     # one. Processes that are done wait for the others, however long those take.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
     if settings.backend == "vllm" and state.num_processes > 1:
@@ -84,7 +90,7 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
         "weights_sha256": weights_sha256,
         "prompts": source.name,
         "prompts_sha256": source.sha256,
-        "tokenized_prompts_sha256": _tokens_sha256(fitting),  # tells tokenizers and chat templates apart
+        "tokenized_prompts_sha256": _tokens_sha256(fitting),  # differs with tokenizer and chat template
         "stop_token_ids": backend.sampling.stop_token_ids,
         "batch_size": backend.batch_size,
     }
@@ -174,7 +180,7 @@ def _tokens_sha256(prompts: list[Prompt]) -> str:
 
 
 def _join(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
-    """Write the output, in the order of the prompts; counts for the provenance."""
+    """Write the output in the order of the prompts, and return the counts for the provenance."""
     by_index = {prompt.index: prompt for prompt in prompts}
     finished = list(parts.finished())
     results = sorted(
@@ -214,7 +220,7 @@ def _join(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def distillation_table(record: dict[str, Any]) -> list[list[str]]:
-    """Rows of the summary that the command prints, from the provenance."""
+    """Rows of the table that the command prints, made from the provenance."""
     labels = {
         "prompts": "prompts read",
         "duplicate_prompts": "- duplicates, left out",

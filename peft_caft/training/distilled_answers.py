@@ -1,4 +1,4 @@
-"""What becomes of the tokens that a model answered: text, or a reason to leave it out."""
+"""Turns the tokens that a model answered into text, and says which answers to leave out."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class AnswerReader:
     """Turns the tokens of answers into text and judges them.
 
     Args:
-        tokenizer: of the model that answered.
+        tokenizer: tokenizer of the model that answered.
         stop_token_ids: tokens that end an answer.
-        max_repetition: see `rejection`.
+        max_repetition: largest share of repeated runs of tokens that `rejection` lets pass.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int], max_repetition: float) -> None:
@@ -32,17 +32,17 @@ class AnswerReader:
         """The record of one answer.
 
         Args:
-            ids: tokens of the answer, up to and with the one that ended it, if any did.
+            ids: tokens of the answer, up to and including the one that ended it, if any did.
 
         Returns:
-            ``prompt_index``; ``sample``; ``answer``, without special tokens; ``complete``: the
-            model ended it; ``tokens``: how many were generated; ``rejected``: the reason, see
-            `rejection`, or ``"untrainable"`` if the chat template does not let prompt and answer be
-            told apart, or None; ``same_tokens``: the row, tokenized for training, has the very
-            tokens that the model wrote.
+            ``prompt_index``; ``sample``; ``answer``, without special tokens; ``complete``, whether
+            the model ended it; ``tokens``, the number generated; ``rejected``, None or the reason
+            to leave it out: that of `rejection`, or ``"untrainable"`` if the chat template changes
+            the prompt when the answer is added; ``same_tokens``, whether the row, tokenized for
+            training, has exactly the tokens that the model wrote.
         """
-        # A special token in the midst would be read as another turn when trained on: the answer
-        # ends before it.
+        # Training would read a special token within the answer as another turn, so the answer ends
+        # before it.
         end = position_of_first(ids, self.ends)
         complete = end < len(ids) and ids[end] in self.stops
         kept = ids[:end]
@@ -65,8 +65,8 @@ class AnswerReader:
         }
 
     def _trained_on(self, prompt: Prompt, answer: str, complete: bool) -> list[int] | None:
-        """The row, tokenized for training; None if the chat template shows the prompt differently
-        with an answer to it.
+        """The row, tokenized for training; None if the chat template changes the prompt when the
+        answer is added.
         """
         row = prompt.row(answer) | {"complete": complete}
         try:
@@ -80,11 +80,11 @@ class AnswerReader:
 
 
 def rejection(answer: str, ids: list[int], max_repetition: float = 0.5) -> str | None:
-    """Why an answer itself is no use for training, or None.
+    """Why an answer itself is of no use for training, or None.
 
-    ``"empty"``: nothing but white space. ``"repetitive"``: of its runs of 8 tokens, a larger share
-    than ``max_repetition`` has occurred before in it, as when a line or a phrase is repeated over
-    and over; 1 turns this off.
+    ``"empty"``: it is nothing but white space. ``"repetitive"``: more than the share
+    ``max_repetition`` of its runs of 8 tokens occurred earlier in it, as where a line is repeated
+    over and over; 1 turns this off.
     """
     if not answer.strip():
         return "empty"

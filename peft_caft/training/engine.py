@@ -1,5 +1,5 @@
-"""The engine that a run is launched with, by its training arguments or by `accelerate launch`;
-known before any model is.
+"""Which engine a run was launched with (FSDP, DeepSpeed or none), found out before a model is
+loaded from its training arguments and from what `accelerate launch` set.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 
 def fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | None:
-    """The settings of FSDP, or None for a run without."""
+    """The settings of FSDP; None for a run without FSDP."""
     if args.fsdp_plugin_args is not None:
         return FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -20,22 +20,25 @@ def fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | Non
 
 
 def zero_stage(args: TrainingArguments) -> int:
-    """DeepSpeed's ZeRO stage: 3 if parameters are partitioned over processes; 0 for a run without."""
+    """DeepSpeed's ZeRO stage, 0 without DeepSpeed; stage 3 partitions the parameters."""
     return 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
 
 
 def engine_name(args: TrainingArguments) -> str | None:
-    """For the record of a run: each engine writes checkpoints that another one cannot read."""
+    """The engine's name for the record of a run, since no other engine reads its checkpoints."""
     if (plugin := fsdp_plugin(args)) is not None:
         return f"FSDP{plugin.fsdp_version}"
     return None if args.deepspeed_plugin is None else f"ZeRO-{zero_stage(args)}"
 
 
 def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
-    """Whether the run shards its models, by its arguments or by ``accelerate launch``.
+    """Whether the engine shards the models of stage 1 over processes.
+
+    Args:
+        cache: folder of cached hidden states, which a sharded run cannot use; None for no cache.
 
     Raises:
-        ValueError: if it does so in a way that stage 1 does not support.
+        ValueError: if the engine shards in a way that stage 1 does not support.
     """
     plugin = fsdp_plugin(args)
     if plugin is None and zero_stage(args) < 3:

@@ -1,6 +1,4 @@
-"""`EpochOrder`: the order of the training rows, drawn anew for each epoch from the seed and the
-epoch alone.
-"""
+"""`EpochOrder`: the order of the training rows, which depends on the seed and the epoch alone."""
 
 from __future__ import annotations
 
@@ -13,23 +11,20 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class EpochOrder(Sampler[int]):
-    """Shuffled rows, or rows in batches of about one length, the batches shuffled but for the
-    first.
+    """Shuffled rows; or shuffled batches of rows of about equal length, the longest batch first.
 
-    An interrupted run must meet, when it is taken up, the order that it was interrupted in:
-    otherwise some rows of that epoch are seen twice and others never. transformers' length-grouped
-    sampler draws from the global generator, and accelerate tells a sampler its epoch only in a run
-    of one process (transformers 5.23, accelerate 1.15). transformers' also gives fifty batches in a
-    row from long to short, and where long rows are of another kind than short ones the loss swings
-    with them.
+    A resumed run must see the order in which it was interrupted; otherwise it sees some rows of
+    that epoch twice and others never. transformers' length-grouped sampler draws from the global
+    generator, and accelerate tells a sampler its epoch only in a run of one process (transformers
+    5.23, accelerate 1.15). That sampler also returns fifty batches in a row from long to short, and
+    the loss swings with them where long rows differ in kind from short ones.
 
     Args:
-        lengths: of the rows, in tokens; None for shuffled rows.
-        rows: their number.
-        batch_size: rows per optimizer step, over all processes: what is seen together has about one
-            length.
-        seed: of the order.
-        epoch: tells the current epoch, from 0.
+        lengths: length of each row in tokens; None shuffles the rows.
+        rows: number of rows.
+        batch_size: rows per optimizer step over all processes, which have about equal length.
+        seed: seed of the order.
+        epoch: returns the current epoch, from 0.
     """
 
     def __init__(
@@ -49,8 +44,8 @@ class EpochOrder(Sampler[int]):
         if self.lengths is None:
             return iter(torch.randperm(self.rows, generator=generator).tolist())
         indices = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
-        # The first holds the longest row, so that too little memory shows at once; the last may be
-        # smaller.
+        # The first batch holds the longest row, so that too little memory shows at once. The last
+        # one may be smaller than the others, so it stays last.
         first, *others = (indices[i : i + self.batch_size] for i in range(0, self.rows, self.batch_size))
         last = others.pop() if others else []
         order = torch.randperm(len(others), generator=generator).tolist()

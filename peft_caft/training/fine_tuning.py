@@ -1,5 +1,5 @@
-"""Stage 2 of CAFT, and the same without it: fine-tune on a JSONL file, so that one setting makes
-the difference.
+"""Stage 2 of CAFT: fine-tunes a model on a JSONL file, with the auxiliary loss or, for comparison,
+without it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .settings import FineTuningSettings
 
 
 def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:
-    """``model`` with what the method adds to it, ready for a Trainer."""
+    """``model`` with the adapter or objective of the method, ready for a Trainer."""
     objective = {field.name: getattr(settings, field.name) for field in fields(ObjectiveConfig)}
     if settings.method == "caft_full":
         config = FullFineTuningConfig(**objective, freeze_unembedding=settings.freeze_unembedding)
@@ -57,27 +57,30 @@ def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:
         "task_type": "CAUSAL_LM",
         **settings.lora,
     }
-    # The two differ in the auxiliary loss alone.
+    # caft and lora get the same settings, so that they differ in the auxiliary loss alone.
     return get_peft_model(model, CAFTConfig(**lora, **objective) if settings.method == "caft" else LoraConfig(**lora))
 
 
 def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
-    """Fine-tune and write a LoRA adapter, or the whole model, to ``settings.output``; an
-    interrupted run goes on.
+    """Fine-tune, and write a LoRA adapter or the whole model to ``settings.output``. An interrupted
+    run is resumed.
 
     The same seed gives LoRA and CAFT the same initial adapter and the same order of data.
 
     Args:
         settings: model, data, method.
-        args: of the Trainer; its ``output_dir`` is where checkpoints go and is set here.
-        overwrite: replace a finished run.
+        args: arguments of the Trainer; ``output_dir``, the folder of checkpoints, is set here.
+        overwrite: replace a finished run, or an interrupted one with other settings.
 
     Returns:
         the summary, also written as ``summary.json``: held-out next-token loss before and after
         (nats/token), seconds, peak memory, trainable parameters, log history.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError, TypeError: as the message says.
+        FileExistsError: if the output holds a finished run, or one with other settings.
+        FileNotFoundError: if there are no such data or heads.
+        ValueError: if data, heads or a setting cannot be used.
+        TypeError: if CAFT does not support the model.
     """
     if settings.has_auxiliary_loss and args.label_smoothing_factor:
         raise ValueError(
@@ -91,7 +94,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     has_trained_heads = settings.has_auxiliary_loss and settings.train_heads != "frozen"
     data_sha256 = file_sha256(settings.data)
     is_first = args.process_index == 0
-    # Rows that were taken by other processes are other steps.
+    # Another number of processes makes other batches, so a run cannot be resumed with it.
     recorded = asdict(settings) | training_settings(args) | {"processes": args.world_size, "engine": engine_name(args)}
     recorded |= {"data_sha256": data_sha256}
     if not overwrite:
@@ -107,7 +110,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     held_out = encode(eval_rows, tokenizer, settings.max_length, quiet=not is_first).rows if eval_rows else None
     set_seed(args.seed)
     model = prepare(model, settings)
-    # Everything that was asked for is there and fits.
+    # All checks have passed; from here on the output is written.
     with folder.held() if is_first else nullcontext():
         with args.main_process_first(local=False):
             needed = (*random_states(args.world_size), *([TRAINED_HEADS_NAME] if has_trained_heads else []))
@@ -115,8 +118,8 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         initial = folder.checkpoints / "initial_adapter" if settings.changes_base_weights else None
         if initial is not None and is_first:
             model.save_pretrained(initial)
-        # Not by trainer.evaluate(): accelerate would take the model for wrapped then, and each
-        # process would train by itself.
+        # trainer.evaluate() before training would make accelerate take the model for wrapped, and
+        # each process would train by itself.
         args.eval_on_start = held_out is not None and resume_from is None
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = Trainer(
@@ -129,7 +132,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         )
         trained_heads = heads = objective_of(model).heads_for_training() if has_trained_heads else None
         if shards_parameters(trainer):
-            heads = copy.deepcopy(heads)  # which cannot be copied once its parameters are in several processes
+            heads = copy.deepcopy(heads)  # impossible once the parameters lie in several processes
         trainer.add_callback(clock := _Clock())
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         seconds = time.perf_counter() - clock.started
@@ -152,7 +155,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         }
         if is_first:
             with filling(settings.output) as temporary:
-                # What was taken out of the base model goes into the adapter: it loads as a plain one.
+                # What was taken out of the base weights goes into the adapter, which becomes plain.
                 conversion = {} if initial is None else {"path_initial_model_for_weight_conversion": str(initial)}
                 model.save_pretrained(temporary, state_dict=weights, **conversion)
                 tokenizer.save_pretrained(temporary)
@@ -164,7 +167,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
 
 
 class _Clock(TrainerCallback):
-    """Notes when the first step begins: after the evaluation at the start."""
+    """Records when the first step begins, which is after the evaluation at the start."""
 
     started = 0.0
 
@@ -173,10 +176,9 @@ class _Clock(TrainerCallback):
 
 
 def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
-    """What is to be saved, gathered from the processes that hold parts of it; None where every
-    process has the whole model.
+    """State dict to save, gathered on the CPU of the first process; all processes call it together.
 
-    All processes call it together; the first one gets it.
+    Returns None where every process holds the whole model.
     """
     if not shards_parameters(trainer):
         return None
@@ -190,7 +192,7 @@ def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
                 values = whole(tensor)
                 if trainer.is_world_process_zero():
                     state[name] = values.detach().cpu()
-    # A tied weight has been gathered under each of its names, and so is no longer known for one.
+    # A tied weight was gathered once under each of its names; only one of them is saved.
     tied = {} if adapters_alone else trainer.model.all_tied_weights_keys
     return {name: values for name, values in state.items() if name not in tied}
 
@@ -198,9 +200,7 @@ def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
 def _record_of_trained_heads(
     settings: FineTuningSettings, args: TrainingArguments, data_sha256: str, rows: int, heads: AuxiliaryHeads
 ) -> dict[str, Any]:
-    """What heads that were trained along say of themselves, in place of what stage 1 wrote about
-    other weights.
-    """
+    """The training record of heads that were trained in stage 2; it replaces that of stage 1."""
     return {
         "stage": f"2, along with an adapter ({settings.train_heads})",
         "data": [{"file": Path(settings.data).name, "rows": rows, "sha256": data_sha256}],

@@ -1,5 +1,5 @@
-"""Answers of a model, sampled in batches with transformers or vLLM; each finished batch is kept, so
-that an interrupted run goes on.
+"""Answers of a model, sampled in batches with transformers or vLLM. Each finished batch is kept, so
+that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Sampling:
     Attributes:
         temperature: 0 takes the most probable token.
         top_p: smallest set of tokens with this probability; 1 is off.
-        top_k: so many most probable tokens; 0 is off.
+        top_k: number of most probable tokens to draw from; 0 is off.
         max_new_tokens: longest answer in tokens.
         stop_token_ids: tokens that end an answer.
     """
@@ -56,8 +56,13 @@ class Backend(Protocol):
     batch_size: int
 
     def answers(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
-        """Tokens of one answer per prompt, up to and with the token that ended it; the same again
-        for the same seed.
+        """Answer prompts; the same seed gives the same answers.
+
+        Args:
+            prompts: token ids of each prompt.
+
+        Returns:
+            token ids of one answer per prompt, up to and including the token that ended it.
         """
 
 
@@ -130,8 +135,8 @@ def stop_tokens_of(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
-    """Tokens that end an answer: of the generation config, of the tokenizer, and the chat
-    template's end of turn.
+    """Token ids that end an answer: those of the generation config, the tokenizer's end of text,
+    and the end of turn in its chat template.
 
     Raises:
         ValueError: if there is none.
@@ -154,7 +159,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that stand for no text."""
+    """Token ids that stand for no text."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
@@ -198,7 +203,7 @@ class TransformersBackend:
 
 
 def until_stop(ids: list[int], stop_token_ids: list[int]) -> list[int]:
-    """``ids`` up to and with the first token that ends an answer; what follows is padding."""
+    """``ids`` up to and including the first token that ends an answer; the rest is padding."""
     return ids[: position_of_first(ids, stop_token_ids) + 1]
 
 
@@ -215,8 +220,8 @@ def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class VLLMBackend:
-    """An installed vLLM. Written against its documented interface; it has not been run by the
-    authors of this package.
+    """Answers by an installed vLLM. Written against its documentation; the authors of this package
+    have not run it.
 
     Raises:
         ModuleNotFoundError: if vLLM is not installed.

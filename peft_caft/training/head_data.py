@@ -1,5 +1,5 @@
-"""The files that stage 1 learns from and is measured on: read, a part held out, encoded, described
-for the provenance.
+"""The data files of stage 1: reads them, holds a part out, encodes them, and describes them for the
+provenance.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class RawFile:
     """A data file as it was read.
 
     Attributes:
-        rows: as `peft_caft.training.data.read_jsonl` gives them.
-        sha256: of the whole file.
+        rows: rows that `peft_caft.training.data.read_jsonl` returned.
+        sha256: hash of the whole file.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class RawFile:
 
 @dataclass
 class DataFile:
-    """A data file, encoded, with what the provenance says of it."""
+    """An encoded data file, and its description for the provenance."""
 
     path: Path
     sha256: str
@@ -57,17 +57,19 @@ class DataFile:
 def read_files(
     data: list[str], eval_data: list[str] | None, max_rows: int | None, eval_rows: int
 ) -> tuple[list[RawFile], list[RawFile]]:
-    """Each training and each held-out file; without the latter a tenth of each training file is
-    held out.
+    """Read the training files and the held-out files.
 
     Args:
-        data, eval_data: paths of JSONL files.
-        max_rows: rows to use at most of each training file, those held out among them.
+        data: paths of the training files, JSONL.
+        eval_data: paths of the held-out files; without any, the last tenth of each training file is
+            held out.
+        max_rows: rows to use at most of each training file, those held out included.
         eval_rows: rows to use at most of each held-out file.
 
     Raises:
-        FileNotFoundError, ValueError: see `peft_caft.training.data.read_jsonl`.
-        ValueError: if there is too little to hold out, or two held-out files have one name.
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line is no row, there is too little to hold out, or two held-out files have
+            the same name.
     """
     train = [RawFile.read(path, max_rows) for path in data]
     if eval_data:

@@ -1,5 +1,7 @@
-"""Stage 1 of CAFT as one run: data, heads, training, evaluation before and after, artifact. Made
-once per base model.
+"""`train_heads`: one run of stage 1, from data files to heads on disk, evaluated before and after.
+
+The modules it uses: `head_data` reads the files, `head_trainer` holds the module and the Trainer,
+`head_metrics` the evaluation.
 """
 
 from __future__ import annotations
@@ -37,20 +39,24 @@ from .settings import HeadTrainingSettings
 
 
 def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
-    """Train heads and write them to ``settings.output``; an interrupted run is taken up at its last
+    """Train heads and write them to ``settings.output``. An interrupted run is resumed at its last
     checkpoint.
 
     Args:
         settings: model, data and heads.
-        args: of the Trainer; its ``output_dir`` is where checkpoints go and is set here.
-        overwrite: replace a finished run.
+        args: arguments of the Trainer; ``output_dir``, the folder of checkpoints, is set here.
+        overwrite: replace a finished run, or an interrupted one with other settings.
 
     Returns:
-        the training record that the heads' ``config.json`` holds, with peak memory and the
-        Trainer's log history; also written as ``summary.json``.
+        the training record in the heads' ``config.json``, with peak memory and the Trainer's log
+        history; also written as ``summary.json``.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError, TypeError, OSError: as the message says.
+        FileExistsError: if the output holds a finished run, or one with other settings.
+        FileNotFoundError: if there are no such data or heads.
+        ValueError: if data, heads or a setting cannot be used.
+        TypeError: if the model's architecture is not supported.
+        OSError: if the disk is full.
     """
     folder = RunFolder(Path(settings.output))
     args.output_dir = str(folder.checkpoints)
@@ -61,7 +67,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     train_files, eval_files = read_files(settings.data, settings.eval_data, settings.max_rows, settings.eval_rows)
     is_first = args.process_index == 0
     recorded = asdict(settings) | training_settings(args)
-    # Rows that were taken with others in between, or by other processes, are other steps.
+    # Another number of processes or engine makes other batches, so a run cannot be resumed with it.
     recorded |= {"processes": args.world_size, "engine": engine_name(args)}
     recorded |= {"data_sha256": [file.sha256 for file in (*train_files, *eval_files)]}
     if not overwrite:
@@ -72,7 +78,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).eval()
     require_dtype(model, settings.dtype, args)
-    if not sharded:  # sharding itself brings to each device its part
+    if not sharded:  # otherwise the engine moves each part to its device
         model.to(args.device)
     require_tokenizer_of(model, tokenizer)
     train, evals = (
@@ -88,7 +94,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     if settings.base_model_id is not None:
         heads.config.base_model_name_or_path = settings.base_model_id
     heads.config.license = settings.license or heads.config.license
-    # Everything that was asked for is there and fits.
+    # All checks have passed; from here on the output is written.
     with folder.held() if is_first else nullcontext():
         with args.main_process_first(local=False):
             resume_from = folder.begin(recorded, overwrite and is_first, random_states(args.world_size))
@@ -106,12 +112,11 @@ def _train(
     train: list[DataFile],
     evals: list[DataFile],
 ) -> dict[str, Any]:
-    """The run itself, from its last checkpoint if there is one, to the artifact and its summary."""
+    """Train, from the last checkpoint if there is one, and write the heads and the summary."""
     dtype = model.dtype
-    # The optimizer steps in fp32 even where the base model computes in half precision.
-    heads.float()
+    heads.float()  # the optimizer steps in fp32 even where the base model computes in half precision
     trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)
-    if not trainer.sharded:  # else as soon as the engine can run them
+    if not trainer.sharded:  # otherwise the Trainer evaluates as soon as the engine can run them
         trainer.evaluate_before()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -159,11 +164,11 @@ def _prepare_evaluation(settings: HeadTrainingSettings, args: TrainingArguments)
         )
     args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
     args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps
-    args.restore_callback_states_from_checkpoint = True  # the evaluations without a better loss so far
+    args.restore_callback_states_from_checkpoint = True  # for the count of evaluations without gain
 
 
 class _EarlyStopping(EarlyStoppingCallback):
-    """It stays stopped when a run is taken up that was interrupted after the stop."""
+    """Early stopping that stays stopped when a run is resumed after an interruption."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

@@ -1,11 +1,11 @@
 """Hidden states of a data set, computed once and read from disk in every later epoch and run of
 stage 1.
 
-What is kept is the input of the base model's last layer, at every position: from it that layer, the
-final norm and every kind of head follow at a thirtieth of the model's cost. ``hidden_states.bin``
-holds the rows one after the other, ``done.bin`` one byte per batch that is on disk, ``cache.json``
-what they belong to. An interrupted run goes on with the batches that are not marked, whatever the
-number of processes.
+The cache keeps the input of the base model's last layer at every position. From it the last layer,
+the final norm and every kind of head are computed at a thirtieth of the model's cost.
+``hidden_states.bin`` holds the rows one after the other, ``done.bin`` one byte per batch, 1 once it
+is on disk, and ``cache.json`` says what model and data they belong to. An interrupted run continues
+with the batches that are not marked, with any number of processes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class CachedRows(torch.utils.data.Dataset):
     hidden)}``.
 
     Args:
-        rows: as `peft_caft.training.data.encode` gives them.
-        states: ``(tokens of all rows, hidden)``, the bits of numbers of ``dtype``, mapped from the
-            disk.
-        dtype: of the hidden states.
+        rows: rows of `peft_caft.training.data.EncodedData`.
+        states: ``(tokens of all rows, hidden)``, uint16 or uint32 with the bits of numbers of
+            ``dtype``, mapped from the disk.
+        dtype: dtype of the hidden states.
     """
 
     def __init__(self, rows: list[dict[str, list[int]]], states: np.ndarray, dtype: torch.dtype) -> None:
@@ -60,7 +60,7 @@ class CachedRows(torch.utils.data.Dataset):
         return self.rows[index] | {"hidden_states": states.view(self.dtype)}
 
     def write(self, index: int, states: Tensor) -> None:
-        """Put the hidden states ``(tokens, hidden)`` of one row on disk."""
+        """Write the hidden states of one row, ``(tokens, hidden)`` in ``dtype``, to the disk."""
         bits = states.contiguous().view(getattr(torch, self._states.dtype.name)).numpy()
         self._states[self._offsets[index] : self._offsets[index + 1]] = bits
 
@@ -71,26 +71,26 @@ class CachedRows(torch.utils.data.Dataset):
 def cached_rows(
     folder: Path, rows: list[dict[str, list[int]]], model: nn.Module, collate: Callable, state: PartialState
 ) -> CachedRows:
-    """Rows with hidden states from ``folder``, which is filled first as far as it is not.
+    """Rows with hidden states from the cache in ``folder``, which is completed first.
 
     Args:
-        folder: of the cache, on a disk that all processes share.
-        rows: as `peft_caft.training.data.encode` gives them.
+        folder: folder of the cache, on a disk that all processes share.
+        rows: rows of `peft_caft.training.data.EncodedData`.
         model: the base model, in evaluation mode.
-        collate: makes a batch of tensors ``(batch, tokens)`` of some rows.
+        collate: makes a batch of int64 tensors ``(batch, tokens)`` of some rows.
         state: the processes of this run.
 
     Raises:
         ValueError: if the folder holds the cache of another model, other data or another precision.
-        OSError: if the disk has no room for it.
-        TypeError: if the model cannot go on from the input of its last layer.
+        OSError: if the disk has no room for the cache.
+        TypeError: if the model cannot continue from the input of its last layer.
     """
     backbone = Backbone.of(model)
     dtype = backbone.lm_head.weight.dtype
     batches = _batches(rows)
     shape = (sum(len(row["input_ids"]) for row in rows), backbone.hidden_size)
     identity = _identity(rows, backbone)
-    with state.main_process_first():  # the others find what it made
+    with state.main_process_first():  # the others find the files that the first one made
         _prepare(folder, identity, shape[0] * shape[1] * dtype.itemsize, len(batches))
     bits = np.uint16 if dtype.itemsize == 2 else np.uint32
     data = CachedRows(rows, np.memmap(folder / STATES_NAME, dtype=bits, mode="r+", shape=shape), dtype)
@@ -101,7 +101,7 @@ def cached_rows(
     with tqdm(total=tokens, desc="Caching hidden states", unit=" tokens", unit_scale=True, disable=disable) as bar:
         for index in mine:
             bar.update(_write_batch(data, batches[index], backbone, collate))
-            data.flush()  # the mark below must not reach the disk before what it stands for
+            data.flush()  # the mark below must not reach the disk before its batch does
             done[index] = 1
     done.flush()
     state.wait_for_everyone()
@@ -121,7 +121,9 @@ def _write_batch(data: CachedRows, indices: list[int], backbone: Backbone, colla
 
 
 def with_hidden_states(collate: Callable) -> Callable:
-    """``collate`` for rows that may carry hidden states, which it pads with zeros at the right."""
+    """``collate`` for rows that may carry hidden states ``(tokens, hidden)``, which are padded on
+    the right with zeros to ``(batch, tokens, hidden)``.
+    """
 
     def collate_with(rows: list[dict[str, Any]]) -> Any:
         if "hidden_states" not in rows[0]:
@@ -136,7 +138,7 @@ def with_hidden_states(collate: Callable) -> Callable:
 
 
 def _identity(rows: list[dict[str, list[int]]], backbone: Backbone) -> dict[str, Any]:
-    """What must be equal for a cache to be reused."""
+    """The properties of model and data that must be equal for a cache to be reused."""
     tokens = hashlib.sha256()
     for row in rows:
         tokens.update(np.asarray(row["input_ids"], dtype=np.int64).tobytes() + b"|")
@@ -152,7 +154,7 @@ def _identity(rows: list[dict[str, list[int]]], backbone: Backbone) -> dict[str,
 
 
 def _prepare(folder: Path, identity: dict[str, Any], size: int, batches: int) -> None:
-    """Make the files of a new cache, or check those of an earlier one."""
+    """Make the files of a new cache of ``size`` bytes, or check those of an earlier one."""
     recorded_path, states_path, done_path = (folder / name for name in (RECORD_NAME, STATES_NAME, DONE_NAME))
     if (recorded := json_or_none(recorded_path)) is not None:
         if different := first_difference(recorded, identity):
@@ -164,7 +166,7 @@ def _prepare(folder: Path, identity: dict[str, Any], size: int, batches: int) ->
             return
     folder.mkdir(parents=True, exist_ok=True)
     recorded_path.unlink(missing_ok=True)
-    states_path.unlink(missing_ok=True)  # what a killed run left takes room
+    states_path.unlink(missing_ok=True)  # frees the room that an interrupted run took
     free = shutil.disk_usage(folder).free
     print(f"Cache of hidden states: {size / 2**20:,.0f} MiB in {folder}, where {free / 2**20:,.0f} MiB are free")
     if size > free:
@@ -181,7 +183,9 @@ def _prepare(folder: Path, identity: dict[str, Any], size: int, batches: int) ->
 
 
 def _batches(rows: list[dict[str, list[int]]]) -> list[list[int]]:
-    """Indices of rows, long ones first, in batches of about ``BATCH_TOKENS`` padded tokens."""
+    """Indices of rows, longest first, in batches of ``BATCH_TOKENS`` padded tokens at most, or of
+    one longer row.
+    """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     batches: list[list[int]] = []
     for index in order:
@@ -193,8 +197,8 @@ def _batches(rows: list[dict[str, list[int]]]) -> list[list[int]]:
 
 @torch.no_grad()
 def _check(data: CachedRows, backbone: Backbone, collate: Callable) -> None:
-    """Compare the shortest row's states, and the last layer run on them, with a whole pass of the
-    model.
+    """Compare the cached states of the shortest row, and the last layer run on them, with a whole
+    pass of the model.
     """
     index = min(range(len(data)), key=lambda i: len(data.rows[i]["input_ids"]))
     batch = with_hidden_states(collate)([data[index]]).to(backbone.lm_head.weight.device)

@@ -20,7 +20,7 @@ from .settings import FineTuningSettings
 
 
 def load_for_inference(source: str, dtype: str, adapter: str | None = None, device: torch.device | None = None) -> Any:
-    """A `PreTrainedModel` in evaluation mode; with an adapter, the `PeftModel` that PEFT makes of it.
+    """A `PreTrainedModel` in evaluation mode; with an adapter, the `PeftModel` that holds both.
 
     Args:
         source: folder or Hub id.
@@ -35,10 +35,10 @@ def load_for_inference(source: str, dtype: str, adapter: str | None = None, devi
 
 
 def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
-    """The base model in the asked-for precision, 4 or 8 bits included.
+    """The base model to train, in the requested precision, which may be 4 or 8 bits.
 
     Raises:
-        ModuleNotFoundError: if 4 or 8 bits are asked for and bitsandbytes is not installed.
+        ModuleNotFoundError: if 4 or 8 bits are requested and bitsandbytes is not installed.
     """
     quantization = None
     if settings.load_in_4bit or settings.load_in_8bit:
@@ -61,11 +61,10 @@ def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
 
 
 def require_dtype(model: PreTrainedModel, dtype: str, args: TrainingArguments) -> None:
-    """Refuse a model that was loaded in another dtype than asked for: under ZeRO-3 DeepSpeed's own
-    settings decide that.
+    """Check that a model was loaded in the requested dtype; under ZeRO-3 DeepSpeed decides that.
 
     Raises:
-        ValueError: if it was.
+        ValueError: if it was loaded in another one.
     """
     got = str(model.dtype).removeprefix("torch.")
     if zero_stage(args) == 3 and dtype not in ("auto", got):
@@ -79,7 +78,7 @@ def require_tokenizer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     """Check that the model has an embedding for every token of the tokenizer.
 
     Raises:
-        ValueError: if not.
+        ValueError: if a token has none.
     """
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:

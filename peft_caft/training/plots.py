@@ -1,4 +1,4 @@
-"""Plots of a fine-tuning run: next-token loss and the heads' losses."""
+"""Training curves of fine-tuning runs: next-token loss, gamma and the losses of the heads."""
 
 import itertools
 import os
@@ -10,19 +10,18 @@ from matplotlib.figure import Figure
 
 from ..basics.plots import CROSS_ENTROPY, RUN_COLOURS, save_figure, tidy_axes
 
-RUN_STYLES = ("-", "--", ":")  # of the heads' curves, which are coloured by head
-HEAD_LOSS = "caft/loss_head_"  # and the number of tokens ahead, in the log of a CAFT run
+RUN_STYLES = ("-", "--", ":")  # one per run, where colours tell heads apart
+HEAD_LOSS = "caft/loss_head_"  # key in the log of a CAFT run, before the number of tokens ahead
 
 
 def plot_training(
     path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, float]]], aux_loss_weight: float = 0.01
 ) -> None:
-    """Draw the training loss of several runs; for CAFT runs also gamma and the losses of the
-    auxiliary heads.
+    """Draw the training losses of several runs, and for CAFT runs gamma and the heads' losses.
 
     The upper panel compares next-token losses. The loss that Trainer logs for a CAFT run contains
     the auxiliary term, so ``aux_loss_weight * caft/gamma * caft/aux_loss`` is subtracted from it. A
-    pale line shows the logged values, the strong line their running mean.
+    pale line shows the logged values, a strong line their running mean.
 
     Args:
         path: the PNG file to write.
@@ -30,7 +29,7 @@ def plot_training(
             steps) and ``"loss"`` (nats/token) are drawn; others, such as evaluations, are ignored.
             Entries of a CAFT run also have ``"caft/gamma"`` (0 to 1), ``"caft/aux_loss"`` and
             ``"caft/loss_head_2"`` ... (nats/token).
-        aux_loss_weight: beta of the CAFT runs.
+        aux_loss_weight: beta that the CAFT runs were trained with.
 
     Raises:
         ValueError: if there is no run, or a run has no entry with a step and a loss.
@@ -91,13 +90,13 @@ def _draw_head_losses(axes: Axes, logs: dict[str, list], heads: list[int]) -> No
 
 
 def _legend_below(axes: Axes, columns: int) -> None:
-    """Put the x label and, below it, the legend: inside, it would cover curves."""
+    """Put the legend below the x label, because inside the panel it would cover curves."""
     axes.set_xlabel("optimizer step")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, ncols=columns)
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean of each value and its neighbours on both sides, over a twentieth of the run."""
+    """Mean of each value and its neighbours, over a twentieth of the run."""
     reach = len(values) // 40
     parts = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
     return [sum(part) / len(part) for part in parts]

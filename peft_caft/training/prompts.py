@@ -1,5 +1,5 @@
-"""Prompts for `peft-caft distill`: from JSONL or a dataset, read with errors that name file and
-line, turned into tokens.
+"""Prompts for `peft-caft distill`: reads them from JSONL or a dataset, with errors that name file
+and line, and turns them into tokens.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        index: number of its row in the source, from 0, blank lines not counted.
-        messages: the chat so far, for a tokenizer with a chat template; else None.
-        text: plain text, for one without; else None.
-        input_ids: what the model reads.
+        index: number of its row in the source, from 0; blank lines do not count.
+        messages: the chat so far, if the tokenizer has a chat template; else None.
+        text: plain text, if the tokenizer has no chat template; else None.
+        input_ids: token ids that the model reads.
     """
 
     index: int
@@ -37,23 +37,23 @@ class Prompt:
     input_ids: list[int]
 
     def row(self, answer: str) -> dict[str, Any]:
-        """The row of training data that this prompt and its answer make."""
+        """The row of training data with this prompt and its answer."""
         if self.messages is not None:
             row: dict[str, Any] = {"messages": [*self.messages, {"role": "assistant", "content": answer}]}
             if any(message["role"] == "assistant" for message in self.messages):
-                row["last_answer_only"] = True  # the earlier ones are not this model's own
+                row["last_answer_only"] = True  # the earlier answers are not this model's own
             return row
         return {"prompt": self.text, "completion": answer}
 
 
 @dataclass(frozen=True)
 class PromptRows:
-    """Rows as they were read.
+    """Rows of a source of prompts.
 
     Attributes:
-        rows: where each stands (file and line) and what it is.
-        name: of the source, without the path to it.
-        sha256: of the file; of the rows that were read, for a dataset.
+        rows: ``("FILE, line N", row)`` for each row.
+        name: name of the source, without the path to it.
+        sha256: hash of the file, or of the rows that were read from a dataset.
     """
 
     rows: list[tuple[str, Any]]
@@ -64,21 +64,20 @@ class PromptRows:
 def read_prompts(
     source: str, split: str | None = None, column: str | None = None, limit: int | None = None
 ) -> PromptRows:
-    """Read prompts from a JSONL file, or ``hf:NAME`` or ``hf:NAME:CONFIG`` with the library
-    ``datasets``.
+    """Read prompts from a JSONL file, or from a dataset with the library ``datasets``.
 
     Args:
-        source: NAME is a dataset of the Hub, a folder of data files, or one that
-            ``Dataset.save_to_disk`` wrote.
-        split: of a dataset; ``"train"`` if None.
-        column: holds the prompt (a string) or the chat (a list of messages); ``messages`` or
-            ``prompt`` if None.
-        limit: take the first so many rows.
+        source: path of a JSONL file; or ``hf:NAME`` or ``hf:NAME:CONFIG``, where NAME is a dataset
+            on the Hub, a folder of data files, or a folder that ``Dataset.save_to_disk`` wrote.
+        split: split of a dataset; ``"train"`` if None.
+        column: field that holds the prompt (a string) or the chat (a list of messages); None takes
+            ``messages`` or ``prompt``.
+        limit: largest number of rows to read; None reads all.
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
         ModuleNotFoundError: if ``datasets`` is needed and not installed.
-        ValueError: naming file and line, if a line is not JSON or lacks the column, or if there are
+        ValueError: if a line is not JSON or lacks the column, naming file and line; or if there are
             no rows.
     """
     if source.startswith(DATASET):
@@ -133,7 +132,7 @@ def _read_dataset(source: str, split: str, column: str | None, limit: int | None
 
 
 def _renamed(row: Any, column: str | None, where: str) -> Any:
-    """The row with its prompt or chat under the usual name."""
+    """The row with the column under its usual name, ``prompt`` or ``messages``."""
     if column is None:
         return row
     if not isinstance(row, dict) or not isinstance(row.get(column), (str, list)):
@@ -144,21 +143,21 @@ def _renamed(row: Any, column: str | None, where: str) -> Any:
 def prepare_prompts(
     rows: list[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, system: str | None = None
 ) -> tuple[list[Prompt], int]:
-    """Turn rows into prompts as the model reads them; of equal ones, the first is kept.
+    """Turn rows into prompts as the model reads them. Of equal prompts the first is kept.
 
     A string becomes a user message where the tokenizer has a chat template. Assistant messages at
-    the end of a chat are cut off, because the model answers itself.
+    the end of a chat are cut off, because the model is to answer.
 
     Args:
-        rows: as `read_prompts` gives them.
+        rows: rows of `PromptRows`.
         system: system message for chats that have none.
 
     Returns:
-        the prompts and the number of duplicates left out.
+        the prompts, and the number of duplicates that were left out.
 
     Raises:
-        ValueError: naming the row, if it is of another form; or if a chat or a system message meets
-            a tokenizer without chat template.
+        ValueError: if a row has another form, or is a chat and the tokenizer has no chat template,
+            naming the row; or if there is a system message and no chat template.
     """
     has_template = tokenizer.chat_template is not None
     if system is not None and not has_template:
