@@ -8,7 +8,6 @@ from peft import get_peft_model
 from torch._dynamo.utils import counters
 
 from peft_caft import CAFTConfig, FullFineTuningConfig, prepare_full_fine_tuning
-from peft_caft.heads.config import HEAD_TYPES
 
 from ..support.tiny_models import tiny_model, tokens
 
@@ -18,10 +17,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None")
 GRAPHS = 8
 
 
+def base_model():
+    """Two layers, since each one takes a second to record and the last one is called in another way than those before it."""
+    return tiny_model("llama", attention="sdpa", num_hidden_layers=2)
+
+
 def caft(**fields):
     torch.manual_seed(0)
     settings = {"r": 4, "target_modules": "all-linear", "aux_loss_weight": 0.7, "aux_loss_schedule": "constant"}
-    return get_peft_model(tiny_model("llama", attention="sdpa"), CAFTConfig(**settings | fields)).train()
+    return get_peft_model(base_model(), CAFTConfig(**settings | fields)).train()
 
 
 def gradients(call, model, input_ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -48,10 +52,11 @@ def nothing_compiled():
     counters.clear()
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-def test_compiled_model_trains_as_an_eager_one_in_few_graphs(head_type):
+# Residual heads with the backend "aot_eager": in the last test.
+@pytest.mark.parametrize(("head_type", "backend"), [("residual", "eager"), ("decoder_layer", "aot_eager")])
+def test_compiled_model_trains_as_an_eager_one_in_few_graphs(head_type, backend):
     model = caft(head_type=head_type)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=backend)
     for seed in range(2):
         assert_trains_as_eager(compiled, model, tokens(seed=seed))
     graphs = counters["stats"]["unique_graphs"]
@@ -70,14 +75,15 @@ def test_training_that_follows_an_evaluation_is_recorded(checkpointing, monkeypa
     model = caft()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    compiled = torch.compile(model, backend="aot_eager")
-    for _ in range(2):
-        model.eval()
+    compiled = torch.compile(model, backend="eager")  # the recording is at stake, whatever it is then compiled to
+    for training in (False, True, False):
+        model.train(training)
+        if training:
+            assert_trains_as_eager(compiled, model, tokens())
+            continue
         with torch.no_grad():
             expected = model(input_ids=tokens(), labels=tokens()).loss
             torch.testing.assert_close(compiled(input_ids=tokens(), labels=tokens()).loss, expected)
-        model.train()
-        assert_trains_as_eager(compiled, model, tokens())
 
 
 def test_a_graph_without_hooks_is_an_error_that_says_what_to_do():
@@ -92,7 +98,7 @@ def test_a_graph_without_hooks_is_an_error_that_says_what_to_do():
 @pytest.mark.filterwarnings("ignore:FullFineTuningConfig.heads is None")
 def test_full_fine_tuning_is_compiled_too():
     config = FullFineTuningConfig(aux_loss_weight=0.7, aux_loss_schedule="constant", head_type="residual")
-    model = prepare_full_fine_tuning(tiny_model("llama", attention="sdpa"), config).train()
+    model = prepare_full_fine_tuning(base_model(), config).train()
     compiled = torch.compile(model, backend="aot_eager")
     for seed in range(3):
         assert_trains_as_eager(compiled, model, tokens(seed=seed))

@@ -69,11 +69,13 @@ WITH_ATTENTION = [
 ]
 
 
-def tiny_model(architecture: str, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+def tiny_model(architecture: str, seed: int = 0, attention: str = "eager", **changes) -> PreTrainedModel:
     """A model in fp32, with norm weights that are no ones, so that leaving a norm out shows."""
+    config = (CONFIGS | PECULIAR)[architecture]()
+    config.update(changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config((CONFIGS | PECULIAR)[architecture](), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += 0.3 * torch.randn_like(parameter)
