@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,20 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
             os.replace(path, target / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path; on success the folder made there is renamed to ``folder``.
+
+    So ``folder``, which must be new or empty, appears whole or not at all.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        made = Path(scratch, target.name)
+        yield made
+        made.rename(target)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

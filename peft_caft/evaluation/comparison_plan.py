@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..hub.embedded_model import embedded_model
 from ..training.defaults import STAGE_1, STAGE_2
 from ..training.settings import FineTuningSettings
 from .comparison_values import (
@@ -194,7 +195,7 @@ def _plan(values: dict[str, Any], folder: Path, model: str | None, heads: str | 
             f"tuning.seed: got {tuning_seed}, which is one of seeds, expected another: a run that chose the learning rate is no test of it."
         )
     return ComparisonPlan(
-        model=_embedded() if model == "embedded" else model,
+        model=str(embedded_model()) if model == "embedded" else model,
         task=_located(folder, text("task", values.get("task"))),
         data=_located(folder, text("data", values["data"])) if values.get("data") is not None else None,
         sizes=size_values(values.get("sizes")),
@@ -273,9 +274,3 @@ def _located(folder: Path, value: str) -> str:
 def _located_heads(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     heads = settings.get("heads")
     return settings | {"heads": _located(folder, heads)} if heads else settings
-
-
-def _embedded() -> str:
-    from ..hub.embedded_model import embedded_model
-
-    return str(embedded_model())

@@ -8,12 +8,11 @@ save. So the model is converted once, into a bfloat16 safetensors folder in a ca
 import importlib.util
 import json
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..basics.files import default_cache_dir, file_sha256
+from ..basics.files import default_cache_dir, file_sha256, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,22 +49,18 @@ def embedded_model(cache_dir: Path | None = None) -> Path:
     if folder.is_dir():
         return folder
     gguf_file = _find_gguf()
-    cache_dir.mkdir(parents=True, exist_ok=True)
     print(
         f"Converting {MODEL_NAME} from GGUF to safetensors, because a GGUF model loads slowly and cannot be trained. "
         f"This happens once and takes about half a minute; the result stays in {folder}",
         file=sys.stderr,
         flush=True,
     )
-    with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}-", dir=cache_dir) as scratch:
-        converted = Path(scratch) / MODEL_NAME
-        _convert(gguf_file, converted)
-        try:
-            converted.rename(folder)
-        except OSError:
-            # If the folder is there, another process finished first. Anything else is an error.
-            if not folder.is_dir():
-                raise
+    try:
+        with new_folder(folder) as converted:
+            _convert(gguf_file, converted)
+    except OSError:
+        if not folder.is_dir():  # else another process finished first
+            raise
     return folder
 
 

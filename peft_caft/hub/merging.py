@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..basics.file_names import ADAPTER_CONFIG_NAME
-from ..basics.files import read_json
+from ..basics.files import new_folder, read_json
 
 
 def merge(adapter: str, output: str, model: str | None = None, dtype: str = "auto") -> None:
@@ -33,12 +32,9 @@ def merge(adapter: str, output: str, model: str | None = None, dtype: str = "aut
     model = named_base_model(adapter, model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".merge-", dir=Path(output).parent) as scratch:
-        whole = Path(scratch) / "model"
-        merged.save_pretrained(whole)
-        AutoTokenizer.from_pretrained(model).save_pretrained(whole)
-        whole.rename(output)
+    with new_folder(output) as folder:
+        merged.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
 
 
 def named_base_model(adapter: str, model: str | None = None) -> str:
