@@ -3,7 +3,7 @@
 import json
 import re
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -12,10 +12,32 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}.")
 
 
+def require_choices(settings: object, cls: type | None = None) -> None:
+    """Raise a ValueError that names the first field with a value that its ``Literal`` lacks.
+
+    Args:
+        settings: a dataclass.
+        cls: its base class, if only the fields of that one are to be checked.
+    """
+    for name, hint in get_type_hints(cls or type(settings)).items():
+        choices = [
+            choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)
+        ]
+        if choices and not fits(getattr(settings, name), hint):
+            require_choice(name, getattr(settings, name), tuple(choices))
+
+
 def require_at_least_one(name: str, value: object, note: str = "") -> None:
     """Raise a ValueError unless ``value`` is a whole number of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1{note}.")
+
+
+def require_counts(settings: object, *names: str) -> None:
+    """Raise a ValueError unless each of these fields is None or a whole number of at least 1."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None:
+            require_at_least_one(name, value)
 
 
 def require_token_fraction(value: float, note: str = "") -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..basics.checks import require_choice
+from ..basics.checks import require_choices, require_counts
 from ..basics.settings import DATA, REPORT, setting
 
 BASE = "base"  # the name of the base model's scores
-UNITS = ("auto", "prose", "code", "chemistry")
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,8 @@ class ConceptsSettings:
     seed: int = setting("Seed of the draws for the intervals.", 0)
 
     def __post_init__(self) -> None:
-        require_choice("unit", self.unit, UNITS)
-        for name in ("max_rows", "max_length", "batch_size", "resamples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1.")
+        require_choices(self)
+        require_counts(self, "max_rows", "max_length", "batch_size", "resamples")
         if self.examples < 0:
             raise ValueError(f"examples: got {self.examples}, expected at least 0.")
         if not self.loss and (self.adapter or self.heads):

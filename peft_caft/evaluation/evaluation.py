@@ -61,10 +61,6 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
         ValueError: if a setting, a row or the task's scores cannot be used.
         OSError: if the disk is full.
     """
-    for name in ("batch_size", "max_rows", "max_new_tokens"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1.")
     git_commit()  # cached now, so that a long run records the code that it started with
     disable_progress_bar()
     task = load_task(settings.task)

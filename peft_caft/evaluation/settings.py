@@ -7,12 +7,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..basics.checks import require_choices, require_counts
 from ..basics.settings import ANSWERS, DATA, setting
 
 
 @dataclass
 class EvaluationSettings:
-    """What to evaluate, and how; each field is an option of ``peft-caft evaluate``."""
+    """What to evaluate, and how; each field is an option of ``peft-caft evaluate``.
+
+    Raises:
+        ValueError: if a field is out of range.
+    """
 
     task: str = setting("Python file with the task, such as examples/molecules/task.py.", group=DATA)
     data: str = setting("Rows to answer, JSONL, as the task's file builds them (test.jsonl).", group=DATA)
@@ -36,3 +41,7 @@ class EvaluationSettings:
     )
     seed: int = setting("Seed of the sampling, where --temperature is above 0.", 0, group=ANSWERS)
     batch_size: int = setting("Rows at a time.", 16)
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        require_counts(self, "max_rows", "max_new_tokens", "batch_size")

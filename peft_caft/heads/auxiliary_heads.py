@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .config import DEFAULT_NUM_HEADS, HeadsConfig, fingerprint
+from .config import DEFAULT_NUM_HEADS, HeadInput, HeadsConfig, HeadType, fingerprint
 from .layer_copy import linear_of, plain_copy
 from .layer_replay import LayerAtRows, replay
 from .pretrained import PretrainedHeads
@@ -105,8 +105,8 @@ class AuxiliaryHeads(PretrainedHeads):
         cls,
         model: nn.Module,
         num_heads: int = DEFAULT_NUM_HEADS,
-        head_type: str = "decoder_layer",
-        head_input: str = "last_layer_input",
+        head_type: HeadType = "decoder_layer",
+        head_input: HeadInput = "last_layer_input",
         head_num_layers: int = 1,
         residual_bias: bool = False,
     ) -> AuxiliaryHeads:

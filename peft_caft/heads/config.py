@@ -6,15 +6,16 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..basics.checks import require_at_least_one, require_choice
+from ..basics.checks import require_choices, require_counts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HEAD_TYPES = ("residual", "decoder_layer")
-HEAD_INPUTS = ("last_layer_input", "last_hidden_state")
+HeadType = Literal["residual", "decoder_layer"]
+HeadInput = Literal["last_layer_input", "last_hidden_state"]
+HEAD_TYPES: tuple[HeadType, ...] = get_args(HeadType)
 DEFAULT_NUM_HEADS = 4  # n = 5, as in CAFT's experiments
 FORMAT_VERSION = 1
 FINGERPRINT_ROWS = 16
@@ -41,8 +42,8 @@ class HeadsConfig:
         weights_sha256: hash of ``model.safetensors``, set when saving.
     """
 
-    head_type: str
-    head_input: str
+    head_type: HeadType
+    head_input: HeadInput
     num_heads: int
     head_num_layers: int
     final_norm: bool
@@ -64,10 +65,8 @@ class HeadsConfig:
                 f"format_version: got {self.format_version!r}, expected {FORMAT_VERSION}. These heads were written by "
                 "another version of peft-caft; install that version or make the heads again."
             )
-        require_choice("head_type", self.head_type, HEAD_TYPES)
-        require_choice("head_input", self.head_input, HEAD_INPUTS)
-        for name in ("num_heads", "head_num_layers", "hidden_size", "vocab_size"):
-            require_at_least_one(name, getattr(self, name))
+        require_choices(self)
+        require_counts(self, "num_heads", "head_num_layers", "hidden_size", "vocab_size")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -20,6 +20,7 @@ import re
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -34,7 +35,7 @@ from ..basics.provenance import provenance
 from ..heads.artifact import shape_difference, shapes_of
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
-from ..heads.config import HEAD_INPUTS
+from ..heads.config import HeadInput
 
 HEADS_NAME = "heads.pth"
 _KEY = re.compile(r"(\d+)\.layers\.(\d+)\.(.+)")
@@ -45,7 +46,7 @@ def import_heads(
     source: str,
     model: str,
     output: str,
-    head_input: str = "last_layer_input",
+    head_input: HeadInput = "last_layer_input",
     base_model_id: str | None = None,
     license: str | None = None,
     revision: str | None = None,
@@ -75,7 +76,7 @@ def import_heads(
             every tensor.
         TypeError: if caft-llm cannot have trained these heads for this kind of base model.
     """
-    require_choice("head_input", head_input, HEAD_INPUTS)
+    require_choice("head_input", head_input, get_args(HeadInput))
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output: {output} exists, expected a new folder. Remove it or choose another one.")
@@ -135,7 +136,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def heads_of(state: dict[str, Tensor], model: PreTrainedModel, head_input: str = "last_layer_input") -> AuxiliaryHeads:
+def heads_of(state: dict[str, Tensor], model: PreTrainedModel, head_input: HeadInput = "last_layer_input") -> AuxiliaryHeads:
     """Heads of this package with the weights of caft-llm's.
 
     Args:

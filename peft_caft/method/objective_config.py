@@ -7,12 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from ..basics.checks import require_at_least_one, require_choice, require_token_fraction
+from ..basics.checks import require_at_least_one, require_choices, require_counts, require_token_fraction
 from ..basics.settings import OBJECTIVE, setting
-from ..heads.config import DEFAULT_NUM_HEADS, HEAD_INPUTS, HEAD_TYPES
-from .schedule import SCHEDULES
-
-TRAIN_HEADS = ("frozen", "lora", "full")
+from ..heads.config import DEFAULT_NUM_HEADS, HeadInput, HeadType
+from .schedule import Schedule
 
 
 @dataclass
@@ -36,20 +34,20 @@ class ObjectiveConfig:
         DEFAULT_NUM_HEADS,
         group=OBJECTIVE,
     )
-    head_type: Literal["residual", "decoder_layer"] = setting(
+    head_type: HeadType = setting(
         "Fresh heads only: x + SiLU(W x), or a copy of the base model's last decoder layer.",
         "decoder_layer",
         group=OBJECTIVE,
     )
     head_num_layers: int = setting("Fresh heads only: blocks or layers per head.", 1, group=OBJECTIVE)
-    head_input: Literal["last_layer_input", "last_hidden_state"] = setting(
+    head_input: HeadInput = setting(
         "Fresh heads only: what a head reads, before the last layer or after the final norm.",
         "last_layer_input",
         group=OBJECTIVE,
     )
     aux_loss_weight: float = setting("beta: weight of all auxiliary losses together.", 0.01, group=OBJECTIVE)
     aux_loss_decay: float = setting("alpha: head k weighs alpha^(k-1).", 0.8, group=OBJECTIVE)
-    aux_loss_schedule: Literal["reflected_sine", "sine", "linear", "linear_decay", "constant"] = setting(
+    aux_loss_schedule: Schedule = setting(
         "gamma: course of the auxiliary weight over the run.", "reflected_sine", group=OBJECTIVE
     )
     total_steps: int | None = setting(
@@ -69,16 +67,11 @@ class ObjectiveConfig:
         """Raise a ValueError that names the first of these fields that is out of range."""
         if self.heads is not None:
             self.heads = os.fspath(self.heads)  # JSON has no Path
-        require_choice("head_type", self.head_type, HEAD_TYPES)
-        require_choice("head_input", self.head_input, HEAD_INPUTS)
-        require_choice("aux_loss_schedule", self.aux_loss_schedule, tuple(SCHEDULES))
-        require_choice("train_heads", self.train_heads, TRAIN_HEADS)
+        require_choices(self, ObjectiveConfig)
         require_at_least_one(
             "num_auxiliary_heads", self.num_auxiliary_heads, " (n = num_auxiliary_heads + 1, so n >= 2)"
         )
-        require_at_least_one("head_num_layers", self.head_num_layers)
-        if self.total_steps is not None:
-            require_at_least_one("total_steps", self.total_steps)
+        require_counts(self, "head_num_layers", "total_steps")
         if not 0 <= self.aux_loss_weight < math.inf:
             raise ValueError(
                 f"aux_loss_weight (beta): got {self.aux_loss_weight}, expected 0 (plain LoRA) or more, and finite."

@@ -7,8 +7,10 @@ alone. The other schedules are in the authors' code too (commit d10c79e), except
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
+Schedule = Literal["reflected_sine", "sine", "linear", "linear_decay", "constant"]
+SCHEDULES: dict[Schedule, Callable[[float], float]] = {
     "reflected_sine": lambda done: math.sin(math.pi / 2 * (1 - done)),
     "sine": lambda done: math.sin(math.pi / 2 * done),
     "linear": lambda done: done,
@@ -17,7 +19,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def gamma(schedule: str, step: int, total_steps: int) -> float:
+def gamma(schedule: Schedule, step: int, total_steps: int) -> float:
     """Weight of the auxiliary loss, in [0, 1], after ``step`` of ``total_steps`` optimizer steps.
 
     Steps beyond ``total_steps`` keep the last value.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..basics.checks import require_at_least_one, require_choice, require_token_fraction
+from ..basics.checks import require_choices, require_counts, require_token_fraction
 from ..basics.settings import ADAPTER, DATA, same_setting, setting
 from ..method.objective_config import ObjectiveConfig
 
@@ -46,8 +46,8 @@ class PlanSettings:
     device: Literal["cuda", "cpu"] = setting("What to plan for: a GPU computes more logits at a time.", "cuda")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_auxiliary_heads", "head_num_layers", "r", "gpus"):
-            require_at_least_one(name, getattr(self, name))
+        require_choices(self)
+        require_counts(self, "batch_size", "num_auxiliary_heads", "head_num_layers", "r", "gpus")
         least = self.num_auxiliary_heads + 2
         if self.tokens < least:
             raise ValueError(
@@ -62,7 +62,3 @@ class PlanSettings:
         require_token_fraction(self.aux_token_fraction)
         if self.gpu_memory is not None and not self.gpu_memory > 0:
             raise ValueError(f"gpu_memory: got {self.gpu_memory}, expected GiB above 0.")
-        require_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        if self.attention is not None:
-            require_choice("attention", self.attention, ("sdpa", "eager"))
-        require_choice("device", self.device, ("cuda", "cpu"))

@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..basics.checks import require_choice
 from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, provenance, source_name, weights_digest
@@ -33,7 +32,7 @@ from .generation import (
 )
 from .loading import load_for_inference, require_tokenizer_of
 from .prompts import Prompt, prepare_prompts, read_prompts
-from .settings import BACKENDS, DistillationSettings
+from .settings import DistillationSettings
 
 REASONS = ("empty", "repetitive", "untrainable", "duplicate")
 
@@ -59,7 +58,6 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
         ValueError: if a setting is out of range, or no prompt can be used.
         OSError: if the disk is full.
     """
-    _require_valid(settings)
     git_commit()  # cached now, so that a long run records the code that it started with
     # Without ``cpu`` on a machine that has no accelerator, each process takes itself for the only
     # one. Processes that are done wait for the others, however long those take.
@@ -119,23 +117,6 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
         write_text(parts.provenance_path, json.dumps(record, indent=2) + "\n")
         parts.discard()
     return record
-
-
-def _require_valid(settings: DistillationSettings) -> None:
-    require_choice("backend", settings.backend, BACKENDS)
-    for name in ("batch_size", "samples_per_prompt", "max_prompts"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1.")
-    if not 0 < settings.max_repetition <= 1:
-        raise ValueError(
-            f"max_repetition: got {settings.max_repetition}, expected a share above 0 and at most 1 (1 is off)."
-        )
-    output = Path(settings.output)
-    if output.is_dir():
-        raise IsADirectoryError(f"output: {output} is a folder, expected a JSONL file to write.")
-    if output.resolve() == Path(settings.prompts).resolve():
-        raise ValueError(f"output: got {output}, the prompts themselves, expected another file.")
 
 
 def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Prompt]:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import os
 from itertools import count
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -31,7 +31,7 @@ from ..method.progress import RecentLosses
 from ..method.targets import IGNORE_INDEX, Supervision, supervised_count
 from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
-from .settings import TARGETS
+from .settings import Targets
 from .soft_targets import soft_auxiliary_loss
 
 
@@ -60,7 +60,7 @@ class HeadPretraining(nn.Module):
         aux_token_fraction: float = 1.0,
     ) -> None:
         super().__init__()
-        require_choice("targets", targets, TARGETS)
+        require_choice("targets", targets, get_args(Targets))
         require_token_fraction(aux_token_fraction)
         self.base = model.requires_grad_(False)
         self.heads = heads.requires_grad_(True)

@@ -5,15 +5,15 @@ once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from ..basics.checks import require_choice, require_token_fraction
+from ..basics.checks import require_choices, require_counts, require_token_fraction
 from ..basics.settings import ADAPTER, ANSWERS, DATA, HEADS, same_setting, setting
+from ..heads.config import HeadInput, HeadType
 from ..method.objective_config import ObjectiveConfig
 
-METHODS = ("caft", "lora", "caft_full", "full")
-TARGETS = ("hard", "soft")
-BACKENDS = ("transformers", "vllm")
+Targets = Literal["soft", "hard"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -52,7 +52,8 @@ class FineTuningSettings(ObjectiveConfig):
     lora: dict[str, Any] = setting("Further fields of peft.LoraConfig.", default_factory=dict, group=ADAPTER)
 
     def __post_init__(self) -> None:
-        require_choice("method", self.method, METHODS)
+        require_choices(self)
+        require_counts(self, "eval_rows", "max_rows", "max_length")
         self.require_valid_objective()
         if self.freeze_unembedding and not self.trains_all:
             raise ValueError(
@@ -135,10 +136,10 @@ class HeadTrainingSettings:
         group=HEADS,
     )
     num_heads: int | None = setting("Heads, n - 1; they predict 2 ... n tokens ahead. [default: 4]", None, group=HEADS)
-    head_type: Literal["residual", "decoder_layer"] | None = setting(
+    head_type: HeadType | None = setting(
         "x + SiLU(W x), or a copy of the last layer. [default: decoder_layer]", None, group=HEADS
     )
-    head_input: Literal["last_layer_input", "last_hidden_state"] | None = setting(
+    head_input: HeadInput | None = setting(
         "What heads read: before the last layer, or after the final norm. [default: last_layer_input]",
         None,
         group=HEADS,
@@ -148,7 +149,7 @@ class HeadTrainingSettings:
         "Hub id to record as the base model, where --model is a local copy.", None, group=HEADS
     )
     license: str | None = setting("For the card, such as apache-2.0; see the base model's.", None, group=HEADS)
-    targets: Literal["soft", "hard"] = setting(
+    targets: Targets = setting(
         "What heads learn: the base model's own distributions for the text, or its tokens.", "soft"
     )
     aux_loss_decay: float = same_setting(ObjectiveConfig, "aux_loss_decay")
@@ -162,7 +163,8 @@ class HeadTrainingSettings:
     )
 
     def __post_init__(self) -> None:
-        require_choice("targets", self.targets, TARGETS)
+        require_choices(self)
+        require_counts(self, "eval_rows", "max_rows", "max_length")
         require_token_fraction(self.aux_token_fraction)
         if self.init_heads is not None and self.fresh_heads():
             name, value = next(iter(self.fresh_heads().items()))
@@ -188,7 +190,12 @@ class HeadTrainingSettings:
 
 @dataclass
 class DistillationSettings:
-    """Which prompts to answer, and how; each field is an option of ``peft-caft distill``."""
+    """Which prompts to answer, and how; each field is an option of ``peft-caft distill``.
+
+    Raises:
+        IsADirectoryError: if the output is a folder.
+        ValueError: if a field is out of range, or the output would replace the prompts.
+    """
 
     model: str = same_setting(FineTuningSettings, "model")
     prompts: str = setting(
@@ -222,3 +229,15 @@ class DistillationSettings:
     backend: Literal["transformers", "vllm"] = setting(
         "What generates. vllm needs peft-caft[vllm]; its code here has not been run by the authors.", "transformers"
     )
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        require_counts(self, "batch_size", "samples_per_prompt", "max_prompts")
+        if not 0 < self.max_repetition <= 1:
+            raise ValueError(
+                f"max_repetition: got {self.max_repetition}, expected a share above 0 and at most 1 (1 is off)."
+            )
+        if Path(self.output).is_dir():
+            raise IsADirectoryError(f"output: {self.output} is a folder, expected a JSONL file to write.")
+        if Path(self.output).resolve() == Path(self.prompts).resolve():
+            raise ValueError(f"output: got {self.output}, the prompts themselves, expected another file.")

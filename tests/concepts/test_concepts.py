@@ -452,7 +452,7 @@ def test_terms_of_the_data_cannot_break_the_tables(files, tmp_path):
         (["--adapter", "base=x"], "adapter: got the name 'base', which is the base model's"),
         (["--adapter", "a=missing-folder/"], "adapter a: neither adapter_config.json nor config.json"),
         (["--no-loss", "--heads", "h"], "heads: given with --no-loss"),
-        (["--max-rows", "0"], "max_rows: got 0, expected at least 1"),
+        (["--max-rows", "0"], "max_rows: got 0, expected a whole number of at least 1"),
         (["--examples", "-1"], "examples: got -1"),
         (["--data", "missing.jsonl"], "missing.jsonl is not a file"),
         (["--max-length", "3"], "none of 13 rows has a supervised token within max_length=3"),
