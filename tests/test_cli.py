@@ -5,13 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import re
+import runpy
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +25,7 @@ from peft_caft.training.data import collator, encode, read_jsonl
 from peft_caft.training.settings import FineTuningSettings
 
 from .support.commands import peft_caft
+from .support.forked_command import kill_when
 from .support.places import EXAMPLES, ROOT
 from .support.tiny_checkpoint import save_checkpoint, write_chats
 
@@ -191,19 +188,10 @@ def test_settings_of_another_method_are_refused(options, message, files, tmp_pat
 def test_killed_run_is_taken_up_and_ends_as_an_unbroken_one(command, files, tmp_path):
     common = [command, "--model", files["model"], "--data", files["data"], "--max-length", "64"]
     common += ["--heads", files["heads"]] if command == "train" else []
-    trainer = ["--max_steps", "60", "--save_steps", "5", *SMALL]
+    trainer = ["--max_steps", "20", "--save_steps", "2", *SMALL]
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "peft_caft.cli", *common, "--output", str(broken), *trainer],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while last_whole_checkpoint(broken / "checkpoints") is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    arguments = ["peft-caft", *common, "--output", str(broken), *trainer]
+    kill_when(lambda: last_whole_checkpoint(broken / "checkpoints") is not None, arguments, tmp_path / "log")
     assert not (broken / "summary.json").exists()
     # It is not taken up with other rows.
     more = write_chats(tmp_path / "more.jsonl", 61)
@@ -381,14 +369,10 @@ def test_merge_refuses_what_it_cannot_merge(arguments, message, tmp_path):
     assert message in output
 
 
-def test_example_of_the_readme_runs(files, tmp_path):
-    script = EXAMPLES / "train_with_trainer.py"
-    subprocess.run(
-        [sys.executable, str(script), files["model"], files["heads"], files["data"], str(tmp_path / "out")],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+def test_example_of_the_readme_runs(files, tmp_path, monkeypatch):
+    script = str(EXAMPLES / "train_with_trainer.py")
+    monkeypatch.setattr("sys.argv", [script, files["model"], files["heads"], files["data"], str(tmp_path / "out")])
+    runpy.run_path(script, run_name="__main__")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
 
