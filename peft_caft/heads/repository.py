@@ -141,8 +141,8 @@ class Repository:
         stale = set(PUBLISHED_NAMES if alone else (PLOT_NAME, CAFT_CONFIG_NAME)) & self.files - found.keys()
         operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
         with explained("repo_id", self.repo_id, self.to.revision, "write to"):
-            # Not upload_folder: from huggingface_hub 1.20 on it may make several commits
-            # (huggingface/hub-docs#2580), and someone may read between them.
+            # Additions and deletions become one commit. upload_folder makes several of many files
+            # (huggingface/huggingface_hub#4331, in 1.20), and someone may read between them.
             return self.api.create_commit(
                 self.repo_id,
                 operations,
