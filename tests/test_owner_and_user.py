@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from .support.hub_client import Client, client_environment, peft_caft
+from .support.hub_client import Client, client_environment
 from .support.hub_server import HubServer
 from .support.tiny_checkpoint import WORDS, save_checkpoint
 
@@ -33,15 +33,17 @@ def test_heads_go_from_prompts_to_a_users_configuration(tmp_path):
     rows = [{"prompt": f"name {index} {WORDS[index % len(WORDS)]}"} for index in range(48)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with HubServer() as hub:
+        environment = client_environment(hub.endpoint, tmp_path / "owner-home", HF_TOKEN="write-token")
+        with Client(environment, "from tests.support.commands import peft_caft") as owner_process:
 
-        def owner(*arguments: object) -> str:
-            return peft_caft(hub.endpoint, tmp_path / "owner-home", *arguments)
+            def owner(*arguments: object) -> str:
+                return owner_process.run("peft_caft(*arguments)", arguments=[*map(str, arguments)])
 
-        owner("distill", "--model", model, "--prompts", prompts, "--output", answers, "--max-new-tokens", 24)
-        owner("train-heads", "--model", model, "--data", answers, "--output", heads, "--num-heads", 3, *TRAIN)
-        assert "| fits the model | tiny-llama: yes" in one_spaced(owner("inspect", heads, "--model", model))
-        owner("push", heads, "org/tiny-heads", "--base-model", "org/tiny-llama", "--license", "mit")
-        inspected = one_spaced(owner("inspect", "org/tiny-heads", "--model", model))
+            owner("distill", "--model", model, "--prompts", prompts, "--output", answers, "--max-new-tokens", 24)
+            owner("train-heads", "--model", model, "--data", answers, "--output", heads, "--num-heads", 3, *TRAIN)
+            assert "| fits the model | tiny-llama: yes" in one_spaced(owner("inspect", heads, "--model", model))
+            owner("push", heads, "org/tiny-heads", "--base-model", "org/tiny-llama", "--license", "mit")
+            inspected = one_spaced(owner("inspect", "org/tiny-heads", "--model", model))
         commit = hub.head("org/tiny-heads")
         assert f"org/tiny-heads at commit {commit}" in inspected
         assert "yes" in inspected

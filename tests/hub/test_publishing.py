@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 
-from ..support.hub_client import Client, ClientError, client_environment, peft_caft
+from ..support.hub_client import Client, ClientError, client_environment
 from ..support.hub_server import HubServer
 
 SETUP = """
@@ -337,10 +337,18 @@ push_folder(folder, Destination(repo_id, token="write-token"), **options).oid
 """
 
 
-def test_adapter_names_its_heads_by_repository_and_commit(client, hub, home, adapter):
-    output = peft_caft(
-        hub.endpoint, home, "push", adapter / "heads", "org/the-heads", "--license", "mit", "--message", "first"
-    )
+COMMAND = """
+from unittest.mock import patch
+from tests.support.commands import peft_caft
+with patch.dict(os.environ, HF_TOKEN="write-token"):
+    output = peft_caft(*arguments)
+output
+"""
+
+
+def test_adapter_names_its_heads_by_repository_and_commit(client, hub, adapter):
+    arguments = ["push", str(adapter / "heads"), "org/the-heads", "--license", "mit", "--message", "first"]
+    output = client.run(COMMAND, arguments=arguments)
     commit = hub.head("org/the-heads")
     assert f"{hub.endpoint}/org/the-heads" in output
     assert commit in output

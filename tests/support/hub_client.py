@@ -6,6 +6,7 @@ The test sends Python code over a pipe and gets back the value of its last expre
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import os
 import subprocess
@@ -25,19 +26,6 @@ def client_environment(endpoint: str, home: Path, **extra: str) -> dict[str, str
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return kept | own | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT)} | extra
-
-
-def peft_caft(endpoint: str, home: Path, *arguments: object) -> str:
-    """A whole ``peft-caft`` process with the right to write; its output."""
-    process = subprocess.run(
-        [sys.executable, "-m", "peft_caft.cli", *map(str, arguments)],
-        env=client_environment(endpoint, home, HF_TOKEN="write-token"),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
 
 
 class Client:
@@ -74,6 +62,7 @@ def serve() -> None:
     os.dup2(2, 1)  # what the code prints must not mix with the answers
     variables: dict[str, Any] = {}
     for line in sys.stdin:
+        gc.freeze()  # else every collection walks through what the first code imported
         code, values = json.loads(line)
         variables |= values
         tree = ast.parse(code)
