@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..basics.plots import RUN_COLOURS, save_figure, tidy_axes
+from .report import better
 
 LONGEST_IN_TITLE = 16  # characters
 
@@ -40,9 +41,7 @@ def _draw_seeds(axes: Axes, name: str, metric: dict[str, Any], labels: dict[str,
             axes.plot(values, [place] * len(values), "o", color=_colour(place), alpha=0.6, markersize=5)
             axes.plot([own["mean"]["mean"]], [place], "|", color=_colour(place), markersize=16, markeredgewidth=2)
     _finish(axes, metric, list(labels.values()))
-    axes.set_title(
-        f"{name} ({'higher' if metric['higher_is_better'] else 'lower'} is better)", loc="left", fontsize=10
-    )
+    axes.set_title(f"{name} ({better(metric)} is better)", loc="left", fontsize=10)
 
 
 def _draw_differences(axes: Axes, name: str, metric: dict[str, Any], labels: dict[str, str]) -> None:

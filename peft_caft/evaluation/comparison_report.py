@@ -11,7 +11,7 @@ from typing import Any
 from ..basics.intervals import Values, excludes_zero, mean_over_seeds, paired_difference, too_narrow_by
 from ..basics.provenance import listed
 from ..basics.tables import markdown_table
-from .report import SMALL_GROUP, natural_order
+from .report import SMALL_GROUP, better, natural_order
 from .task import Metric
 
 Results = dict[str, list[list[dict[str, Any]]]]  # arm -> for each seed, the lines of rows.jsonl
@@ -103,7 +103,7 @@ def markdown_report(found: dict[str, Any]) -> str:
     lines = [
         f"# {', '.join(labels.values())} on {found['task']}",
         "",
-        f"{found['model']}; {rows['train']:,} rows to train on, {rows['test']:,} to test on, seeds {_joined(found['seeds'])}. All arms "
+        f"{found['model']}; {rows['train']:,} rows to train on, {rows['test']:,} to test on, seeds {', '.join(map(str, found['seeds']))}. All arms "
         "of a seed start from the same adapter and see the same rows in the same order. In brackets 95 % intervals by the bootstrap over "
         "seeds and rows.",
         "",
@@ -120,7 +120,7 @@ def markdown_report(found: dict[str, Any]) -> str:
         ]
     lines += ["", "| metric | meaning | better |", "|---|---|---|"]
     for name, metric in found["metrics"].items():
-        lines.append(f"| {name} | {metric['meaning']} | {'higher' if metric['higher_is_better'] else 'lower'} |")
+        lines.append(f"| {name} | {metric['meaning']} | {better(metric)} |")
     if len(labels) > 1:
         lines += _groups(found, labels)
     lines += ["", *_tuning(found, labels), "", *_caveats(found, labels, seeds), ""]
@@ -225,7 +225,3 @@ def _caveats(found: dict[str, Any], labels: dict[str, str], seeds: int) -> list[
         "Each interval is for one difference alone: of twenty differences that are truly 0, about one gets a star by chance."
     )
     return lines
-
-
-def _joined(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

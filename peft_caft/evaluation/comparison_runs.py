@@ -146,9 +146,6 @@ class Workplace:
         if self.is_done(run, split):
             return
         trained = self.settings_of(run)
-        options = dict(self.plan.evaluation)
-        if not answers:
-            options["answers"] = False
         settings = EvaluationSettings(
             task=self.plan.task,
             data=str(data),
@@ -156,7 +153,7 @@ class Workplace:
             model=trained.output if trained.trains_all else self.plan.model,
             adapter=None if trained.trains_all else trained.output,
             max_rows=self.plan.sizes[split],
-            **options,
+            **self.plan.evaluation | ({} if answers else {"answers": False}),
         )
         evaluate(settings)
         free_memory()

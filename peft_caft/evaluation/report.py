@@ -100,7 +100,7 @@ def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results
         how = "without answers of the model"
     meanings = {metric.name: metric.meaning for metric in metrics_of(task)}
     overall = [
-        [name, _shown(value), f"{value['rows']:,}", _unit(value), meanings[name], _better(value)]
+        [name, _shown(value), f"{value['rows']:,}", _unit(value), meanings[name], better(value)]
         for name, value in record["metrics"].items()
     ]
     lines = [
@@ -151,8 +151,9 @@ def _unit(value: dict[str, Any]) -> str:
     return "%" if value["unit"] == "share" else value["unit"]
 
 
-def _better(value: dict[str, Any]) -> str:
-    return "higher" if value["higher_is_better"] else "lower"
+def better(metric: dict[str, Any]) -> str:
+    """``"higher"`` or ``"lower"``, whichever is better."""
+    return "higher" if metric["higher_is_better"] else "lower"
 
 
 def _quoted(text: str) -> str:

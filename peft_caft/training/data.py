@@ -106,12 +106,7 @@ def _row(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: got a {type(row).__name__}, expected an object of the form {FORMS}.")
     if "messages" in row:
-        messages = row["messages"]
-        valid = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        if not valid or not any(m["role"] == "assistant" for m in messages):
+        if not is_chat(row["messages"]) or not any(m["role"] == "assistant" for m in row["messages"]):
             raise ValueError(
                 f"{where}: messages: expected a list of {{'role': ..., 'content': ...}} with string values, at least "
                 "one of role 'assistant'."
@@ -122,6 +117,13 @@ def _row(row: Any, where: str) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{where}: got keys {sorted(row)}, expected {FORMS} with strings; {wrong[0]!r} is missing.")
     return row
+
+
+def is_chat(value: Any) -> bool:
+    """Whether ``value`` is a list of ``{"role": ..., "content": ...}`` with string values."""
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )
 
 
 def encode(

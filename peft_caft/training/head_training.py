@@ -115,7 +115,19 @@ def _train(
     """Train, from the last checkpoint if there is one, and write the heads and the summary."""
     dtype = model.dtype
     heads.float()  # the optimizer steps in fp32 even where the base model computes in half precision
-    trainer = _trainer(settings, args, model, heads, tokenizer, train, evals)
+    collate: Any = collator(tokenizer)
+    rows: Any = [row for file in train for row in file.encoded.rows]
+    if settings.cache is not None:
+        rows = cached_rows(Path(settings.cache), rows, model, collate, args.distributed_state)
+    patience = settings.early_stopping_patience
+    trainer = HeadTrainer(
+        HeadPretraining(model, heads, settings.aux_loss_decay, settings.targets, settings.aux_token_fraction),
+        args,
+        train_dataset=rows,
+        eval_dataset={file.path.stem: file.encoded.rows for file in evals},
+        data_collator=with_hidden_states(collate),
+        callbacks=None if patience is None else [_EarlyStopping(patience)],
+    )
     if not trainer.sharded:  # otherwise the Trainer evaluates as soon as the engine can run them
         trainer.evaluate_before()
     started = time.perf_counter()
@@ -179,30 +191,6 @@ def _initial_heads(settings: HeadTrainingSettings, model: PreTrainedModel) -> Au
     if settings.init_heads is not None:
         return AuxiliaryHeads.from_pretrained(settings.init_heads, base_model=model)
     return AuxiliaryHeads.from_base_model(model, **settings.fresh_heads())
-
-
-def _trainer(
-    settings: HeadTrainingSettings,
-    args: TrainingArguments,
-    model: PreTrainedModel,
-    heads: AuxiliaryHeads,
-    tokenizer: PreTrainedTokenizerBase,
-    train: list[DataFile],
-    evals: list[DataFile],
-) -> HeadTrainer:
-    collate: Any = collator(tokenizer)
-    rows: Any = [row for file in train for row in file.encoded.rows]
-    if settings.cache is not None:
-        rows = cached_rows(Path(settings.cache), rows, model, collate, args.distributed_state)
-    patience = settings.early_stopping_patience
-    return HeadTrainer(
-        HeadPretraining(model, heads, settings.aux_loss_decay, settings.targets, settings.aux_token_fraction),
-        args,
-        train_dataset=rows,
-        eval_dataset={file.path.stem: file.encoded.rows for file in evals},
-        data_collator=with_hidden_states(collate),
-        callbacks=None if patience is None else [_EarlyStopping(patience)],
-    )
 
 
 def _evaluation_record(

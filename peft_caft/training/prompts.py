@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..basics.files import file_sha256
-from .data import json_lines, rendered
+from .data import is_chat, json_lines, rendered
 
 DATASET = "hf:"
 PROMPT_FORMS = "{'prompt': '...'} or {'messages': [{'role': 'user', 'content': '...'}, ...]}"
@@ -196,10 +196,7 @@ def prepare_prompts(
 def _chat_or_text(row: Any, where: str) -> str | list[dict[str, str]]:
     if isinstance(row, dict) and "messages" in row:
         messages = row["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        ):
+        if not is_chat(messages):
             raise ValueError(f"{where}: messages: expected a list of {{'role': ..., 'content': ...}} with strings.")
         end = len(messages)
         while end and messages[end - 1]["role"] == "assistant":
