@@ -17,7 +17,6 @@ So ``last_layer_input`` is the default here, and ``last_hidden_state`` repeats t
 from __future__ import annotations
 
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import get_args
@@ -29,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ..basics.checks import require_choice
-from ..basics.files import file_sha256
+from ..basics.files import file_sha256, new_folder
 from ..basics.hub_errors import explained
 from ..basics.provenance import provenance
 from ..heads.artifact import shape_difference, shapes_of
@@ -89,11 +88,8 @@ def import_heads(
     config.base_model_name_or_path = base_model_id or config.base_model_name_or_path
     config.license = license
     config.training = record | provenance()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".import-", dir=folder.parent) as scratch:
-        whole = Path(scratch) / "heads"
-        heads.save_pretrained(whole)
-        whole.rename(folder)
+    with new_folder(folder) as made:
+        heads.save_pretrained(made)
     return heads
 
 
