@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,8 +31,8 @@ WORDS = [
 ]
 
 
-def tiny_tokenizer(texts: list[str] = WORDS) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with ``<s>`` and ``</s>``, a chat template, and no padding token, as Llama has it."""
+@cache
+def _trained(texts: tuple[str, ...]) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,6 +43,12 @@ def tiny_tokenizer(texts: list[str] = WORDS) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer(texts: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ``<s>`` and ``</s>``, a chat template, and no padding token, as Llama has it."""
+    tokenizer = Tokenizer.from_str(_trained(tuple(texts)))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
