@@ -191,9 +191,7 @@ def _data(plan: ComparisonPlan, task: Task, output: Path) -> dict[str, Path]:
 
 
 def _more_steps(plan: ComparisonPlan, train: Path, output: Path) -> dict[str, float]:
-    """Arm with ``flops_of`` -> how many times as long it trains; written to a file, since counting
-    loads the model.
-    """
+    """Arm with ``flops_of`` -> how many times as long it trains; counted once, kept in a file."""
     path = output / RATIOS_NAME
     arms = [arm for arm in plan.arms if arm.flops_of is not None]
     if arms and not path.exists():

@@ -265,9 +265,7 @@ def _require_paired(arms: tuple[Arm, ...]) -> None:
 
 
 def _located(folder: Path, value: str) -> str:
-    """``value`` as a path relative to the plan's folder, if that exists; else ``value``, such as a
-    Hub id.
-    """
+    """``value`` relative to the plan's folder if that exists; else as it is, such as a Hub id."""
     return str((folder / value).resolve()) if (folder / value).exists() else value
 
 

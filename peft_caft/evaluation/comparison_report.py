@@ -1,6 +1,4 @@
-"""The results of a comparison as numbers and as Markdown: means of each arm, and paired differences
-to the first arm with intervals.
-"""
+"""The results of a comparison as numbers and as Markdown: means and paired differences."""
 
 from __future__ import annotations
 

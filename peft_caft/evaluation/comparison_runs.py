@@ -49,9 +49,7 @@ def tuning_runs(plan: ComparisonPlan) -> list[Run]:
 
 
 def final_runs(plan: ComparisonPlan, chosen: dict[str, float]) -> list[Run]:
-    """Runs with the chosen rates; all arms of a seed come before the next seed, so that early
-    results can be compared.
-    """
+    """Runs with the chosen rates, seed by seed, so that early results can be compared."""
     return [Run(arm, chosen[arm.name], seed) for seed in plan.seeds for arm in plan.arms]
 
 
@@ -77,18 +75,14 @@ class Workplace:
         return (self.output / run.path / split / RECORD_NAME).exists()
 
     def heads_for(self, arm: Arm) -> str | None:
-        """Heads to train with. For an arm with ``adapt_heads``, `adapt` makes them in the folder of
-        the first arm that is adapted in the same way.
-        """
+        """Heads to train with; arms with the same ``adapt_heads`` share those of the first arm."""
         if arm.adapt_heads is None:
             return arm.settings.get("heads")
         first = next(other for other in self.plan.arms if _adapted_alike(arm, other))
         return str(self.output / "heads" / first.name)
 
     def adapt(self, arm: Arm) -> None:
-        """Train heads on the task's data, once, from the seed of tuning. All seeds start from these
-        heads, and so do all arms that are adapted in the same way.
-        """
+        """Train heads on the task's data once, for all seeds and all arms that share them."""
         output, plan = self.heads_for(arm), self.plan
         if arm.adapt_heads is None or output is None or RunFolder(Path(output)).summary_path.exists():
             return

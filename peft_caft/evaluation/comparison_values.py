@@ -1,6 +1,4 @@
-"""Checks of the values of a comparison's plan. Each error names the field, its value and what was
-expected.
-"""
+"""Checks of a plan's values; each error names the field, its value and what was expected."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""How many steps of LoRA cost as much as one step of CAFT, counted from model, heads and training
-rows.
-"""
+"""How many steps of LoRA cost as much as one step of CAFT, for given rows and heads."""
 
 from __future__ import annotations
 

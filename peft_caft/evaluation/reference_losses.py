@@ -1,6 +1,4 @@
-"""Rows as prompt and answer tokens, and the cross entropy of each token of a reference answer,
-given all tokens before it.
-"""
+"""Rows as prompt and answer tokens, and the cross entropy of each token of an answer."""
 
 from __future__ import annotations
 

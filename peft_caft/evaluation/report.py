@@ -1,6 +1,4 @@
-"""Turns the results of rows into means with intervals, for all rows and for groups, and into a
-report.
-"""
+"""Turns results of rows into means with intervals, for all rows and groups, and a report."""
 
 from __future__ import annotations
 

@@ -83,8 +83,6 @@ def _program(machine: str) -> list[tuple[int, int, int, int]]:
 
 
 def _where(number: int, argument: int, then: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """Steps that apply ``then`` to the low half of an argument of one system call, and load the
-    call's number again.
-    """
+    """Apply ``then`` to the low half of an argument of one call, then load its number again."""
     inside = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *then, (_LOAD, 0, 0, _NUMBER)]
     return [(_EQUAL, 0, len(inside), number), *inside]

@@ -41,7 +41,7 @@ class Metric:
 
     Attributes:
         name: key of the number.
-        meaning: in words, for the report.
+        meaning: description for the report.
         unit: unit of the number; ``"share"`` is shown in per cent.
         higher_is_better: whether a higher number is better.
         per_token: whether rows are weighted by the tokens of their reference, so that the mean is
@@ -62,7 +62,7 @@ class Splits:
     Attributes:
         rows: rows of each split, in an order in which the first ones are a fair sample. They have a
             form that `peft_caft.training.data` reads, and further fields that the metrics need.
-        sources: where the rows come from, with versions.
+        sources: name -> version of each source of the rows.
         notes: further entries of the record.
     """
 

@@ -1,6 +1,4 @@
-"""Builds the data of a task: one file per split, and ``data.json``, which describes the files and
-records that no two splits share a key.
-"""
+"""Builds the data of a task: a file per split, and ``data.json``, which describes them."""
 
 from __future__ import annotations
 

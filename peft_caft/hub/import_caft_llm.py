@@ -132,13 +132,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def heads_of(state: dict[str, Tensor], model: PreTrainedModel, head_input: HeadInput = "last_layer_input") -> AuxiliaryHeads:
+def heads_of(
+    state: dict[str, Tensor], model: PreTrainedModel, head_input: HeadInput = "last_layer_input"
+) -> AuxiliaryHeads:
     """Heads of this package with the weights of caft-llm's.
 
     Args:
         state: caft-llm's name -> tensor, from `read_state_dict`; all tensors are used.
         model: the base model that the heads were trained for.
-        head_input: what the heads read.
+        head_input: input of the heads, as in `import_heads`.
 
     Raises:
         ValueError: if names or shapes do not fit such heads for this base model.
@@ -185,7 +187,7 @@ def _counts(state: dict[str, Tensor]) -> tuple[int, int]:
     """Number of heads, and number of layers of each head."""
     for part, what in (
         ("lora_", "LoRA layers, whose scale it does not hold; merge them with PEFT before you save the heads"),
-        (".lm_head.", "heads with an unembedding of their own (--separate-unembed), which this package has none of"),
+        (".lm_head.", "heads with their own unembedding (--separate-unembed), which this package does not have"),
     ):
         if found := [key for key in state if part in key]:
             raise ValueError(f"heads: the file holds {what}; first {found[0]!r}. {_ADVICE}")

@@ -148,9 +148,7 @@ def _name_heads(config: CAFTConfig, given: str | None, token: str | bool | None,
 
 
 def _heads_config(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, HeadsConfig]:
-    """Path and contents of the configuration of heads on the Hub. The path lies under
-    snapshots/COMMIT of the cache.
-    """
+    """Path, under snapshots/COMMIT of the cache, and contents of the configuration of heads."""
     with explained("heads", repo_id, revision):
         path = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, token=token))
     return path, HeadsConfig.from_file(path)

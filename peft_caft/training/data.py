@@ -234,9 +234,7 @@ def rendered(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Collator that pads rows on the right: labels with -100, the attention mask with 0. It returns
-    int64 tensors ``(batch, tokens)``.
-    """
+    """Collator that pads rows on the right to int64 ``(batch, tokens)``; padded labels are -100."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -1,6 +1,4 @@
-"""Defaults of the training commands for ``TrainingArguments``. The command line shows them, so this
-file imports no torch.
-"""
+"""Defaults of the training commands for ``TrainingArguments``, without an import of torch."""
 
 from __future__ import annotations
 

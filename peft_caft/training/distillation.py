@@ -1,6 +1,4 @@
-"""Self-distillation: the base model's own answers to prompts, as training data for heads
-(``peft-caft distill``).
-"""
+"""``peft-caft distill``: the base model's own answers to prompts, as training data for heads."""
 
 from __future__ import annotations
 
@@ -209,7 +207,7 @@ def distillation_table(record: dict[str, Any]) -> list[list[str]]:
         "answers": "answers",
         "rejected_empty": "- empty, left out",
         "rejected_repetitive": "- repetitive, left out",
-        "rejected_untrainable": "- not to be told from their prompts by the chat template, left out",
+        "rejected_untrainable": "- that the chat template does not tell from their prompts, left out",
         "rejected_duplicate": "- duplicates, left out",
         "kept": "rows written",
         "complete": "- ended by the model",

@@ -65,9 +65,7 @@ class AnswerReader:
         }
 
     def _trained_on(self, prompt: Prompt, answer: str, complete: bool) -> list[int] | None:
-        """The row, tokenized for training; None if the chat template changes the prompt when the
-        answer is added.
-        """
+        """The row, tokenized for training; None if its answer changes how the prompt is shown."""
         row = prompt.row(answer) | {"complete": complete}
         try:
             return encode([row], self.tokenizer, max_length=2**31, quiet=True).rows[0]["input_ids"]

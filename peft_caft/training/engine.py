@@ -1,6 +1,4 @@
-"""Which engine a run was launched with (FSDP, DeepSpeed or none), found out before a model is
-loaded from its training arguments and from what `accelerate launch` set.
-"""
+"""Which engine a run was launched with: FSDP, DeepSpeed or none. Known before a model is."""
 
 from __future__ import annotations
 

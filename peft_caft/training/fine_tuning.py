@@ -1,6 +1,4 @@
-"""Stage 2 of CAFT: fine-tunes a model on a JSONL file, with the auxiliary loss or, for comparison,
-without it.
-"""
+"""Stage 2 of CAFT: fine-tunes on a JSONL file, with or without the auxiliary loss."""
 
 from __future__ import annotations
 

@@ -67,9 +67,7 @@ class Backend(Protocol):
 
 
 def batches_by_length(requests: Iterable[Request], length: Callable[[Request], int], size: int) -> list[list[Request]]:
-    """Batches of ``size`` requests of about equal length, the longest first; equally long ones keep
-    their order.
-    """
+    """Batches of ``size`` requests of about equal length, longest first, ties in their order."""
     ordered = sorted(requests, key=lambda request: -length(request))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
@@ -119,9 +117,7 @@ def answer_batches(
 
 
 def context_length(config: PreTrainedConfig) -> float:
-    """Most tokens that a model takes, prompt and answer together; infinite if its configuration
-    sets no limit.
-    """
+    """Most tokens that a model takes, prompt and answer together; infinite without a limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
@@ -208,9 +204,7 @@ def until_stop(ids: list[int], stop_token_ids: list[int]) -> list[int]:
 
 
 def position_of_first(ids: list[int], wanted: Collection[int]) -> int:
-    """Position of the first of the ``wanted`` tokens in ``ids``; the length of ``ids`` if there is
-    none.
-    """
+    """Position of the first ``wanted`` token in ``ids``; ``len(ids)`` if there is none."""
     return next((position for position, token in enumerate(ids) if token in wanted), len(ids))
 
 

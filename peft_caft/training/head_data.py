@@ -1,6 +1,4 @@
-"""The data files of stage 1: reads them, holds a part out, encodes them, and describes them for the
-provenance.
-"""
+"""The data files of stage 1: read, split, encoded, and described for the provenance."""
 
 from __future__ import annotations
 

@@ -183,9 +183,7 @@ def _prepare(folder: Path, identity: dict[str, Any], size: int, batches: int) ->
 
 
 def _batches(rows: list[dict[str, list[int]]]) -> list[list[int]]:
-    """Indices of rows, longest first, in batches of ``BATCH_TOKENS`` padded tokens at most, or of
-    one longer row.
-    """
+    """Rows by index, longest first, in batches of ``BATCH_TOKENS`` padded tokens or one row."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     batches: list[list[int]] = []
     for index in order:
@@ -197,9 +195,7 @@ def _batches(rows: list[dict[str, list[int]]]) -> list[list[int]]:
 
 @torch.no_grad()
 def _check(data: CachedRows, backbone: Backbone, collate: Callable) -> None:
-    """Compare the cached states of the shortest row, and the last layer run on them, with a whole
-    pass of the model.
-    """
+    """Compare the shortest row's cached states, and its last layer, with a whole pass."""
     index = min(range(len(data)), key=lambda i: len(data.rows[i]["input_ids"]))
     batch = with_hidden_states(collate)([data[index]]).to(backbone.lm_head.weight.device)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}

@@ -1,6 +1,4 @@
-"""Prompts for `peft-caft distill`: reads them from JSONL or a dataset, with errors that name file
-and line, and turns them into tokens.
-"""
+"""Prompts for `peft-caft distill`, read from JSONL or a dataset and turned into tokens."""
 
 from __future__ import annotations
 
