@@ -16,8 +16,10 @@ OPTIONAL := .venv-optional
 AUTHORS := .venv-authors
 CONSTRAINTS := requirements/constraints.txt
 PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
-# One thread in each of the two test processes: the models are tiny, and more threads only contend.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# Either process gets one half of the tests in their order, so that tests of one file share what they have made; who is done first takes
+# from what is left to the other.
+PYTEST := python -m pytest -n 2 --dist worksteal
+QUICK := -m "not gpu and not slow"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-all test-floor test-ceiling test-optional lint format typecheck demo bench authors-fixtures clean check-python
@@ -28,10 +30,10 @@ help:  ## list the targets
 setup: $(READY)  ## make .venv (the other targets do so when needed)
 
 test: lint typecheck  ## lint, types, and the quick tests
-	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) $(QUICK) $(PYTEST_ARGS)
 
 test-all: lint typecheck  ## the same with the slow tests
-	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 demo: $(READY)  ## LoRA against CAFT on a real model, on a CPU; options go into DEMO_ARGS="..."
 	$(BIN)/peft-caft demo $(DEMO_ARGS)
@@ -57,15 +59,15 @@ typecheck: $(READY)  ## mypy
 	$(BIN)/mypy
 
 test-floor: $(FLOOR)/.ready  ## the quick tests with the oldest supported versions, in .venv-floor
-	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n 2 -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(FLOOR)/bin/$(PYTEST) $(QUICK) $(PYTEST_ARGS)
 
 test-ceiling: $(CEILING)/.ready  ## the same with the newest versions, in .venv-ceiling; with CUDA packages, so gigabytes
-	OMP_NUM_THREADS=1 $(CEILING)/bin/python -m pytest -n 2 -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(CEILING)/bin/$(PYTEST) $(QUICK) $(PYTEST_ARGS)
 
 test-optional: $(OPTIONAL)/.ready  ## the tests that need optional packages (bitsandbytes, torchao, deepspeed), in .venv-optional
-	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) tests/method/test_quantised.py
-	OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n 2 $(PYTEST_ARGS) -k QLoRA tests/method/test_trainer_matrix.py
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OPTIONAL)/torch_extensions" \
+	$(OPTIONAL)/bin/$(PYTEST) $(PYTEST_ARGS) tests/method/test_quantised.py
+	$(OPTIONAL)/bin/$(PYTEST) $(PYTEST_ARGS) -k QLoRA tests/method/test_trainer_matrix.py
+	PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OPTIONAL)/torch_extensions" \
 		$(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) tests/training/test_deepspeed.py tests/training/test_sft_processes.py \
 		tests/training/test_distillation.py::test_two_processes_write_the_same_file_as_one
 

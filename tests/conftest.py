@@ -3,7 +3,10 @@
 import gc
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+# Before huggingface_hub and torch are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# The models are tiny, and more threads only contend. And sums that are compared to the last bit must be made in one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate.utils.other import get_free_port
 
 from peft_caft.cli.app import main
@@ -26,7 +25,6 @@ def run_command(arguments: list[str], log: str, environment: dict[str, str]) -> 
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
     sys.argv = arguments
     main()
 
