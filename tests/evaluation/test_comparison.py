@@ -184,7 +184,7 @@ def test_processes_share_the_runs_of_a_comparison(made, tmp_path):
         assert process.exitcode == 0, log.read_text()
     trained = [log.read_text().count("Training data:") for log in logs]
     assert sum(trained) == 8  # each run once
-    assert min(trained) >= 2
+    assert min(trained) >= 1
     tables = [json.loads((one / "summary.json").read_text())["metrics"] for one in (output, whole)]
     assert tables[0] == tables[1]
 
