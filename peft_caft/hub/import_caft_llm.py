@@ -187,7 +187,7 @@ def _counts(state: dict[str, Tensor]) -> tuple[int, int]:
     """Number of heads, and number of layers of each head."""
     for part, what in (
         ("lora_", "LoRA layers, whose scale it does not hold; merge them with PEFT before you save the heads"),
-        (".lm_head.", "heads with their own unembedding (--separate-unembed), which this package does not have"),
+        (".lm_head.", "heads with an unembedding of their own (--separate-unembed), which this package does not have"),
     ):
         if found := [key for key in state if part in key]:
             raise ValueError(f"heads: the file holds {what}; first {found[0]!r}. {_ADVICE}")
