@@ -161,5 +161,5 @@ def test_a_folder_of_neither_kind_and_pickled_weights_are_refused(files, tmp_pat
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match=r"Pickled weights \(.bin\) are not read"):
         inspect(str(adapter))
-    with pytest.raises(ValueError, match="not the configuration of auxiliary heads"):
+    with pytest.raises(ValueError, match="configuration of a whole model"):
         inspect(files["model"])  # a model's folder also has a config.json and a model.safetensors
