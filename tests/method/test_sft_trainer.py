@@ -85,7 +85,8 @@ def sft_trainer(model, tmp_path: Path, rows, callbacks=(CAFTCallback,), tokenize
     )
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+# Without accumulation: in every other test of the quick ones, here and in the matrix of trainers.
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("train_heads", ["frozen", "lora", "full"])
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
 def test_sft_trainer_equals_trainer(head_type, train_heads, accumulation, tmp_path):
