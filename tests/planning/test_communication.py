@@ -80,8 +80,14 @@ def test_it_holds_with_checkpointing_tied_embeddings_and_other_architectures(met
 
 
 @accelerate_wraps_so
-@pytest.mark.parametrize("name", ["llama", "tied llama"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *((method, "llama") for method in METHODS),
+        ("residual", "tied llama"),
+        *(pytest.param(method, "tied llama", marks=pytest.mark.slow) for method in ("lora", "decoder_layer")),
+    ],
+)
 def test_parameters_of_a_device_and_whole_ones_are_what_memory_counts(method, name):
     found, expected = simulated(method, name), ModelBytes.of(model(method, name))
     assert found.shards == pytest.approx((expected.base + expected.adapter + expected.heads) / 8, rel=1e-3)
