@@ -103,7 +103,7 @@ def answer_batches(
     total = done + sum(len(batches[number]) for number in own)
     tokens, started = 0, time.perf_counter()
     with (
-        tqdm(total=total, initial=done, desc=what, unit=" answers", disable=rank > 0, smoothing=0) as bar,
+        tqdm(total=total, initial=done, desc=what, unit=" rows", disable=rank > 0, smoothing=0) as bar,
         parts.appending(rank) as append,
     ):
         for number in own:
