@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -307,10 +308,10 @@ def equal(first: AuxiliaryHeads, second: AuxiliaryHeads) -> bool:
     return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
 
 
-@pytest.mark.parametrize("call", range(CALLS + 1))
-def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, tmp_path, monkeypatch):
-    model = tiny_model("llama")
-    old, new = made(1), made(2)
+@pytest.fixture(scope="module")
+def old_heads(tmp_path_factory) -> tuple[AuxiliaryHeads, Path]:
+    """Heads with figures, and the folder that they were saved to."""
+    old, folder = made(1), tmp_path_factory.mktemp("old")
     figures = {"heads": [{"tokens_ahead": 2, "cross_entropy": 9.0, "top1": 0.1, "top5": 0.2, "tokens": 3}]}
     evaluation = {
         "name": "old",
@@ -318,8 +319,16 @@ def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, tmp_pa
         "after": figures | {"acceptance_length": 0.1},
     }
     old.config.training = {"evaluations": [evaluation]}
-    old.save_pretrained(tmp_path)
-    assert "9.000" in (tmp_path / "README.md").read_text()
+    old.save_pretrained(folder)
+    assert "9.000" in (folder / "README.md").read_text()
+    return old, folder
+
+
+@pytest.mark.parametrize("call", range(CALLS + 1))
+def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, old_heads, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    (old, folder), new = old_heads, made(2)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     with monkeypatch.context() as patch:
         cut_off_at(call, patch)
         try:
