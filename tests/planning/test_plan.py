@@ -321,20 +321,30 @@ def test_fitting_leaves_room_for_cuda_and_the_allocator():
     assert not option.fits(21)
 
 
-def test_sampling_is_counted_and_simulated(folder):
-    settings = {"model": folder, "tokens": 64, "batch_size": 16, "supervised": 1.0, "num_auxiliary_heads": 1}
-    exact, sampled = plan(PlanSettings(**settings)), plan(PlanSettings(**settings, aux_token_fraction=0.1))
+@pytest.fixture
+def without_simulation(monkeypatch) -> None:
+    monkeypatch.setattr("peft_caft.planning.plan.simulate_step", lambda *_: StepMemory())  # which takes time
+
+
+@pytest.mark.usefixtures("without_simulation")
+def test_sampling_is_counted(folder):
+    exact, sampled = (plan(PlanSettings(folder, aux_token_fraction=p)) for p in (1.0, 0.1))
     assert [c.aux_token_fraction for c in exact.costs] == [None, 1, 0.25, 1, 0.25]
     assert [c.aux_token_fraction for c in sampled.costs] == [None, 1, 0.1, 1, 0.1]
     flops = [c.flops for c in sampled.costs]
     assert flops[2] < flops[1]
     assert flops[4] < flops[3]
-    before, after = (next(o for o in p.options if o.method == "residual").memory for p in (exact, sampled))
+
+
+def test_sampling_is_simulated():
+    settings = (replace(SETTINGS, aux_token_fraction=p) for p in (1.0, 0.1))
+    models = [model_on_meta(SMALL, peft_config(own, "residual"), torch.float32) for own in settings]
+    before, after = (simulate_step(model, Batch(rows=8, tokens=64)) for model in models)
     assert after.head_activations < before.head_activations
 
 
-def test_a_mixture_and_long_rows_are_remarked_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_caft.planning.plan.simulate_step", lambda *_: StepMemory())  # which takes time
+@pytest.mark.usefixtures("without_simulation")
+def test_a_mixture_and_long_rows_are_remarked_on(tmp_path):
     MixtralConfig(**FEW_LAYERS, **MIXTRAL, architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path)
     notes = plan(PlanSettings(model=str(tmp_path), tokens=80, batch_size=1)).notes
     assert any("all experts' weights count" in note for note in notes)
