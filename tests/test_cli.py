@@ -172,7 +172,7 @@ def test_whole_model_is_trained_in_fp32_unless_told_otherwise(files, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--freeze-unembedding"], "freeze_unembedding: got true with method='caft'"),
+        (["--freeze-unembedding"], "freeze_unembedding: got True with method='caft'"),
         (
             ["--method", "caft_full", "--train-heads", "lora"],
             "train_heads: got 'lora', expected one of 'frozen', 'full'",

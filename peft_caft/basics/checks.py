@@ -40,6 +40,12 @@ def require_counts(settings: object, *names: str) -> None:
             require_at_least_one(name, value)
 
 
+def require_decay(value: float) -> None:
+    """Raise a ValueError unless ``value`` can be alpha."""
+    if not 0 < value <= 1:
+        raise ValueError(f"aux_loss_decay (alpha): got {value}, expected 0 < alpha <= 1.")
+
+
 def require_token_fraction(value: float, note: str = "") -> None:
     """Raise a ValueError unless ``value`` can be the share of positions that a step draws."""
     if not 0 < value <= 1:
@@ -47,8 +53,8 @@ def require_token_fraction(value: float, note: str = "") -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value, as JSON or YAML gives it, is of the annotated type; a whole number is a
-    float, true is no number.
+    """Whether a value from JSON or YAML has the annotated type. A whole number counts as a float;
+    true is no number.
 
     Args:
         value: a scalar, list or dict.
@@ -73,25 +79,28 @@ def fits(value: Any, hint: Any) -> bool:
 def parsed(name: str, text: str, hint: Any) -> Any:
     """The value of the annotated type that a text on a command line means.
 
-    Lists and dicts are JSON; lists of words may be words with commas.
+    Lists may be JSON or items with commas; dicts are JSON.
 
     Raises:
-        ValueError: if it means none.
+        ValueError: if the text means no such value.
     """
-    try:
-        as_json = json.loads(text.lower() if text.lower() in ("true", "false", "none") else text)
-    except json.JSONDecodeError:
-        as_json = text
-    for value in (as_json, text, text.split(",")):
+    words: list[Any] = [text.split(",")] if "," in text else []
+    for value in (*_json(text), *(_json(f"[{text}]") if words else ()), *words, text, [text]):
         if fits(value, hint):
             return value
     raise ValueError(f"{name}: got {text!r}, expected {described(hint)}.")
 
 
+def _json(text: str) -> list[Any]:
+    """The value of a JSON text, alone in a list that is empty for other texts."""
+    try:
+        return [json.loads(text.lower() if text in ("True", "False") else text)]
+    except json.JSONDecodeError:
+        return []
+
+
 def is_plain(hint: Any) -> bool:
-    """Whether values of the annotated type can be written as text: it is made of the types that
-    `fits` knows.
-    """
+    """Whether text can give values of the annotated type."""
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType, list, tuple, dict):
         return all(is_plain(part) for part in parts)
@@ -106,7 +115,7 @@ def described(hint: Any) -> str:
     if kind is Literal:
         return " or ".join(map(repr, parts))
     if kind in (list, dict):
-        return f"{str(hint) if parts else kind.__name__} (JSON)"
+        return f"{hint} with commas or as JSON" if kind is list else "a JSON object"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind, str(hint))
 
 

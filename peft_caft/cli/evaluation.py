@@ -29,25 +29,21 @@ def evaluate_command(settings: EvaluationSettings, overwrite: Overwrite = False)
 def compare_command(
     plan: Annotated[str, typer.Argument(help="YAML file with the plan, such as examples/molecules/compare.yaml.")],
     output: Annotated[str, typer.Option(help="Folder to write. An interrupted comparison in it is resumed.")],
-    scale: Annotated[
-        str | None, typer.Option(help="One of the plan's scales, such as smoke, cpu or gpu.", show_default=False)
-    ] = None,
+    scale: Annotated[str | None, typer.Option(help="One of the plan's scales, such as smoke, cpu or gpu.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Base model, folder or Hub id, in place of the plan's.", show_default=False),
+        typer.Option(help="Base model, folder or Hub id, in place of the plan's."),
     ] = None,
     heads: Annotated[
         str | None,
         typer.Option(
             help="Pretrained heads, folder or Hub id, in place of those of the plan's settings; arms that name their own keep them.",
-            show_default=False,
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
             help="Folder that the task's file built, in place of the plan's. [default: built into --output]",
-            show_default=False,
         ),
     ] = None,
     overwrite: Annotated[

@@ -4,19 +4,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from ..heads.config import HeadInput
 from ..training.settings import Precision
 
 
 def merge_command(
     adapter: Annotated[str, typer.Argument(help="Folder of a LoRA or CAFT adapter.")],
     output: Annotated[str, typer.Argument(help="Folder to make.")],
-    model: Annotated[
-        str | None, typer.Option(help="Base model; unset takes the one that the adapter names.", show_default=False)
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; unset takes the one that the adapter names.")] = None,
     dtype: Annotated[
         Precision, typer.Option(help="Precision to load the base model in; auto takes the checkpoint's.")
     ] = "auto",
@@ -37,23 +36,19 @@ def push_command(
         str | None,
         typer.Option(
             help="ORG/NAME[@REVISION] of the heads that an adapter was trained with, if that was a local folder.",
-            show_default=False,
         ),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the base model, if that was a local folder.", show_default=False)
+        str | None, typer.Option(help="Hub id of the base model, if that was a local folder.")
     ] = None,
-    license: Annotated[str | None, typer.Option(help="Such as apache-2.0.", show_default=False)] = None,
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Visibility of a new repository.", show_default=False)
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch; it is made if there is none.", show_default=False)
-    ] = None,
+    license: Annotated[str | None, typer.Option(help="Licence to state, such as apache-2.0.")] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; it is made if there is none.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Publish over something else too, whose heads or adapter files go.")
+        bool,
+        typer.Option("--force", help="Replace whatever the repository holds; its heads or adapter files are removed."),
     ] = False,
 ) -> None:
     """Publish heads or an adapter on the Hub, with a model card, in one commit.
@@ -74,7 +69,7 @@ def import_heads_command(
     model: Annotated[str, typer.Option(help="Base model that the heads were trained for: folder or Hub id.")],
     output: Annotated[str, typer.Option(help="Folder to make.")],
     head_input: Annotated[
-        Literal["last_layer_input", "last_hidden_state"],
+        HeadInput,
         typer.Option(
             help="What the heads read. caft-llm trains them on the input of the last layer, so that is what they predict "
             "best from; its fine-tuning then feeds them the last hidden state, so take that to repeat its runs."
@@ -82,12 +77,10 @@ def import_heads_command(
     ] = "last_layer_input",
     base_model_id: Annotated[
         str | None,
-        typer.Option(help="Hub id to record as the base model, where --model is a local copy.", show_default=False),
+        typer.Option(help="Hub id to record as the base model, where --model is a local copy."),
     ] = None,
-    license: Annotated[str | None, typer.Option(help="Of the heads, such as apache-2.0.", show_default=False)] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the heads on the Hub.", show_default=False)
-    ] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the heads, such as apache-2.0.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the heads on the Hub.")] = None,
 ) -> None:
     """Turn heads of the CAFT authors' package caft-llm into heads of this one.
 
@@ -107,13 +100,9 @@ def inspect_command(
     artifact: Annotated[str, typer.Argument(help="Heads or an adapter: folder or Hub id.")],
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Base model to compare with, folder or Hub id; exit code 1 if it does not fit.", show_default=False
-        ),
+        typer.Option(help="Base model to compare with, folder or Hub id; exit code 1 if it does not fit."),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the artifact on the Hub.", show_default=False)
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the artifact on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole configuration.")] = False,
 ) -> None:
     """Say what heads or an adapter are, how they came to be, how good they are, and whether they

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..basics.settings import GROUPS, RUN
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
-TrainingYaml = Annotated[str | None, typer.Option(help="YAML file with TrainingArguments.", show_default=False)]
+TrainingYaml = Annotated[str | None, typer.Option(help="YAML file with TrainingArguments.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that the folder holds.")]
 
 
@@ -56,7 +56,7 @@ def _option(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     option = typer.Option(
         words,
         help=field.metadata["help"],
-        show_default=not (default is None or default is False or default == []),
+        show_default=default is not False and default != [],
         rich_help_panel=field.metadata["group"],
     )
     return inspect.Parameter(
@@ -65,7 +65,16 @@ def _option(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
 
 
 class Command(TyperCommand):
-    """A command whose help shows its options in their groups."""
+    """A command that shows its options in their groups, and takes underscores in their names."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        names = {word.partition("=")[0] for word in args if word.startswith("--")}
+        spelled = {name: hyphens for name in names if (hyphens := name.replace("_", "-")) in own}
+        words = [(word.partition("="), word) for word in args]
+        return super().parse_args(
+            ctx, [spelled[n] + eq + value if n in spelled else word for (n, eq, value), word in words]
+        )
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *GROUPS)}
@@ -75,9 +84,10 @@ class Command(TyperCommand):
                 sections["Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or RUN].append(
                     record
                 )
+        grouped = any(records for title, records in sections.items() if title not in ("Arguments", RUN))
         for title, records in sections.items():
             if records:
-                with formatter.section(title):
+                with formatter.section(title if grouped or title != RUN else "Options"):
                     formatter.write_dl(records)
 
 

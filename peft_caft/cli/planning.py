@@ -17,9 +17,7 @@ def plan_command(
     settings: PlanSettings,
     json: Annotated[
         Path | None,
-        typer.Option(
-            help="JSON file to write everything to, sizes in bytes.", show_default=False, rich_help_panel=REPORT
-        ),
+        typer.Option(help="JSON file to write everything to, sizes in bytes.", rich_help_panel=REPORT),
     ] = None,
 ) -> None:
     """Say what training would take: parameters, operations, memory and communication per GPU, for

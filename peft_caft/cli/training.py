@@ -67,16 +67,18 @@ def train_command(
     without this package. Where all parameters are trained, --dtype auto is float32 (add --bf16 true
     for autocast), and a smaller learning rate is usual.
 
-    Any field of peft.LoraConfig that a command line can give is an option too, e.g. --use-dora,
-    --use-rslora, --modules-to-save lm_head, --init-lora-weights pissa, --rank-pattern '{"q_proj":
-    16}' (JSON).
+    Any field of peft.LoraConfig that text can give is an option too, such as --use-dora,
+    --use-rslora, --modules-to-save lm_head, --rank-pattern '{"q_proj": 16}' (JSON), or
+    --init-lora-weights pissa. Hyphens and underscores are the same in options.
     """
-    from ..training.arguments import lora_options, trainer_arguments
+    from ..training.arguments import lora_option_types, lora_options, trainer_arguments
     from ..training.fine_tuning import fine_tune
 
     lora, others = lora_options(context.args)
     settings = dataclasses.replace(settings, lora=lora)
-    arguments = trainer_arguments(settings.output, STAGE_2, training_yaml, others, settings.set_by_command)
+    arguments = trainer_arguments(
+        settings.output, STAGE_2, training_yaml, others, settings.set_by_command, lora_option_types()
+    )
     summary = fine_tune(settings, arguments, overwrite)
     if arguments.process_index > 0:
         return

@@ -1,6 +1,4 @@
-"""Settings of ``peft-caft concepts``. Imports no torch, so that the command line shows them at
-once.
-"""
+"""Settings of ``peft-caft concepts``. It imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..basics.checks import require_choices, require_counts
-from ..basics.settings import DATA, REPORT, setting
+from ..basics.settings import DATA, REPORT, same_setting, setting
+from ..training.settings import DistillationSettings, FineTuningSettings, Precision
 
 BASE = "base"  # the name of the base model's scores
 
@@ -35,10 +34,8 @@ class ConceptsSettings:
         "Pretrained heads, folder or Hub id: how much they know of these data.", None, group=DATA
     )
     max_rows: int | None = setting("Rows to use at most, the first ones; all if unset.", None, group=DATA)
-    max_length: int = setting("Longest row in tokens; longer rows lose their end.", 512, group=DATA)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "Precision to load the base model in; auto takes the checkpoint's.", "auto", group=DATA
-    )
+    max_length: int = same_setting(FineTuningSettings, "max_length")
+    dtype: Precision = same_setting(DistillationSettings, "dtype")
     unit: Literal["auto", "prose", "code", "chemistry"] = setting(
         "What a term is: words; identifiers, keywords, literals and operators; or the fragments of SMILES and the words of names. "
         "auto guesses from the answers.",

@@ -31,7 +31,7 @@ from typing import Any
 
 from ..hub.embedded_model import embedded_model
 from ..training.defaults import STAGE_1, STAGE_2
-from ..training.settings import FineTuningSettings
+from ..training.settings import FineTuningSettings, unused_settings
 from .comparison_values import (
     SET_BY_RUN,
     mapping,
@@ -46,7 +46,8 @@ from .settings import EvaluationSettings
 
 KEYS = ("model", "task", "data", "sizes", "settings", "training", "evaluation", "seeds", "tuning", "arms", "scales")
 ARM_KEYS = ("label", "settings", "training", "learning_rates", "flops_of", "adapt_heads")
-# The initial adapter and the order of the data depend on these, besides seed and data.
+# The initial adapter and the order of the data depend on these, besides seed and data. Fields of
+# LoraConfig are paired as a whole: each may add parameters, as DoRA does.
 PAIRED_SETTINGS = ("r", "target_modules", "lora", "max_length", "dtype", "load_in_4bit", "load_in_8bit")
 PAIRED_TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy")
 
@@ -215,17 +216,15 @@ def _arm(name: Any, values: Any, common: Arm, folder: Path) -> Arm:
         )
     values = mapping(where, values or {}, ARM_KEYS)
     own = _located_heads(folder, settings_values(f"{where}.settings", values.get("settings", {}), FineTuningSettings))
-    settings = common.settings | own
     adapt_heads = values.get("adapt_heads")
     if adapt_heads is not None:
         adapt_heads = training_values(f"{where}.adapt_heads", adapt_heads, STAGE_1, SET_BY_RUN[1:])
-    checked = FineTuningSettings(model="", data="", output="", **settings)
-    if not checked.has_auxiliary_loss:
-        if own.get("heads") or adapt_heads is not None:
-            raise ValueError(
-                f"{where}: got heads with method={checked.method!r}, expected them with 'caft' or 'caft_full'."
-            )
-        settings.pop("heads", None)
+    method = own.get("method", common.settings.get("method", "caft"))
+    unused = unused_settings(method)
+    if "heads" in unused and (own.get("heads") or adapt_heads is not None):
+        raise ValueError(f"{where}: got heads with method={method!r}, expected them with 'caft' or 'caft_full'.")
+    settings = {name: value for name, value in common.settings.items() if name not in unused} | own
+    FineTuningSettings(model="", data="", output="", **settings)  # refuses what does not go together
     rates = values.get("learning_rates")
     return Arm(
         name=name,
@@ -254,7 +253,9 @@ def _require_paired(arms: tuple[Arm, ...]) -> None:
     first = arms[0]
     defaults = {field.name: field.default for field in fields(FineTuningSettings)} | {"lora": {}} | STAGE_2
     for arm in arms[1:]:
-        for kind, names in (("settings", PAIRED_SETTINGS), ("training", PAIRED_TRAINING)):
+        unused = {name for one in (first, arm) for name in unused_settings(one.settings.get("method", "caft"))}
+        shared = [name for name in PAIRED_SETTINGS if name not in unused]
+        for kind, names in (("settings", shared), ("training", PAIRED_TRAINING)):
             for name in names:
                 expected, got = (getattr(one, kind).get(name, defaults.get(name)) for one in (first, arm))
                 if got != expected:

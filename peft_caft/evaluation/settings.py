@@ -1,14 +1,12 @@
-"""What ``peft-caft evaluate`` is asked for. Imports no torch, so that the command line shows it at
-once.
-"""
+"""Settings of ``peft-caft evaluate``. It imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ..basics.checks import require_choices, require_counts
-from ..basics.settings import ANSWERS, DATA, setting
+from ..basics.settings import ANSWERS, DATA, same_setting, setting
+from ..training.settings import DistillationSettings, FineTuningSettings, Precision
 
 
 @dataclass
@@ -21,15 +19,13 @@ class EvaluationSettings:
 
     task: str = setting("Python file with the task, such as examples/molecules/task.py.", group=DATA)
     data: str = setting("Rows to answer, JSONL, as the task's file builds them (test.jsonl).", group=DATA)
-    output: str = setting("Folder to write. An interrupted run in it is resumed.", group=DATA)
+    output: str = same_setting(FineTuningSettings, "output")
     model: str | None = setting(
         "Model, folder or Hub id; with --adapter its base. [default: the one that the adapter names]", None, group=DATA
     )
     adapter: str | None = setting("LoRA or CAFT adapter, folder or Hub id; plain PEFT loads it.", None, group=DATA)
     max_rows: int | None = setting("Rows to use at most, the first ones; all if unset.", None, group=DATA)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "Precision to load the model in; auto takes the checkpoint's.", "auto", group=DATA
-    )
+    dtype: Precision = same_setting(DistillationSettings, "dtype")
     answers: bool = setting(
         "Let the model answer; without, only the cross entropy of the references is measured, which takes much less time.",
         True,

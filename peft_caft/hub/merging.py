@@ -48,7 +48,7 @@ def named_base_model(adapter: str, model: str | None = None) -> str:
     if not config.is_file():
         raise FileNotFoundError(
             f"adapter: no {ADAPTER_CONFIG_NAME} in {adapter!r}, expected a folder that `peft-caft train` or save_pretrained "
-            "wrote. (`peft-caft evaluate` takes an adapter on the Hub together with --model.)"
+            "wrote. For an adapter on the Hub, name its base model with --model, which `peft-caft evaluate` takes."
         )
     named = model or read_json(config).get("base_model_name_or_path")
     if not named:

@@ -7,7 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from ..basics.checks import require_at_least_one, require_choices, require_counts, require_token_fraction
+from ..basics.checks import (
+    require_at_least_one,
+    require_choices,
+    require_counts,
+    require_decay,
+    require_token_fraction,
+)
 from ..basics.settings import OBJECTIVE, setting
 from ..heads.config import DEFAULT_NUM_HEADS, HeadInput, HeadType
 from .schedule import Schedule
@@ -76,6 +82,5 @@ class ObjectiveConfig:
             raise ValueError(
                 f"aux_loss_weight (beta): got {self.aux_loss_weight}, expected 0 (plain LoRA) or more, and finite."
             )
-        if not 0 < self.aux_loss_decay <= 1:
-            raise ValueError(f"aux_loss_decay (alpha): got {self.aux_loss_decay}, expected 0 < alpha <= 1.")
+        require_decay(self.aux_loss_decay)
         require_token_fraction(self.aux_token_fraction, " To switch the auxiliary loss off, set aux_loss_weight=0.")

@@ -1,4 +1,4 @@
-"""Settings of ``peft-caft plan``. Imports no torch, so that the command line shows them at once."""
+"""Settings of ``peft-caft plan``. It imports no torch."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class PlanSettings:
         help="p: share of the supervised positions that the heads see. Operations are shown for 1 and for p, or 0.25.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "Precision of the base model and the heads.", "bfloat16"
+        "Precision of the base model and the heads.", "bfloat16", group=DATA
     )
-    autocast: bool = setting("Under bfloat16 autocast, as with --bf16 true in training.", False)
+    autocast: bool = setting("Plan for bfloat16 autocast, as with --bf16 true in training.", False)
     gpus: int = setting("Number of GPUs: above 1 for DDP, ZeRO-2, FSDP and ZeRO-3, with what each sends in a step.", 1)
     gpu_memory: float | None = setting("Memory of each GPU in GiB, such as 24 or 80: marks what fits.", None)
     attention: Literal["sdpa", "eager"] | None = setting(

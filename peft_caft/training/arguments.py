@@ -1,12 +1,10 @@
-"""Options that stand behind those of a command: fields of ``TrainingArguments`` and of
-``LoraConfig``.
-"""
+"""Options that a command passes on: fields of ``TrainingArguments`` and ``LoraConfig``."""
 
 from __future__ import annotations
 
 import dataclasses
 from argparse import ArgumentError
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,21 +15,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..basics.checks import is_plain, parsed
 from .defaults import COMMON
+from .settings import LORA_SET_ELSEWHERE
 
 SET_BY_COMMAND = {
     "output_dir": "--output says where the run is kept",
     "resume_from_checkpoint": "an interrupted run in --output is resumed by itself",
 }
-LORA_SET_BY_COMMAND = {
-    "task_type": "CAFT and this command train causal language models",
-    "peft_type": "--method says it",
-    "base_model_name_or_path": "--model says it",
-    "revision": "the base model is the one in --model",
-    "inference_mode": "the adapter is trained",
-    "auto_mapping": "PEFT sets it",
-    "peft_version": "PEFT sets it",
-}
-INITIALISED_FROM_DATA = ("corda", "eva")  # before get_peft_model, or between it and training
 
 
 def trainer_arguments(
@@ -40,6 +29,7 @@ def trainer_arguments(
     yaml_file: str | None = None,
     options: list[str] | None = None,
     set_by_command: Mapping[str, str] | None = None,
+    also_known: Iterable[str] = (),
 ) -> TrainingArguments:
     """TrainingArguments, each value from the first of: ``options``, ``yaml_file``, ``defaults``,
     transformers.
@@ -50,6 +40,7 @@ def trainer_arguments(
         yaml_file: mapping of TrainingArguments fields.
         options: as on a command line, e.g. ``["--learning_rate", "1e-4"]``.
         set_by_command: field -> reason, for fields that the command would overwrite.
+        also_known: further names of options, to be suggested for an unknown one.
 
     Raises:
         FileNotFoundError: if there is no such YAML file.
@@ -72,23 +63,31 @@ def trainer_arguments(
     except ArgumentError as error:
         raise ValueError(f"training options: {error}. Expected a value that TrainingArguments takes.") from error
     if unknown:
-        raise _unknown(unknown[0])
+        raise _unknown(unknown[0], also_known)
     return arguments
+
+
+def lora_option_types() -> dict[str, Any]:
+    """Field of ``LoraConfig`` -> annotated type, for the fields that a command line can give."""
+    return {
+        name: hint
+        for name, hint in get_type_hints(LoraConfig).items()
+        if is_plain(hint) and name not in LORA_SET_ELSEWHERE
+    }
 
 
 def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Fields of ``LoraConfig`` among options, and the other options.
 
+    A field that is true or false needs no value. For lists and dicts see `basics.checks.parsed`.
+
     Args:
-        options: as on a command line: ``["--use-dora", "--rank-pattern", '{"q_proj": 4}', "--seed",
-            "1"]``. A field of kind true or false needs no value; lists and mappings are JSON, or
-            words with commas.
+        options: words of a command line, such as ``["--use-dora", "--seed", "1"]``.
 
     Raises:
-        ValueError: naming an option that only Python can give, that the command sets itself, or
-            whose value is of another type.
+        ValueError: if only Python can give a field, or a value has another type.
     """
-    hints = get_type_hints(LoraConfig)
+    types = lora_option_types()
     names = {field.name for field in dataclasses.fields(LoraConfig)}
     found: dict[str, Any] = {}
     others: list[str] = []
@@ -99,9 +98,9 @@ def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
         if not word.startswith("--") or name not in names:
             others.append(word)
             continue
-        if name in LORA_SET_BY_COMMAND:
-            raise ValueError(f"--{name}: given, but this command sets it: {LORA_SET_BY_COMMAND[name]}. Leave it out.")
-        if not is_plain(hints[name]):
+        if name in LORA_SET_ELSEWHERE:
+            raise ValueError(f"--{name}: given, but this command sets it: {LORA_SET_ELSEWHERE[name]}. Leave it out.")
+        if name not in types:
             raise ValueError(
                 f"--{name}: a command line cannot give it, since it is an object of PEFT, expected it in Python: "
                 f"CAFTConfig({name}=...) and a Trainer."
@@ -109,12 +108,7 @@ def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
         _, given, value = word.partition("=")
         if not given:
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        found[name] = parsed(f"--{name}", value, hints[name])
-    if found.get("init_lora_weights") in INITIALISED_FROM_DATA:
-        raise ValueError(
-            f"--init_lora_weights: got {found['init_lora_weights']!r}, which needs a pass over data before training, expected an "
-            "initialisation from the weights alone, such as pissa or olora. Use CAFTConfig with PEFT's own preparation in Python."
-        )
+        found[name] = parsed(f"--{name}", value, types[name])
     return found, others
 
 
@@ -139,9 +133,9 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
     return {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names}
 
 
-def _unknown(option: str) -> ValueError:
-    known = [field.name for cls in (TrainingArguments, LoraConfig) for field in dataclasses.fields(cls)]
-    near = get_close_matches(_name(option), known, n=1)
+def _unknown(option: str, also_known: Iterable[str]) -> ValueError:
+    known = [*also_known, *(field.name for field in dataclasses.fields(TrainingArguments))]
+    near = get_close_matches(_name(option), known, n=1, cutoff=0.7)
     return ValueError(
         f"{option}: unknown option, expected one of this command or a field of transformers.TrainingArguments such as --learning_rate "
         "or --num_train_epochs" + (f". Did you mean --{near[0]}?" if near else ".")

@@ -33,7 +33,7 @@ from ..method.model import CAFTConfig
 from ..method.objective_config import ObjectiveConfig
 from .arguments import training_settings
 from .data import collator, encode, read_jsonl
-from .engine import engine_name
+from .engine import engine_name, fsdp_plugin, zero_stage
 from .loading import load_base_model, require_dtype
 from .settings import FineTuningSettings
 
@@ -85,6 +85,13 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0. With it Trainer keeps the labels "
             "from the model, which then cannot compute the auxiliary loss."
         )
+    for name in ("changes_base_weights", "load_in_4bit", "load_in_8bit"):
+        if getattr(settings, name) and (fsdp_plugin(args) is not None or zero_stage(args) == 3):
+            option = "init_lora_weights" if name == "changes_base_weights" else name
+            raise ValueError(
+                f"{option}: given with an engine that divides parameters ({engine_name(args)}), where it is not supported. Train with "
+                "one process, DDP or ZeRO-2, or leave it out."
+            )
     rows = read_jsonl(settings.data, settings.max_rows)
     eval_rows = read_jsonl(settings.eval_data, settings.eval_rows) if settings.eval_data else []
     folder = RunFolder(Path(settings.output))
@@ -92,7 +99,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     has_trained_heads = settings.has_auxiliary_loss and settings.train_heads != "frozen"
     data_sha256 = file_sha256(settings.data)
     is_first = args.process_index == 0
-    # Another number of processes makes other batches, so a run cannot be resumed with it.
+    # The number of processes decides the batches, so a run is resumed with the same number.
     recorded = asdict(settings) | training_settings(args) | {"processes": args.world_size, "engine": engine_name(args)}
     recorded |= {"data_sha256": data_sha256}
     if not overwrite:
@@ -200,7 +207,7 @@ def _record_of_trained_heads(
 ) -> dict[str, Any]:
     """The training record of heads that were trained in stage 2; it replaces that of stage 1."""
     return {
-        "stage": f"2, along with an adapter ({settings.train_heads})",
+        "stage": f"2, along with {'the model' if settings.trains_all else 'an adapter'} ({settings.train_heads})",
         "data": [{"file": Path(settings.data).name, "rows": rows, "sha256": data_sha256}],
         "targets": "hard",
         "aux_loss_decay": settings.aux_loss_decay,

@@ -1,18 +1,28 @@
-"""What training commands are asked for. Imports no torch, so that the command line shows it at
-once.
-"""
+"""Settings of ``peft-caft train``, ``train-heads`` and ``distill``. It imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..basics.checks import require_choices, require_counts, require_token_fraction
-from ..basics.settings import ADAPTER, ANSWERS, DATA, HEADS, same_setting, setting
+from ..basics.checks import require_choices, require_counts, require_decay, require_token_fraction
+from ..basics.settings import ADAPTER, ANSWERS, DATA, HEADS, OBJECTIVE, same_setting, setting
 from ..heads.config import HeadInput, HeadType
 from ..method.objective_config import ObjectiveConfig
 
+ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "lora", "load_in_4bit", "load_in_8bit")
+LORA_SET_ELSEWHERE = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules"), "the setting of that name says it"),
+    "task_type": "causal language models are trained",
+    "peft_type": "method says it",
+    "base_model_name_or_path": "model says it",
+    "revision": "the base model is the one in model",
+    "inference_mode": "the adapter is trained",
+    "auto_mapping": "PEFT sets it",
+    "peft_version": "PEFT sets it",
+}
+INITIALISED_IN_PYTHON = ("corda", "eva", "loftq", "lora_ga")  # by a pass over data, or an object of PEFT
 Targets = Literal["soft", "hard"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -55,21 +65,21 @@ class FineTuningSettings(ObjectiveConfig):
         require_choices(self)
         require_counts(self, "eval_rows", "max_rows", "max_length")
         self.require_valid_objective()
-        if self.freeze_unembedding and not self.trains_all:
-            raise ValueError(
-                f"freeze_unembedding: got true with method={self.method!r}, where the base model is frozen anyway; expected it with "
-                "'caft_full' or 'full' alone."
+        unused = dict.fromkeys(unused_settings(self.method), f"with method={self.method!r}, which has no use for it")
+        if self.heads is not None:
+            unused |= dict.fromkeys(
+                ("head_type", "head_num_layers", "head_input"), "beside heads, which have their own"
             )
+        defaults = {field.name: field.default for field in fields(self)} | {"lora": {}}
+        for name, why in unused.items():
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(f"{name}: got {value!r} {why}. Leave it out.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError(
                 "load_in_8bit: got true together with load_in_4bit, expected one of the two. Leave one out."
             )
-        for name in ("load_in_4bit", "load_in_8bit", "lora"):
-            if getattr(self, name) and self.trains_all:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with method={self.method!r}, which trains all parameters; expected it with "
-                    "'caft' or 'lora'."
-                )
+        if self.lora:
+            _require_lora_fields(self.lora)
 
     @property
     def set_by_command(self) -> dict[str, str]:
@@ -82,18 +92,55 @@ class FineTuningSettings(ObjectiveConfig):
 
     @property
     def trains_all(self) -> bool:
-        """Whether all parameters of the base model are trained, and not LoRA adapters."""
+        """Whether all parameters of the base model are trained, in place of LoRA adapters."""
         return self.method in ("caft_full", "full")
 
     @property
     def changes_base_weights(self) -> bool:
         """Whether the initial adapter is taken out of the base model's weights (PiSSA, OLoRA)."""
-        return str(self.lora.get("init_lora_weights")).startswith(("pissa", "olora"))
+        return _changes_base_weights(self.lora)
 
     @property
     def loading_dtype(self) -> str:
-        """Updates of a whole model get lost in half precision."""
+        """Dtype to load the model in: half precision would lose the updates of a whole model."""
         return "float32" if self.dtype == "auto" and self.trains_all else self.dtype
+
+
+def unused_settings(method: str) -> tuple[str, ...]:
+    """Names of the fields of `FineTuningSettings` that a method has no use for."""
+    objective = () if method.startswith("caft") else tuple(field.name for field in fields(ObjectiveConfig))
+    return objective + (ADAPTER_FIELDS if method in ("caft_full", "full") else ("freeze_unembedding",))
+
+
+def _changes_base_weights(lora: dict[str, Any]) -> bool:
+    return str(lora.get("init_lora_weights")).lower().startswith(("pissa", "olora"))
+
+
+def _require_lora_fields(lora: dict[str, Any]) -> None:
+    from peft import LoraConfig  # here, so that the command line can read the settings without it
+
+    known = {field.name for field in fields(LoraConfig)}
+    for name in lora:
+        if name in LORA_SET_ELSEWHERE:
+            raise ValueError(f"lora.{name}: given, expected it left out: {LORA_SET_ELSEWHERE[name]}.")
+        if name not in known:
+            raise ValueError(
+                f"lora.{name}: not a field of peft.LoraConfig, expected one of {', '.join(sorted(known))}."
+            )
+    if str(lora.get("init_lora_weights")).lower() in INITIALISED_IN_PYTHON:
+        raise ValueError(
+            f"lora.init_lora_weights: got {lora['init_lora_weights']!r}, which takes a preparation by PEFT in Python, expected an "
+            "initialisation from the weights alone, such as 'pissa' or 'olora'. Or use CAFTConfig and a Trainer."
+        )
+    if (
+        _changes_base_weights(lora)
+        and lora.get("use_rslora")
+        and (lora.get("rank_pattern") or lora.get("alpha_pattern"))
+    ):
+        raise ValueError(
+            f"lora.use_rslora: got true with init_lora_weights={lora['init_lora_weights']!r} and a rank or alpha pattern, which PEFT "
+            "cannot convert into a plain adapter. Leave one of them out."
+        )
 
 
 @dataclass
@@ -130,8 +177,8 @@ class HeadTrainingSettings:
         group=DATA,
     )
     init_heads: str | None = setting(
-        "Heads to go on from, folder or Hub id: adapts them to the data of a task, best with --targets hard, since the base "
-        "model does not know the task yet. [default: fresh ones]",
+        "Heads to start from, folder or Hub id. They are adapted to the data of a task, best with --targets hard, since the "
+        "base model does not know the task yet. [default: fresh ones]",
         None,
         group=HEADS,
     )
@@ -150,13 +197,14 @@ class HeadTrainingSettings:
     )
     license: str | None = setting("For the card, such as apache-2.0; see the base model's.", None, group=HEADS)
     targets: Targets = setting(
-        "What heads learn: the base model's own distributions for the text, or its tokens.", "soft"
+        "What heads learn: the base model's own distributions for the text, or its tokens.", "soft", group=OBJECTIVE
     )
     aux_loss_decay: float = same_setting(ObjectiveConfig, "aux_loss_decay")
     aux_token_fraction: float = setting(
         "p: share of the positions, drawn anew each step, that teach the heads. Steps are cheaper, so that the same time sees "
         "more text; the gradient stays unbiased.",
         1.0,
+        group=OBJECTIVE,
     )
     early_stopping_patience: int | None = setting(
         "Stop after so many evaluations (--eval_steps) without a better held-out loss, and keep the best heads.", None
@@ -164,7 +212,9 @@ class HeadTrainingSettings:
 
     def __post_init__(self) -> None:
         require_choices(self)
-        require_counts(self, "eval_rows", "max_rows", "max_length")
+        counts = ("eval_rows", "max_rows", "max_length", "num_heads", "head_num_layers", "early_stopping_patience")
+        require_counts(self, *counts)
+        require_decay(self.aux_loss_decay)
         require_token_fraction(self.aux_token_fraction)
         if self.init_heads is not None and self.fresh_heads():
             name, value = next(iter(self.fresh_heads().items()))
@@ -179,7 +229,14 @@ class HeadTrainingSettings:
         if self.early_stopping_patience is None:
             return {}
         reason = "--early-stopping-patience keeps the heads of the best evaluation, and saves as often as it evaluates"
-        names = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "save_strategy", "save_steps")
+        names = (
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "greater_is_better",
+            "save_strategy",
+            "save_steps",
+            "restore_callback_states_from_checkpoint",
+        )
         return dict.fromkeys(names, reason)
 
     def fresh_heads(self) -> dict[str, Any]:

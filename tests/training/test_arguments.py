@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from peft_caft.training.arguments import lora_options, trainer_arguments
+import pytest
+from transformers import TrainingArguments
+
+from peft_caft.training.arguments import lora_option_types, lora_options, trainer_arguments
+from peft_caft.training.fine_tuning import fine_tune
+from peft_caft.training.settings import FineTuningSettings, HeadTrainingSettings
 
 
 @pytest.mark.parametrize(
@@ -22,6 +27,11 @@ from peft_caft.training.arguments import lora_options, trainer_arguments
         (["--layer-replication", "[[0, 2], [1, 2]]"], {"layer_replication": [[0, 2], [1, 2]]}),
         (["--trainable-token-indices", "[1, 2]"], {"trainable_token_indices": [1, 2]}),
         (["--bias", "lora_only"], {"bias": "lora_only"}),
+        (["--exclude-modules", "lm_head"], {"exclude_modules": "lm_head"}),
+        (["--exclude-modules", "lm_head,q_proj"], {"exclude_modules": ["lm_head", "q_proj"]}),
+        (["--exclude-modules", '"q_{1,2}"'], {"exclude_modules": "q_{1,2}"}),
+        (["--layers-to-transform", "1,2"], {"layers_to_transform": [1, 2]}),
+        (["--target-parameters", "a,b"], {"target_parameters": ["a", "b"]}),
     ],
 )
 def test_fields_of_lora_config_are_taken_by_their_types(options, fields):
@@ -35,10 +45,9 @@ def test_fields_of_lora_config_are_taken_by_their_types(options, fields):
     [
         (["--use-dora", "maybe"], "--use_dora: got 'maybe', expected true or false"),
         (["--bias", "some"], "--bias: got 'some', expected 'none' or 'all' or 'lora_only'"),
-        (["--rank-pattern", "q_proj=4"], "--rank_pattern: got 'q_proj=4', expected dict"),
+        (["--rank-pattern", "q_proj=4"], "--rank_pattern: got 'q_proj=4', expected a JSON object"),
         (["--layers-to-transform", "1.5"], "--layers_to_transform: got '1.5', expected"),
         (["--init-lora-weights", "pizza"], "--init_lora_weights: got 'pizza', expected true or false or 'gaussian'"),
-        (["--init-lora-weights", "eva"], "--init_lora_weights: got 'eva', which needs a pass over data"),
         (["--eva-config", "{}"], "--eva_config: a command line cannot give it"),
         (["--task-type", "SEQ_CLS"], "--task_type: given, but this command sets it"),
         (["--inference-mode"], "--inference_mode: given, but this command sets it"),
@@ -67,4 +76,65 @@ def test_keys_of_a_yaml_that_the_command_would_overwrite_are_refused_by_name(tmp
 @pytest.mark.parametrize(("option", "near"), [("--learning-rat", "learning_rate"), ("--use-dorra", "use_dora")])
 def test_an_unknown_option_is_named_with_what_is_near_it(option, near, tmp_path):
     with pytest.raises(ValueError, match=rf"^{option}: unknown option, .+ Did you mean --{near}\?"):
-        trainer_arguments(str(tmp_path), {}, None, [option, "1"])
+        trainer_arguments(str(tmp_path), {}, None, [option, "1"], also_known=lora_option_types())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 4}, "lora.r: given, expected it left out: the setting of that name"),
+        ({"task_type": "SEQ_CLS"}, "lora.task_type: given, expected it left out"),
+        ({"use_dorra": True}, "lora.use_dorra: not a field of peft.LoraConfig, expected one of"),
+        ({"init_lora_weights": "eva"}, "lora.init_lora_weights: got 'eva', which takes a preparation"),
+        ({"init_lora_weights": "LoftQ"}, "lora.init_lora_weights: got 'LoftQ', which takes a preparation"),
+        (
+            {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+            "lora.use_rslora: got true with init_lora_weights='pissa'",
+        ),
+    ],
+)
+def test_fields_of_lora_config_that_cannot_be_are_refused_in_settings(fields, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        FineTuningSettings(model="", data="", output="", lora=fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"method": "lora", "aux_loss_weight": 0.1},
+            "aux_loss_weight: got 0.1 with method='lora', which has no use for it",
+        ),
+        ({"method": "full", "heads": "x"}, "heads: got 'x' with method='full'"),
+        ({"method": "caft_full", "r": 4}, "r: got 4 with method='caft_full'"),
+        ({"freeze_unembedding": True}, "freeze_unembedding: got True with method='caft'"),
+        ({"heads": "x", "head_type": "residual"}, "head_type: got 'residual' beside heads, which have their own"),
+        ({"method": "adalora"}, "method: got 'adalora', expected one of 'caft', 'lora', 'caft_full', 'full'"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        FineTuningSettings(model="", data="", output="", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"num_heads": 0}, "num_heads"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience"),
+        ({"aux_loss_decay": 5}, "aux_loss_decay"),
+    ],
+)
+def test_settings_of_heads_that_are_out_of_range_are_refused_at_once(settings, name):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        HeadTrainingSettings(model="", data=[], output="", **settings)
+
+
+@pytest.mark.parametrize("name", ["load_in_4bit", "lora"])
+def test_what_engines_that_divide_parameters_do_not_support_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    fields = {"lora": {"init_lora_weights": "pissa"}} if name == "lora" else {name: True}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    option = "init_lora_weights" if name == "lora" else name
+    with pytest.raises(ValueError, match=rf"^{option}: given with an engine that divides parameters \(FSDP"):
+        fine_tune(FineTuningSettings(model="", data="", output=str(tmp_path), **fields), arguments)
