@@ -56,9 +56,17 @@ def adapter_card(
         f"- Base model: `{base}`" + (f", revision `{config.revision}`" if config.revision else ""),
         *(_caft_lines(config) if isinstance(config, CAFTConfig) else []),
         f"- LoRA: rank {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout:g}",
+        *_variant_lines(settings or {}),
         *_run_lines(settings or {}, summary or {}),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _variant_lines(settings: dict[str, Any]) -> list[str]:
+    """Further fields of LoraConfig, and the bits of a quantised base model, from ``run.json``."""
+    lora = [f"{name} {value}" for name, value in (settings.get("lora") or {}).items()]
+    bits = [f"- Trained on the base model in {bits} bits" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")]
+    return ([f"- LoRA settings: {', '.join(lora)}"] if lora else []) + bits
 
 
 def _caft_lines(config: CAFTConfig) -> list[str]:
