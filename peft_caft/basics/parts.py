@@ -1,5 +1,4 @@
-"""Finished batches of `peft-caft distill` and `peft-caft evaluate`, kept so that a kill at any
-moment costs only the batches in work.
+"""Finished batches of `distill` and `evaluate`, kept so that a kill costs only those in work.
 
 A hidden folder beside the output holds ``settings.json`` and, for each process, ``part-RANK.jsonl``
 with one line per finished batch. When a run is resumed, a line without its end is cut off and its

@@ -77,8 +77,7 @@ class RunFolder:
     def begin(
         self, settings: dict[str, Any], overwrite: bool = False, checkpoint_files: tuple[str, ...] = ()
     ) -> Path | None:
-        """Start a run or resume an interrupted one. Call it last, after every check that a user
-        could fix in the command.
+        """Start a run or resume an interrupted one. Call it after every check of the command.
 
         Args:
             settings: everything that decides the result; JSON values.

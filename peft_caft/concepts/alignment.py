@@ -1,5 +1,4 @@
-"""Which supervised token belongs to which term of the answer, by the character offsets of fast
-tokenizers.
+"""Which supervised token belongs to which term of the answer, by character offsets.
 
 `peft_caft.training.data.encode_row` alone decides what is supervised. Here it runs with a tokenizer
 whose token ids remember the text and the characters that they stand for.
@@ -136,8 +135,7 @@ def align(
     terms_of: Callable[[str], list[Span]],
     max_length: int,
 ) -> list[AlignedRow]:
-    """Encode rows as for training and find the terms of their answers; rows without a target are
-    left out.
+    """Encode rows as for training and find their terms; rows without a target are left out.
 
     Args:
         rows: rows that `peft_caft.training.data.read_jsonl` returned.
@@ -239,9 +237,7 @@ def _supervised_text(input_ids: list[Any], labels: list[int], specials: set[int]
     pieces: list[_Piece] = []
 
     def source(position: int) -> int | None:
-        """What a stretch of tokens has in common: its text, -1 for unsupervised tokens, None for
-        tokens that were not cut out of a text (an added end).
-        """
+        """The token's text; -1 if unsupervised, None if not cut out of a text (an added end)."""
         if labels[position] == IGNORE_INDEX:
             return -1
         return id(input_ids[position].text) if isinstance(input_ids[position], LocatedToken) else None

@@ -1,6 +1,4 @@
-"""``peft-caft concepts``: how many terms of several tokens a data set has, and how well models know
-them.
-"""
+"""``peft-caft concepts``: terms of several tokens in a data set, and how well models know them."""
 
 from __future__ import annotations
 
@@ -33,8 +31,7 @@ GUESSED_FROM = 200  # answers
 
 
 def concepts(settings: ConceptsSettings) -> Concepts:
-    """Find the terms, score the models, and write ``concepts.json``, ``.md``, ``.html`` and plots
-    to ``settings.output``.
+    """Find the terms, score the models, and write ``concepts.*`` and plots to ``settings.output``.
 
     Raises:
         FileNotFoundError: if the data, a model, heads or an adapter are not there.

@@ -1,6 +1,4 @@
-"""Whether auxiliary heads know anything about a data set: their cross entropy is compared with that
-of guessing by frequency.
-"""
+"""Whether auxiliary heads know more about a data set than guessing by frequency does."""
 
 from __future__ import annotations
 
@@ -33,8 +31,7 @@ class HeadKnowledge:
 
 
 def unigram_entropy(rows: list[AlignedRow]) -> float:
-    """Entropy of the targets' own frequencies, nats/token: the least cross entropy of a guess
-    without context.
+    """Entropy of the targets' frequencies, nats/token: the least that blind guessing costs.
 
     Few rows have less entropy than the language they come from, so a head that beats it does know
     something.

@@ -1,5 +1,4 @@
-"""Where a model's loss sits inside terms, and how well it knows whole terms: for one model, and for
-two compared.
+"""Where a model's loss sits in terms, how well it knows whole ones, and how two models differ.
 
 A model is one run or several, each from a seed of its own. Intervals are bootstrapped over rows,
 and over runs if there are several. Models are compared on the same rows, run by run
@@ -149,9 +148,7 @@ class ConceptLosses:
         return ModelConcepts(places, terms)
 
     def compare(self, reference: str, reference_runs: Runs, model: str, runs: Runs) -> ModelComparison:
-        """Differences ``model`` minus ``reference``, paired by row and run; a single run is paired
-        with every run of the other model.
-        """
+        """``model`` minus ``reference``, paired by row and run (a single run with all others)."""
         pairs = max(len(reference_runs), len(runs))
         before, after = (list(own) * pairs if len(own) == 1 else own for own in (reference_runs, runs))
 

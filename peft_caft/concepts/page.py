@@ -1,5 +1,4 @@
-"""``concepts.html``: the tokens of real answers, coloured by cross entropy, in one file that needs
-no network.
+"""``concepts.html``: the tokens of real answers, coloured by cross entropy, in one offline file.
 
 No value is shown by colour alone: the bar under a token says the same, a check box writes the
 numbers out, and the box around a term is dashed where the model gets a token wrong. The colours are
@@ -161,9 +160,7 @@ def _line(
     titles: Sequence[str],
     correct: np.ndarray | None,
 ) -> str:
-    """The tokens of a row, with boxes around terms; a negative strength is better than the
-    reference.
-    """
+    """Tokens of a row with boxes around terms; negative strengths are better than the reference."""
     tokens = []
     for index, (target, text) in enumerate(zip(row.targets, shown, strict=True)):
         strength = strengths[index]

@@ -38,9 +38,7 @@ def plot_concepts(folder: str | os.PathLike, found: Concepts) -> None:
 
 
 def plot_density(path: str | os.PathLike, density: Density, recommended: RecommendedN) -> None:
-    """Draw the share of supervised tokens by the length of their term, and the share of the tokens
-    in terms of several tokens that each n covers.
-    """
+    """Draw the share of tokens by the length of their term, and the share that each n covers."""
     longest = min(LONGEST_DRAWN, max([*density.terms, 1]))
     tokens = [density.tokens_in(length) for length in range(1, longest + 1)]
     tokens[-1] += sum(density.tokens_in(length) for length in density.terms if length > longest)
@@ -112,9 +110,7 @@ def _draw_coverage(axes: Axes, density: Density, recommended: RecommendedN) -> N
 def plot_losses(
     path: str | os.PathLike, models: dict[str, ModelConcepts], comparisons: Sequence[ModelComparison]
 ) -> None:
-    """Draw cross entropy by place, whole-term accuracy by length and, if there are comparisons,
-    paired differences.
-    """
+    """Draw losses by place, whole-term accuracy by length and, if given, paired differences."""
     panels = 3 if comparisons else 2
     figure = Figure(figsize=(1.5 + 4.6 * panels, 4.2), layout="constrained")
     axes = list(figure.subplots(1, panels, width_ratios=[1.3, 1, 1][:panels]))
@@ -159,9 +155,7 @@ def plot_losses(
 def _draw_intervals(
     axes: Axes, estimates: Sequence[Estimate | None], name: str, index: int, count: int, look: int | None = None
 ) -> None:
-    """Draw means with their intervals, as series ``index`` of ``count`` that stand side by side;
-    ``look`` chooses colour and marker.
-    """
+    """Draw series ``index`` of ``count``, side by side; ``look`` chooses colour and marker."""
     shown = [(place, estimate) for place, estimate in enumerate(estimates) if estimate is not None]
     means, lows, highs = ([getattr(e, name) for _, e in shown] for name in ("mean", "low", "high"))
     look = index if look is None else look

@@ -20,7 +20,7 @@ def report(found: Concepts) -> str:
         parts.append(_frequent(found))
     parts += [_places(found), _whole_terms(found)] if found.models else []
     if found.models and found.density.rows < FEW_ROWS:
-        parts.append(f"Of {found.density.rows} rows only: intervals of fewer than {FEW_ROWS} rows are too narrow.")
+        parts.append(f"Only {found.density.rows} rows: intervals from fewer than {FEW_ROWS} rows are too narrow.")
     parts += [_comparison(comparison) for comparison in found.comparisons]
     if found.heads:
         parts.append(_heads(found))

@@ -89,17 +89,14 @@ UNITS: dict[str, Callable[[str], list[Span]]] = {
 
 
 def is_smiles(word: str) -> bool:
-    """Whether ``word``, without white space, is a SMILES and no English word of the same letters
-    ("no", "Con").
-    """
+    """Whether ``word``, without white space, is a SMILES and no English word such as "no"."""
     if SMILES.fullmatch(word) is None or not re.search(r"[A-Za-z]", word):
         return False
     return bool(re.search(r"[\[\]()=#/\\%\d]", word)) or re.fullmatch(r"(?:Br|Cl|[BCNOSPFI])+", word) is not None
 
 
 def guess_unit(texts: Sequence[str]) -> str:
-    """Guess the unit of answers: chemistry or code if more than half of them look like it, else
-    prose.
+    """Guess the unit: chemistry or code if more than half of the answers look like it, else prose.
 
     Chemistry: most characters are in SMILES of some structure, or there is a locant, as in
     ``2-methyl``. Code: a fenced block, Python that does something, or a third of the lines look

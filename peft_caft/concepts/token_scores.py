@@ -1,5 +1,4 @@
-"""Teacher-forced cross entropy of every supervised token, and whether it is the model's most likely
-one.
+"""Teacher-forced cross entropy of every supervised token, and whether it is the most likely one.
 
 Only supervised positions reach the lm_head, a chunk at a time, which takes no more memory for
 logits than training.
@@ -68,9 +67,7 @@ def score_tokens(
 
 
 def _is_plain(model: nn.Module, backbone: Backbone, batch: dict[str, Tensor]) -> bool:
-    """Whether only norm and lm_head follow the layers, judged by the logits of the first row's last
-    token.
-    """
+    """Whether only norm and lm_head follow the layers, by logits of the first row's last token."""
     row = {name: batch[name][:1] for name in ("input_ids", "attention_mask")}
     with backbone.capture() as records:
         logits = model(**row, use_cache=False).logits
@@ -94,9 +91,7 @@ def _scores_in_chunks(backbone: Backbone, batch: dict[str, Tensor]) -> tuple[Ten
 
 
 def _scores_of_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """`_scores_in_chunks` from the model's own logits, a row at a time: for models that do more
-    after their norm.
-    """
+    """`_scores_in_chunks` from the logits of a model that does more after its norm, row by row."""
     found = []
     for index in range(len(batch["labels"])):
         row = {name: values[index : index + 1] for name, values in batch.items()}

@@ -1,5 +1,4 @@
-"""Chemical name -> SMILES: a real task with long concepts (a ring or a group is many tokens), and
-its metrics.
+"""Chemical name -> SMILES: a real task with long concepts (a ring is many tokens), and its metrics.
 
 The pairs come from the wwPDB chemical component dictionary inside the PyPI package biotite: each
 component has a name, atoms, bonds and coordinates, from which RDKit writes the SMILES. Only
@@ -62,8 +61,7 @@ class Score:
 
 
 def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
-    """Return every usable (name, SMILES) pair, sorted by year and component; names and SMILES are
-    unique.
+    """Return every usable (name, SMILES) pair, both unique, sorted by year and component.
 
     The first call reads the dictionary (about half a minute) and caches the pairs as JSONL.
 
@@ -92,8 +90,7 @@ def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
 
 
 def split_of(molecule: Molecule) -> str:
-    """Return the split that a molecule always belongs to: ``"train"`` (90 %), ``"dev"`` or
-    ``"test"`` (5 % each).
+    """Return the split of a molecule: ``"train"`` (90 %), ``"dev"`` or ``"test"`` (5 % each).
 
     A hash of the SMILES *without* stereochemistry decides. So stereoisomers, which differ by a few
     characters in name and SMILES, are in one split.
@@ -104,8 +101,7 @@ def split_of(molecule: Molecule) -> str:
 
 
 def messages(molecule: Molecule) -> dict[str, Any]:
-    """Return ``{"messages": [system, user, assistant]}``: the user gives the name, the assistant
-    only the SMILES.
+    """Return ``{"messages": [system, user, assistant]}``: the name, answered with the SMILES.
 
     A chat, since the auxiliary heads of an instruct model were trained on its chat answers, and the
     template supplies the end-of-turn token. The short system message replaces the default one of
@@ -145,9 +141,7 @@ def write_dataset(
 
 
 def canonical_smiles(smiles: str) -> str | None:
-    """Return RDKit's canonical form of a SMILES (surrounding white space is ignored), or None if it
-    is invalid.
-    """
+    """Return RDKit's canonical form of a SMILES (outer white space is ignored); None if invalid."""
     smiles = smiles.strip()
     # RDKit reads "CCO is ethanol" as CCO with a title, and "" as a molecule without atoms.
     if not smiles or any(character.isspace() for character in smiles):
@@ -265,8 +259,7 @@ def _smiles(
     bonds: Iterable[tuple[str, str, str]],
     coordinates: np.ndarray,
 ) -> str | None:
-    """Return the canonical SMILES of a component, or None if it is too long, or not a complete
-    organic molecule.
+    """Return a component's canonical SMILES; None if it is too long, incomplete or not organic.
 
     Args:
         names: unique name of each atom, hydrogens included.

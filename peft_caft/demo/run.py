@@ -1,5 +1,4 @@
-"""``peft-caft demo``: the whole way of CAFT, from a base model to a merged one, on real data and a
-CPU.
+"""``peft-caft demo``: the way of CAFT from a base model to a merged one, on real data and a CPU.
 
 Every training step is a ``peft-caft`` command in a process of its own, printed as a user would type
 it. So its time and peak memory are its own, and an interrupted demo resumes where it was.
@@ -200,9 +199,7 @@ def _execute(arguments: list[str]) -> None:
 
 
 def _generate(model_folder: Path, data: Path, count: int, answers: Path) -> dict[str, Any]:
-    """Answer held-out prompts greedily with a merged model and plain transformers, and score the
-    answers.
-    """
+    """Answer held-out prompts with a merged model and plain transformers; score the answers."""
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer

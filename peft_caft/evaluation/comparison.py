@@ -1,5 +1,4 @@
-"""``peft-caft compare``: fine-tunes several arms from the same seeds and order of data, and gives
-their differences with intervals.
+"""``peft-caft compare``: fine-tunes arms from the same seeds and gives paired differences.
 
 First each arm's learning rate is chosen by the cross entropy of the dev answers, from a separate
 seed, and written to ``choice.json``. The test rows are read only after that, so they cannot change
@@ -140,8 +139,7 @@ def _test(place: Workplace, chosen: dict[str, float], data: Path) -> None:
 
 
 def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: Callable[[Run], None]) -> None:
-    """Do all runs, one after the other. A run that fails does not stop the others, and runs that
-    other processes hold are awaited.
+    """Do all runs in turn: a failed one stops no other, and those of other processes are awaited.
 
     Raises:
         ChildProcessError: if runs failed, naming them.

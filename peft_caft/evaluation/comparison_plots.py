@@ -14,8 +14,7 @@ LONGEST_IN_TITLE = 16  # characters
 
 
 def plot_comparison(path: str | os.PathLike, found: dict[str, Any]) -> None:
-    """Draw two panels per metric: a point for each seed and a bar for the mean; and the differences
-    with 95 % intervals.
+    """Draw two panels per metric: seeds and their mean; and differences with 95 % intervals.
 
     Args:
         path: PNG file to write.

@@ -83,7 +83,7 @@ def _require_same_rows(results: Results) -> None:
         for number, own in enumerate(seeds, start=1):
             if [row["reference"] for row in own] != rows:
                 raise ValueError(
-                    f"rows: those of {arm!r}, run {number}, are not those of {first!r}, run 1, expected the same test rows in the same order. "
+                    f"rows: {arm!r}, run {number}, and {first!r}, run 1, have different test rows, expected the same in the same order. "
                     "Remove the evaluation that does not belong to this comparison."
                 )
 

@@ -1,6 +1,4 @@
-"""One run of a comparison: fine-tunes an arm from one seed and answers one split. A finished run is
-not repeated, and an interrupted one is resumed.
-"""
+"""One resumable run of a comparison: fine-tunes an arm from one seed and answers one split."""
 
 from __future__ import annotations
 
@@ -75,7 +73,7 @@ class Workplace:
         return (self.output / run.path / split / RECORD_NAME).exists()
 
     def heads_for(self, arm: Arm) -> str | None:
-        """Heads to train with; arms with the same ``adapt_heads`` share those of the first arm."""
+        """Folder or Hub id of the heads to train with; equal ``adapt_heads`` share one folder."""
         if arm.adapt_heads is None:
             return arm.settings.get("heads")
         first = next(other for other in self.plan.arms if _adapted_alike(arm, other))

@@ -15,6 +15,7 @@ SET_BY_RUN = ("learning_rate", "seed", "data_seed", "output_dir")
 
 
 def mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """``values`` as a dict; its keys must be among ``known`` unless that is None."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: got {values!r}, expected a mapping (key: value).")
     for key in values:
@@ -24,12 +25,14 @@ def mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> di
 
 
 def text(where: str, value: Any) -> str:
+    """``value``, which must be a text and not empty."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{where}: got {value!r}, expected a text.")
     return value
 
 
 def number(where: str, value: Any) -> float:
+    """``value``, a number or a text of one."""
     try:
         return float(value)  # YAML reads 1e-4, without a point, as a text
     except (TypeError, ValueError):

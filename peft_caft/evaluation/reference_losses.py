@@ -63,7 +63,7 @@ def answer_losses(model: nn.Module, rows: Sequence[PromptAndAnswer], pad_token_i
 
     Args:
         model: model in evaluation mode, on its device.
-        pad_token_id: any token; padding is masked.
+        pad_token_id: id of any token, since padding is masked.
 
     Returns:
         for each row, one value per answer token, nats, computed in fp32.

@@ -1,5 +1,4 @@
-"""A Linux system call filter that keeps a process from starting processes, sending signals, opening
-sockets and changing files, until it ends.
+"""A Linux system call filter against new processes, signals, sockets and changes of files.
 
 `sandbox` runs this file in a process that has only Python's standard library, so it imports nothing
 else.

@@ -126,7 +126,6 @@ def prompt_of(row: Row) -> str:
 
 def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Share of a text's words (three letters or more) that the tokenizer cuts, for `Task.groups`.
-    CAFT is about concepts in several tokens.
 
     Returns:
         ``"0 %"``, ``"up to 50 %"`` ... ``"100 %"``, or ``"no words"``.

@@ -61,9 +61,7 @@ def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weight
 
 
 def _finish_interrupted_save(folder: Path) -> None:
-    """Complete a save that was interrupted after its weights, before the next one overwrites its
-    pending configuration.
-    """
+    """Complete an interrupted save, before the next one overwrites its pending configuration."""
     pending, weights = folder / PENDING_CONFIG_NAME, folder / WEIGHTS_NAME
     if not pending.is_file() or not weights.is_file():
         return

@@ -167,9 +167,7 @@ class AuxiliaryHeads(PretrainedHeads):
         return cls(config, [head_class(*stack) for stack in stacks])
 
     def train(self, mode: bool = True) -> AuxiliaryHeads:
-        """Keep frozen heads in evaluation mode: their dropout would add noise, and draw from the
-        global generator.
-        """
+        """Keep frozen heads in evaluation mode: dropout would add noise and advance the generator."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def require_fits(self, backbone: Backbone, source: str = "given") -> None:

@@ -222,9 +222,7 @@ def _trunk_and_layers(model: nn.Module, count: int) -> tuple[nn.Module, nn.Modul
 
 
 def _final_norm(trunk: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
-    """The last norm after the layers among the trunk's children, or before them (OPT), where norms
-    of embeddings stand too.
-    """
+    """The trunk's last norm after the layers, or before them (OPT), beside norms of embeddings."""
     children = [(name, beneath_adapters(child)) for name, child in trunk.named_children()]
     position = next(index for index, (_, child) in enumerate(children) if child is layers)
     for candidates in (children[position + 1 :], children[:position]):

@@ -105,8 +105,7 @@ class HeadsConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def require_base_model(self, unembedding: Tensor, source: str) -> None:
-        """Check that these heads were made for the model with this unembedding ``(vocabulary,
-        hidden)``.
+        """Check that the heads belong to the model with this unembedding, ``(vocabulary, hidden)``.
 
         Raises:
             ValueError: naming the field, what the base model has and what the heads expect.

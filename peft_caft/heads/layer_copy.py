@@ -49,9 +49,7 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _simplify(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace wrappers below ``module``, which ``target_parameters`` nests, by what they wrap, and
-    quantised linear layers by plain ones.
-    """
+    """Unwrap ``target_parameters`` below ``module``, and make quantised linear layers plain ones."""
     for name, child in list(module.named_children()):
         bare = beneath_adapters(child)
         if _can_be_dequantised(bare):

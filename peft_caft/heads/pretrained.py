@@ -166,9 +166,7 @@ def load_weights(heads: nn.Module, folder: str | os.PathLike) -> None:
 
 @torch.no_grad()
 def _fill(heads: nn.Module, files: HeadsFiles) -> None:
-    """Copy the weights in place: PEFT's low_cpu_mem_usage turns every parameter that a module
-    registers into a meta tensor (huggingface/peft#1961).
-    """
+    """Copy in place: low_cpu_mem_usage makes parameters meta tensors (huggingface/peft#1961)."""
     own, weights = heads.state_dict(), files.read_weights()
     if difference := shape_difference(shapes_of(weights), shapes_of(own)):
         raise ValueError(

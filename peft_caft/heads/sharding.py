@@ -51,7 +51,7 @@ def whole_shape(parameter: Tensor) -> torch.Size:
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """The whole parameter, same dtype: itself if it is not sharded, else a copy without graph."""
+    """The whole parameter, any shape, same dtype: itself, or a copy without graph if sharded."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach()
     if not _is_partitioned(parameter):
@@ -61,7 +61,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
-    """The module's own parameter of that name, sharded or not; None if it has none.
+    """The module's own parameter of that name, any shape, sharded or not; or None.
 
     In a forward pass under ZeRO-3, ``module.name`` would gather it, in all later passes too.
     """
@@ -85,7 +85,7 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def copy_into(parameter: Tensor, values: Tensor) -> None:
-    """Set the whole parameter to ``values``, same shape, any dtype; each process keeps its part."""
+    """Set the whole parameter, any shape, to ``values``, same shape, any dtype."""
     values = values.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
         parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements))

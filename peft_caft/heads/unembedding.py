@@ -204,7 +204,9 @@ class Unembedding:
 
 
 def target_scores(states: Tensor, targets: Tensor, unembedding: Unembedding, top: int = 1) -> tuple[Tensor, Tensor]:
-    """Cross entropies and hits of hidden states, a chunk of logits at a time, under no_grad.
+    """Cross entropies and hits of hidden states, a chunk of logits at a time.
+
+    Call it under ``torch.no_grad``.
 
     Args:
         states: ``(rows, hidden)``, any floating dtype.

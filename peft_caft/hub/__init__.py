@@ -1,5 +1,4 @@
-"""What comes from elsewhere and goes elsewhere: inspect, publish, import, merge, the embedded
-model.
+"""What comes from or goes elsewhere: inspect, publish, import, merge, the embedded model.
 
 Rule: imports method, heads and basics; never training.
 """

@@ -1,5 +1,4 @@
-"""``peft-caft inspect``: describes heads or an adapter, on disk or on the Hub, and checks whether
-it fits a base model.
+"""``peft-caft inspect``: describes heads or an adapter, and checks whether they fit a base model.
 
 Only the headers of the artifact's safetensors files are read, and only the unembedding of the base
 model, whose shapes come from its configuration.
@@ -241,9 +240,7 @@ def _on_meta(model: str) -> PreTrainedModel:
 
 
 def _unembedding(model: str, base: PreTrainedModel) -> Tensor:
-    """The unembedding ``(vocabulary, hidden)`` in the checkpoint's dtype, read from the model's
-    safetensors files or else from the whole model.
-    """
+    """The unembedding ``(vocabulary, hidden)``, dtype of the checkpoint, read alone if possible."""
     unembedding = base.get_output_embeddings().weight
     names = [name for name, p in base.named_parameters(remove_duplicate=False) if p is unembedding]  # two where tied
     index = cached_file(model, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)

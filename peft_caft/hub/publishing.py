@@ -1,5 +1,4 @@
-"""Publishes heads and adapters on the Hub, in separate repositories: an adapter names its heads by
-id and commit.
+"""Publishes heads and adapters on the Hub; an adapter names its heads by repository and commit.
 
 Everything is published in one commit on top of the state that was checked, so that a reader finds
 the old files or the new ones, and a push that someone else made meanwhile is never overwritten

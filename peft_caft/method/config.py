@@ -61,9 +61,9 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
 
     @property
     def init_weights(self) -> Any:
-        """Alias of ``init_lora_weights``, under which ``PeftModel.save_pretrained`` resets it.
+        """The name by which PEFT sets ``init_lora_weights`` when it converts a PiSSA-like adapter.
 
-        peft 0.21 does so for every method but LORA when it converts a PiSSA-like adapter.
+        ``PeftModel.save_pretrained`` (peft 0.21) uses this name for every method but LORA.
         """
         return self.init_lora_weights
 

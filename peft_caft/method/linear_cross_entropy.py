@@ -41,7 +41,7 @@ def linear_cross_entropy(
 
 
 def split_factor(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Split an fp32 scalar into a number in [1/2, 1), or 0, and a power of two.
+    """Split an fp32 scalar into a number in [1/2, 1), or 0, and a power of two: fp32 scalars.
 
     A gradient that is multiplied by the first before it is rounded to half precision, and by the
     second afterwards, is rounded once, and neither overflows nor vanishes on the way.

@@ -5,8 +5,8 @@ log-probability for every label, and takes
 
     loss = -sum(log_probs) / num_items_in_batch
 
-So there is no loss to which the auxiliary loss could be added. Its gradient is hidden in
-``log_probs``, whose values do not change: it gets the factor that the trainer gives to them.
+There is no loss to add the auxiliary loss to. So its gradient is attached to ``log_probs``, whose
+values do not change: the trainer's factor on them applies to it too.
 """
 
 from __future__ import annotations

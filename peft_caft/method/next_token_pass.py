@@ -35,7 +35,7 @@ class NextToken(SupervisedPass):
             experts; scalar with graph, nats, 0 if there is no target.
         supervised: number of next-token targets.
         divisor: that number, or ``num_items_in_batch`` if the trainer passed it; fp32 scalar.
-        logits_left_out: whether ``outputs`` lack logits of all tokens but one per row at most.
+        logits_left_out: whether ``outputs`` hold no logits, or those of one token per row.
     """
 
     outputs: Any
@@ -54,9 +54,7 @@ class NextToken(SupervisedPass):
         backbone.verify(self.captured, "logits", unembedding.logits(states), logits[:1, -1:])
 
     def with_auxiliary(self, total: Tensor) -> Any:
-        """The outputs with ``total``, fp32 scalar, nats, added to the loss; logits are complete or
-        None.
-        """
+        """Outputs with ``total``, fp32 scalar, nats, in the loss; logits are complete or None."""
         loss = self.loss + total.to(self.loss.device)
         if not isinstance(self.outputs, ModelOutput):
             return (loss, *self.outputs[1:])
@@ -69,7 +67,8 @@ def next_token_pass(
 ) -> Generator[dict[str, Any], Any, NextToken]:
     """A call of the base model with labels.
 
-    It yields the keyword arguments, is sent the outputs, perhaps twice, and returns the pass.
+    It yields keyword arguments and is sent the outputs, twice if the model needs its logits, and
+    returns the pass.
 
     Args:
         backbone: parts of the model.

@@ -54,7 +54,9 @@ class AuxiliaryObjective:
         self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
 
     def set_training_progress(self, step: int, total_steps: int | None = None) -> None:
-        """Tell the schedule the step; `CAFTCallback` does so for Trainer, a bare loop every step.
+        """Tell the schedule the current step.
+
+        `CAFTCallback` does it for Trainer; a bare loop calls it before each step.
 
         Args:
             step: s, number of optimizer steps done so far.
@@ -110,7 +112,7 @@ class AuxiliaryObjective:
 
     @torch.compiler.disable
     def _training_pass(self, kwargs: dict[str, Any]) -> TrainingPass | None:
-        """A call of the base model with the auxiliary loss, for `run`; None if it has none."""
+        """The call of the base model with the auxiliary loss, for `run`; None if it gets none."""
         if not self._wants_auxiliary_loss():
             return None
         _refuse_parts_of_rows(kwargs)

@@ -119,9 +119,7 @@ class Progress:
         return gamma(config.aux_loss_schedule, self.step, total_steps)
 
     def forward_seed(self) -> int:
-        """Seed of the draw of positions: another one in every forward pass, but the same one after
-        a resume.
-        """
+        """Seed of the draw of positions: new in each forward pass, but the same after a resume."""
         return self.step * 1_000_003 + self.forwards_since_told
 
     def auxiliary_loss_computed(self, auxiliary: AuxiliaryLoss | None, supervised: int) -> None:

@@ -1,5 +1,4 @@
-"""Bytes that each device sends in a training step on several devices, computed from the sizes of
-parameters.
+"""Bytes that each device sends in a training step, computed from the sizes of parameters.
 
 A step is one forward and one backward pass on every device, and an update. In a ring, each of N
 devices sends B (N - 1) / N to gather B bytes everywhere, or to sum them and leave each device its
@@ -44,8 +43,7 @@ from .memory import NF4_PACKED, auxiliary_heads_in, quantised_weights
 
 @dataclass(frozen=True)
 class Gathered:
-    """Bytes of parameters, padding to whole shards included, by the unit in which they are
-    gathered.
+    """Bytes of parameters, padded to whole shards, by the unit in which they are gathered.
 
     Attributes:
         layers: the base model's decoder layers with their adapters.

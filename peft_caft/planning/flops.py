@@ -1,5 +1,4 @@
-"""Floating-point operations per token of one training step of LoRA or CAFT, counted from a model's
-shapes.
+"""Floating-point operations per token of a training step of LoRA or CAFT, from a model's shapes.
 
 A multiplication and an addition are two operations. Only matrix products count: for each weight of
 a linear map two operations forward, two for the gradient of its input, and two for its own gradient
@@ -168,7 +167,5 @@ def caft_step(
 
 
 def _scores(shapes: ModelShapes, keys: float) -> float:
-    """Operations per token of one layer's attention forward: queries times keys, and attention
-    weights times values.
-    """
+    """Operations per token of a layer's attention forward: queries x keys, and weights x values."""
     return 2 * 2 * keys * shapes.attention_width

@@ -120,9 +120,7 @@ class Simulation(LiveMemory):
         self._fake.__exit__(*error)
 
     def take_over(self, model: nn.Module) -> None:
-        """Replace all parameters, buffers and gradients of ``model`` by fake tensors on the CPU,
-        which are not counted.
-        """
+        """Replace parameters, buffers and gradients of ``model`` by uncounted fake CPU tensors."""
         made: dict[int, Tensor] = {}  # shared parameters stay shared
 
         def fake(tensor: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""Memory that training takes on each device: parameters, whole or in shards, and what a step needs
-(`simulated_step`).
+"""Memory of training on each device: parameters, whole or sharded, and a step (`simulated_step`).
 
 Assumptions, all about parameters:
 

@@ -1,6 +1,4 @@
-"""``peft-caft plan``: what training with LoRA and with CAFT would take, from a model's
-configuration alone.
-"""
+"""``peft-caft plan``: what training with LoRA and CAFT would take, from a configuration alone."""
 
 from __future__ import annotations
 
@@ -86,9 +84,7 @@ class Option:
     communication: Communication
 
     def fits(self, gpu_memory: float) -> bool:
-        """Whether a GPU with ``gpu_memory`` GiB holds it, beside CUDA and what the allocator cannot
-        use.
-        """
+        """Whether it fits ``gpu_memory`` GiB, beside CUDA and what the allocator cannot use."""
         return self.memory.total * (1 + LOST_SHARE) + RESERVED_BYTES <= gpu_memory * GIB
 
 
@@ -124,8 +120,7 @@ class Plan:
 
 
 def plan(settings: PlanSettings) -> Plan:
-    """Count parameters and operations, and simulate the memory of steps, a few seconds each for 32
-    layers.
+    """Count parameters and operations, and simulate the memory of steps, which takes seconds each.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -175,9 +170,7 @@ def plan(settings: PlanSettings) -> Plan:
 
 
 def _shards_heads(placement: str, method: str) -> bool:
-    """Whether the heads are divided (`sharding.is_sharded`) in a forward pass; FSDP divides those
-    that are units of their own.
-    """
+    """Whether heads are sharded in a forward pass; FSDP shards those that are their own units."""
     return method != "lora" and (placement == "ZeRO-3" or (placement == "FSDP" and method == "decoder_layer"))
 
 
@@ -234,9 +227,7 @@ def _parameters(models: dict[str, PeftModel]) -> dict[str, int]:
 
 
 def _costs(shapes: ModelShapes, settings: PlanSettings) -> list[Cost]:
-    """LoRA, and each head type with all supervised positions and with a share of them (a quarter
-    unless one is set).
-    """
+    """LoRA, and each head type with all supervised positions and with a share of them."""
     keys, s = settings.tokens / 2, settings.supervised
     sampled = settings.aux_token_fraction if settings.aux_token_fraction < 1 else 0.25
 

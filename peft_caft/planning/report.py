@@ -129,19 +129,19 @@ def _notes(plan: Plan) -> str:
     settings = plan.settings
     notes = [
         *plan.notes,
-        "Memory is of one step, simulated operation by operation on tensors without data, with its parts at the moment of the "
-        "peak: a loss of 0 says that the layers' backward pass needs more. Gradients count as if they were there all the time, "
-        "as under gradient accumulation. Not counted: CUDA and its libraries (about 0.5 GiB) and what the "
-        "allocator cannot use (about 5 %), which `fits` leaves room for; memory that kernels need inside.",
+        "One step is simulated operation by operation on tensors without data. The table shows what fills memory at its peak: a "
+        "loss of 0 says that the layers' backward pass needs more. Gradients count for the whole step, as under gradient "
+        "accumulation. Not counted: CUDA and its libraries (about 0.5 GiB) and what the allocator cannot use (about 5 %), for "
+        "which `fits` leaves room; and what kernels need inside.",
         "Rows have equal length, without padding. LoRA computes transformers' loss, with the logits of all tokens.",
         "Adapter, gradients and AdamW's two states are fp32. Heads are frozen and fresh.",
     ]
     if settings.gpus > 1:
         notes.append(
-            "FSDP (FSDP2, full shard): whole at a time are two decoder layers, or one and the lm_head, and what lies outside of both. "
-            "ZeRO-3: whole are at most 10^9 parameters (stage3_max_live_parameters). ZeRO-2 divides gradients and optimizer states. "
-            "DeepSpeed's buckets (reduce_bucket_size) are not counted. All of it is arithmetic, that of FSDP compared with the "
-            "collectives of simulated steps; the README's limits say what was run."
+            "FSDP (FSDP2, full shard): a device holds two decoder layers whole at a time, or one and the lm_head, besides everything "
+            "outside of both. ZeRO-3: it holds at most 10^9 parameters whole (stage3_max_live_parameters). ZeRO-2 divides gradients "
+            "and optimizer states. DeepSpeed's buckets (reduce_bucket_size) are not counted. These figures are computed; those of "
+            "FSDP were compared with the collectives of simulated steps. The README's limits say what was run."
         )
         notes.append(
             "Communication: rings, a forward and a backward pass and an update; neither the batch nor gradient checkpointing changes "

@@ -47,8 +47,7 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of equal length without padding, whose last tokens are supervised; one device computes
-    them at a time.
+    """Rows of equal length, whose last tokens are supervised; a device computes them at a time.
 
     Attributes:
         rows: number of rows.
@@ -129,9 +128,7 @@ def simulate_step(
 
 
 class _Phase:
-    """Knows the kind of a new tensor by where the step is: in the base model's layers, or between
-    their forward and backward pass.
-    """
+    """Knows a new tensor's kind by where the step is: in the layers, or between their passes."""
 
     def __init__(self, backbone: Backbone, has_heads: bool) -> None:
         self._trunk = backbone.trunk

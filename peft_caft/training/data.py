@@ -1,5 +1,4 @@
-"""JSONL training data: reads rows, with errors that name file and line, and turns them into
-supervised tokens.
+"""Reads rows of JSONL training data, and turns them into supervised tokens.
 
 A row has one of three forms:
 

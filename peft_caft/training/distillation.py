@@ -36,8 +36,7 @@ REASONS = ("empty", "repetitive", "untrainable", "duplicate")
 
 
 def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str, Any]:
-    """Let the base model answer prompts, and write its answers as JSONL. An interrupted run is
-    resumed.
+    """Let the base model answer prompts, and write JSONL. An interrupted run is resumed.
 
     Under several processes (``accelerate launch``) each answers a share. The result does not depend
     on interruptions. It depends on ``batch_size``, because the random numbers of a batch are drawn

@@ -1,6 +1,4 @@
-"""Answers of a model, sampled in batches with transformers or vLLM. Each finished batch is kept, so
-that an interrupted run can be resumed.
-"""
+"""Answers of a model, sampled in batches with transformers or vLLM; finished batches are kept."""
 
 from __future__ import annotations
 
@@ -98,7 +96,7 @@ def answer_batches(
     """
     others = list(range(1, len(batches)))
     random.Random(0).shuffle(others)
-    own = [number for number in [0, *others] if number not in finished][rank::processes]
+    own = [number for number in [0, *others][: len(batches)] if number not in finished][rank::processes]
     done = sum(len(batches[number]) for number in finished) if processes == 1 else 0
     total = done + sum(len(batches[number]) for number in own)
     tokens, started = 0, time.perf_counter()
@@ -131,8 +129,7 @@ def stop_tokens_of(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
-    """Token ids that end an answer: those of the generation config, the tokenizer's end of text,
-    and the end of turn in its chat template.
+    """Token ids that end an answer, by generation config, tokenizer and chat template.
 
     Raises:
         ValueError: if there is none.
@@ -214,8 +211,7 @@ def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class VLLMBackend:
-    """Answers by an installed vLLM. Written against its documentation; the authors of this package
-    have not run it.
+    """Answers by an installed vLLM; written from its documentation, and never run by the authors.
 
     Raises:
         ModuleNotFoundError: if vLLM is not installed.

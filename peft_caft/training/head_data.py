@@ -27,9 +27,11 @@ class RawFile:
 
     @classmethod
     def read(cls, path: str, limit: int | None) -> RawFile:
+        """The first ``limit`` rows of a JSONL file; None reads all."""
         return cls(Path(path), read_jsonl(path, limit), file_sha256(path))
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool) -> DataFile:
+        """The file with its rows as tokens, at most ``max_length`` each."""
         return DataFile(self.path, self.sha256, encode(self.rows, tokenizer, max_length, quiet))
 
 
@@ -42,6 +44,7 @@ class DataFile:
     encoded: EncodedData
 
     def record(self) -> dict[str, Any]:
+        """Entry of the file in a training record."""
         return {
             "file": self.path.name,
             "sha256": self.sha256,

@@ -106,7 +106,10 @@ def evaluate_heads(
 
 
 def length_sorted(rows: list[dict[str, list[int]]], collate: Callable, batch_size: int) -> DataLoader:
-    """Batches, longest rows first: little padding, and an out-of-memory error comes at once."""
+    """Batches that ``collate`` made, such as int64 ``(batch, tokens)`` under ``input_ids``.
+
+    Longest rows come first: little padding, and an out-of-memory error comes at once.
+    """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     return DataLoader([rows[index] for index in order], batch_size=batch_size, collate_fn=collate)
 

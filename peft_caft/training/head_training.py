@@ -39,8 +39,7 @@ from .settings import HeadTrainingSettings
 
 
 def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
-    """Train heads and write them to ``settings.output``. An interrupted run is resumed at its last
-    checkpoint.
+    """Train heads and write them to ``settings.output``. An interrupted run is resumed.
 
     Args:
         settings: model, data and heads.
@@ -67,7 +66,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     train_files, eval_files = read_files(settings.data, settings.eval_data, settings.max_rows, settings.eval_rows)
     is_first = args.process_index == 0
     recorded = asdict(settings) | training_settings(args)
-    # Another number of processes or engine makes other batches, so a run cannot be resumed with it.
+    # The number of processes decides the batches, and no engine reads another one's checkpoints.
     recorded |= {"processes": args.world_size, "engine": engine_name(args)}
     recorded |= {"data_sha256": [file.sha256 for file in (*train_files, *eval_files)]}
     if not overwrite:

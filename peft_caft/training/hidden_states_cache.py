@@ -1,5 +1,4 @@
-"""Hidden states of a data set, computed once and read from disk in every later epoch and run of
-stage 1.
+"""Hidden states of stage 1's data, computed once and read from disk in later epochs and runs.
 
 The cache keeps the input of the base model's last layer at every position. From it the last layer,
 the final norm and every kind of head are computed at a thirtieth of the model's cost.
@@ -36,8 +35,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class CachedRows(torch.utils.data.Dataset):
-    """Encoded rows with their hidden states, ``{"input_ids", "labels", "hidden_states": (tokens,
-    hidden)}``.
+    """Encoded rows with hidden states, ``(tokens, hidden)``, under the key ``hidden_states``.
 
     Args:
         rows: rows of `peft_caft.training.data.EncodedData`.
@@ -121,9 +119,7 @@ def _write_batch(data: CachedRows, indices: list[int], backbone: Backbone, colla
 
 
 def with_hidden_states(collate: Callable) -> Callable:
-    """``collate`` for rows that may carry hidden states ``(tokens, hidden)``, which are padded on
-    the right with zeros to ``(batch, tokens, hidden)``.
-    """
+    """``collate`` that pads hidden states too, if any, to ``(batch, tokens, hidden)``."""
 
     def collate_with(rows: list[dict[str, Any]]) -> Any:
         if "hidden_states" not in rows[0]:

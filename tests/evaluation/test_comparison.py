@@ -352,7 +352,7 @@ def test_groups_hold_the_differences_of_their_own_rows():
 
 def test_other_rows_are_refused():
     other = {"caft": [RESULTS["caft"][0], [row(0, 1.0, 1), row(0, 1.0, 3, "b")]]}
-    with pytest.raises(ValueError, match="rows: those of 'caft', run 2, are not those of 'lora', run 1"):
+    with pytest.raises(ValueError, match="rows: 'caft', run 2, and 'lora', run 1, have different test rows"):
         summarise(METRICS, RESULTS | other)
 
 
