@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..heads.backbone import Backbone
 from ..heads.sharding import is_sharded
-from ..heads.watched_pass import Captured
 from .linear_cross_entropy import linear_cross_entropy
 from .supervised_pass import SupervisedPass
 
@@ -34,20 +33,14 @@ def asks_for_log_probs(kwargs: dict[str, Any]) -> bool:
 class LogProbsPass(SupervisedPass):
     """A forward pass of the base model that returned log-probabilities.
 
+    ``outputs`` hold ``log_probs``, fp32 ``(batch, tokens - 1)``, nats, 0 where there is no label,
+    and ``label_mask``, bool of that shape. ``divisor`` is 1, since the trainer divides.
+
     Attributes:
-        outputs: the outputs with ``log_probs``, fp32 ``(batch, tokens - 1)``, nats, 0 where
-            there is no label, and ``label_mask``, bool of that shape.
-        captured: record of the pass for the heads.
         labels: int64 ``(batch, tokens)``, unshifted.
-        supervised: number of next-token targets.
-        divisor: 1, since the trainer divides; fp32 scalar.
     """
 
-    outputs: Any
-    captured: Captured
     labels: Tensor
-    supervised: int
-    divisor: Tensor
 
     @torch.no_grad()
     def verify(self, backbone: Backbone) -> None:
@@ -79,7 +72,7 @@ def log_probs_pass(backbone: Backbone, kwargs: dict[str, Any]) -> Generator[dict
     with backbone.capture() as records:
         outputs = yield kwargs
     one = torch.ones((), device=outputs.log_probs.device)
-    return LogProbsPass(outputs, records[-1], kwargs["labels"], int(outputs.label_mask.sum()), one)
+    return LogProbsPass(outputs, records[-1], int(outputs.label_mask.sum()), one, kwargs["labels"])
 
 
 class _CarryingGradient(torch.autograd.Function):

@@ -28,21 +28,15 @@ from .targets import IGNORE_INDEX, supervised_count, supervised_rows
 class NextToken(SupervisedPass):
     """A forward pass of the base model and its next-token loss.
 
+    ``divisor`` is ``num_items_in_batch`` if the trainer passed it, else the number of targets.
+
     Attributes:
-        outputs: the model's outputs.
-        captured: record of the pass for the heads.
         loss: CE_1 and what the model adds to it, such as the load balancing of a mixture of
             experts; scalar with graph, nats, 0 if there is no target.
-        supervised: number of next-token targets.
-        divisor: that number, or ``num_items_in_batch`` if the trainer passed it; fp32 scalar.
         logits_left_out: whether ``outputs`` hold no logits, or those of one token per row.
     """
 
-    outputs: Any
-    captured: Captured
     loss: Tensor
-    supervised: int
-    divisor: Tensor
     logits_left_out: bool
 
     @torch.no_grad()
@@ -87,7 +81,7 @@ def next_token_pass(
             supervised, divisor, loss = _mean_loss(backbone, records[-1], kwargs)
             # Without any target the loss is 0, whatever the model adds to it.
             loss = loss + outputs.loss.to(loss.device) * float(supervised > 0)
-            return NextToken(outputs, records[-1], loss, supervised, divisor, True)
+            return NextToken(outputs, records[-1], supervised, divisor, loss, True)
         backbone.logits_needed = True
     with backbone.capture() as records:
         outputs = yield kwargs
@@ -97,7 +91,7 @@ def next_token_pass(
         loss = logits[:1, :1].float().sum() * 0.0
     elif not backbone.shift_verified:
         _refuse_shifted_labels(backbone, loss, logits, kwargs["labels"])
-    return NextToken(outputs, records[-1], loss, supervised, _divisor(kwargs, supervised, loss.device), False)
+    return NextToken(outputs, records[-1], supervised, _divisor(kwargs, supervised, loss.device), loss, False)
 
 
 def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:

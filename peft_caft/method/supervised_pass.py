@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -10,21 +12,25 @@ from ..heads.backbone import Backbone
 from ..heads.watched_pass import Captured
 
 
-class SupervisedPass(Protocol):
+@dataclass
+class SupervisedPass(ABC):
     """A forward pass of the base model with labels, to which the auxiliary loss is added.
 
     `NextToken` is one that returns a loss, `LogProbsPass` one that returns log-probabilities.
 
     Attributes:
+        outputs: the model's outputs.
         captured: record of the pass for the heads.
         supervised: number of next-token targets.
         divisor: number by which all losses are divided; fp32 scalar.
     """
 
+    outputs: Any
     captured: Captured
     supervised: int
     divisor: Tensor
 
+    @abstractmethod
     def verify(self, backbone: Backbone) -> None:
         """Call `Backbone.verify` with what the model returned.
 
@@ -32,6 +38,7 @@ class SupervisedPass(Protocol):
             TypeError: if the model computes something else after its layers than ``backbone`` does.
         """
 
+    @abstractmethod
     def with_auxiliary(self, total: Tensor) -> Any:
         """The model's outputs with the auxiliary loss in them.
 
