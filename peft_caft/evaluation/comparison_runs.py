@@ -16,7 +16,7 @@ from ..training.arguments import trainer_arguments
 from ..training.defaults import STAGE_1, STAGE_2
 from ..training.fine_tuning import fine_tune
 from ..training.head_training import train_heads
-from ..training.settings import FineTuningSettings, HeadTrainingSettings
+from ..training.settings import FineTuningSettings, HeadTrainingSettings, unused_settings
 from .comparison_plan import PAIRED_SETTINGS, PAIRED_TRAINING, Arm, ComparisonPlan
 from .comparison_values import options_of
 from .evaluation import RECORD_NAME, ROWS_NAME, evaluate
@@ -183,8 +183,9 @@ def require_paired(folders: list[Path]) -> None:
     names = ("data_sha256", "max_rows", "seed", "data_seed", "processes", *PAIRED_SETTINGS, *PAIRED_TRAINING)
     first, *others = [(folder, read_json(RunFolder(folder / "adapter").settings_path)) for folder in folders]
     for folder, record in others:
+        unused = {name for one in (record, first[1]) for name in unused_settings(one.get("method", "caft"))}
         for name in names:
-            if record.get(name) != first[1].get(name):
+            if name not in unused and record.get(name) != first[1].get(name):
                 raise ValueError(
                     f"{name}: got {record.get(name)!r} in {folder} and {first[1].get(name)!r} in {first[0]}, expected the same in all runs of "
                     "a seed. Remove the folder that does not belong to this plan."
