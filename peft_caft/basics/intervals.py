@@ -42,6 +42,12 @@ class Estimate:
         return excludes_zero(self.low, self.high)
 
 
+def shown(mean: float, low: float | None, high: float | None, percent: bool = False, sign: str = "") -> str:
+    """A mean and its interval, if it has one, as text; ``sign="+"`` marks positive numbers."""
+    form = f"{{:{sign}.1%}}" if percent else f"{{:{sign}.3f}}"
+    return form.format(mean) + ("" if low is None or high is None else f" ({form.format(low)} to {form.format(high)})")
+
+
 def excludes_zero(low: float | None, high: float | None) -> bool:
     """Whether the interval is known and does not contain 0."""
     return low is not None and high is not None and (low > 0 or high < 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..basics.intervals import Estimate, too_narrow_by
+from ..basics.intervals import Estimate, shown, too_narrow_by
 from ..basics.tables import markdown_table
 from .findings import Concepts
 from .losses import LENGTHS, PLACE_NAMES, ModelComparison
@@ -184,15 +184,8 @@ def _heads(found: Concepts) -> str:
 def _interval(estimate: Estimate | None, percent: bool = False, signed: bool = False) -> str:
     if estimate is None:
         return "-"
-    sign = "+" if signed else ""
-
-    def text(value: float) -> str:
-        return f"{100 * value:{sign}.1f}" if percent else f"{value:{sign}.3f}"
-
-    unit = " %" if percent else ""
-    if estimate.low is None or estimate.high is None:
-        return f"{text(estimate.mean)}{unit}"
-    return f"{text(estimate.mean)} ({text(estimate.low)} to {text(estimate.high)}){unit}"
+    text = shown(estimate.mean, estimate.low, estimate.high, percent, "+" if signed else "")
+    return text.replace("%", "") + " %" if percent else text
 
 
 def _verdict(difference: Estimate | None, less_is_better: bool = False) -> str:

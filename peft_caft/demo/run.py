@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basics.files import read_json, write_jsonl, write_text
-from ..basics.provenance import provenance
+from ..basics.provenance import listed, provenance
 from ..basics.run_folder import RunFolder
 from ..basics.tables import markdown_table
 from ..heads.card import evaluation_table
@@ -232,12 +232,13 @@ def _generate(model_folder: Path, data: Path, count: int, answers: Path) -> dict
 
 
 def _plot(output_dir: Path, heads: dict[str, Any], runs: dict[str, Any]) -> None:
-    from ..heads.plots import plot_head_accuracy
+    from ..heads.plots import plot_evaluations
     from ..training.plots import plot_training
 
     plot_training(output_dir / "training.png", {NAMES[m]: run["log_history"] for m, run in runs.items()})
     (evaluation,) = heads["evaluations"]
-    plot_head_accuracy(output_dir / "heads.png", evaluation["before"]["heads"], evaluation["after"]["heads"])
+    before, after = (evaluation[when]["heads"] for when in ("before", "after"))
+    plot_evaluations(output_dir / "heads.png", {"": (before, after)})
 
 
 def _report(results: dict[str, Any]) -> str:
@@ -259,7 +260,7 @@ def _report(results: dict[str, Any]) -> str:
             row("trainable parameters", lambda r: f"{r['trainable_parameters']:,}"),
         ],
     )
-    versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+    versions = listed(results["versions"])
     started_from = "fresh heads" if heads["initial_heads"] is None else f"from {heads['initial_heads']}"
     memory = f"{heads['peak_memory_mib']:,.0f} MiB" if heads["peak_memory_mib"] else "unknown"
     return "\n".join(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..basics.intervals import Values, excludes_zero, mean_over_seeds, paired_difference, too_narrow_by
+from ..basics.intervals import Values, excludes_zero, mean_over_seeds, paired_difference, shown, too_narrow_by
 from ..basics.provenance import listed
 from ..basics.tables import markdown_table
 from .report import SMALL_GROUP, better, natural_order
@@ -86,11 +86,6 @@ def _require_same_rows(results: Results) -> None:
                     f"rows: {arm!r}, run {number}, and {first!r}, run 1, have different test rows, expected the same in the same order. "
                     "Remove the evaluation that does not belong to this comparison."
                 )
-
-
-def is_beyond(difference: dict[str, Any] | None) -> bool:
-    """Whether a difference's interval excludes 0."""
-    return difference is not None and excludes_zero(difference["low"], difference["high"])
 
 
 def markdown_report(found: dict[str, Any]) -> str:
@@ -177,14 +172,12 @@ def _cell(metric: dict[str, Any] | None, arm: str, what: str) -> str:
     value = metric and metric["arms"].get(arm, {}).get(what)
     if metric is None or value is None:
         return "-"
+    low, high = value["low"], value["high"]
+    star = " *" if what == "difference" and excludes_zero(low, high) else ""
+    if low == high:  # an interval without width only says that all rows agree
+        low = high = None
     sign = "+" if what == "difference" else ""
-    form = f"{{:{sign}.1%}}" if metric["unit"] == "share" else f"{{:{sign}.3f}}"
-    text = form.format(value["mean"])
-    if (
-        value["low"] is not None and value["low"] < value["high"]
-    ):  # an interval without width only says that all rows agree
-        text += f" ({form.format(value['low'])} to {form.format(value['high'])})"
-    return text + (" *" if what == "difference" and is_beyond(value) else "")
+    return shown(value["mean"], low, high, metric["unit"] == "share", sign) + star
 
 
 def _tuning(found: dict[str, Any], labels: dict[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ..basics.intervals import Estimate, mean_estimate
+from ..basics.intervals import Estimate, mean_estimate, shown
 from ..basics.provenance import listed
 from ..basics.tables import markdown_table
 from .task import Metric, Row, Task, prompt_of
@@ -140,9 +140,7 @@ def natural_order(value: str) -> tuple[int, int, str]:
 def _shown(value: dict[str, Any] | None) -> str:
     if value is None:
         return "-"
-    form = "{:.1%}" if value["unit"] == "share" else "{:.3f}"
-    mean, low, high = (None if value[end] is None else form.format(value[end]) for end in ("mean", "low", "high"))
-    return f"{mean}" if low is None else f"{mean} ({low} to {high})"
+    return shown(value["mean"], value["low"], value["high"], percent=value["unit"] == "share")
 
 
 def _unit(value: dict[str, Any]) -> str:

@@ -167,7 +167,7 @@ class AuxiliaryHeads(PretrainedHeads):
         return cls(config, [head_class(*stack) for stack in stacks])
 
     def train(self, mode: bool = True) -> AuxiliaryHeads:
-        """Keep frozen heads in evaluation mode: dropout would add noise and advance the generator."""
+        """Keep frozen heads in evaluation mode: dropout adds noise and advances the generator."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def require_fits(self, backbone: Backbone, source: str = "given") -> None:

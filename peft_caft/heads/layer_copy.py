@@ -49,7 +49,7 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _simplify(module: nn.Module, dtype: torch.dtype) -> None:
-    """Unwrap ``target_parameters`` below ``module``, and make quantised linear layers plain ones."""
+    """Unwrap ``target_parameters`` below ``module``, and make quantised linear layers plain."""
     for name, child in list(module.named_children()):
         bare = beneath_adapters(child)
         if _can_be_dequantised(bare):

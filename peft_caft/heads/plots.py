@@ -12,32 +12,18 @@ from ..basics.plots import CROSS_ENTROPY, save_figure, tidy_axes
 BEFORE_COLOUR, AFTER_COLOUR = "#A9B4BC", "#0072B2"
 
 
-def plot_head_accuracy(
-    path: str | os.PathLike, before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]
+def plot_evaluations(
+    path: str | os.PathLike,
+    evaluations: Mapping[str, tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, float]]]],
 ) -> None:
     """Draw top-1 and top-5 accuracy and cross entropy of each head, before and after stage 1.
 
     Args:
         path: PNG file to write.
-        before: one entry per head with ``"tokens_ahead"`` (k = 2 ... n), ``"top1"`` and ``"top5"``
-            (fractions) and ``"cross_entropy"`` (nats/token); the heads' configuration records them.
-        after: entries of the same heads in the same order.
-
-    Raises:
-        ValueError: if ``before`` and ``after`` describe different heads, or none.
-    """
-    plot_evaluations(path, {"": (before, after)})
-
-
-def plot_evaluations(
-    path: str | os.PathLike,
-    evaluations: Mapping[str, tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, float]]]],
-) -> None:
-    """Draw `plot_head_accuracy` of several held-out sets, one row for each.
-
-    Args:
-        path: PNG file to write.
-        evaluations: name of the set -> (before, after).
+        evaluations: name of the held-out set -> (before, after), drawn as a row of panels. Both
+            have one entry per head, in the same order, as the heads' configuration records them:
+            ``"tokens_ahead"`` (k = 2 ... n), ``"top1"`` and ``"top5"`` (fractions), and
+            ``"cross_entropy"`` (nats/token).
 
     Raises:
         ValueError: if before and after describe different heads, or none.

@@ -11,13 +11,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from peft_caft.basics.intervals import paired_difference
+from peft_caft.basics.intervals import excludes_zero, paired_difference
 from peft_caft.basics.run_folder import RunFolder
 from peft_caft.evaluation import comparison, comparison_plots, comparison_runs
 from peft_caft.evaluation.comparison import choose, compare
 from peft_caft.evaluation.comparison_plan import read_plan
 from peft_caft.evaluation.comparison_plots import plot_comparison
-from peft_caft.evaluation.comparison_report import is_beyond, markdown_report, summarise, summarise_groups
+from peft_caft.evaluation.comparison_report import markdown_report, summarise, summarise_groups
 from peft_caft.evaluation.task import Metric
 
 from ..support import toy_task
@@ -406,7 +406,7 @@ def test_report_marks_differences_beyond_their_interval_and_rates_at_the_edge():
     assert markdown_report(older).endswith("commit c, runs of commit a, b.\n")
     assert "With 3 seeds an interval is too narrow by up to 18%" in report
     assert "+25.0% (-10.0% to +40.0%) |" in markdown_report(found_of(metric_of(-0.1, 0.4)))
-    assert [is_beyond({"low": low, "high": high}) for low, high in ((0.1, 0.2), (-0.2, -0.1), (0, 1))] == [1, 1, 0]
+    assert [excludes_zero(low, high) for low, high in ((0.1, 0.2), (-0.2, -0.1), (0, 1))] == [1, 1, 0]
 
 
 def test_plot_draws_each_seed_and_the_interval(monkeypatch):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from peft_caft.basics.intervals import excludes_zero
 from peft_caft.evaluation.comparison import compare
 from peft_caft.evaluation.comparison_plan import read_plan
-from peft_caft.evaluation.comparison_report import is_beyond
 from peft_caft.evaluation.task import load_task
 
 from ..support.places import EXAMPLES
@@ -42,5 +42,5 @@ def test_only_the_words_ahead_differ():
 def test_planted_effect_is_found_and_none_where_there_is_none(model, scale, tmp_path):
     plan = read_plan(PLANTED / "compare.yaml", scale, model=model)
     found = compare(plan, tmp_path)["metrics"]["kind"]["arms"]["caft"]
-    wins = is_beyond(found["difference"]) and found["difference"]["mean"] > 0
+    wins = excludes_zero(found["difference"]["low"], found["difference"]["high"]) and found["difference"]["mean"] > 0
     assert wins == (scale == "ahead")
