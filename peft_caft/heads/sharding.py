@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.integrations import is_deepspeed_zero3_enabled
-
-if TYPE_CHECKING:
-    from transformers import Trainer  # which takes long to import
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -38,11 +33,6 @@ def refuse_fsdp1(model: nn.Module) -> None:
             "fsdp_version: got 1, expected 2: FSDP1 flattens the parameters of a layer, or of a head, into one, so that none "
             "of them can be read or saved by itself. Set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does."
         )
-
-
-def shards_parameters(trainer: Trainer) -> bool:
-    """Whether each process of the trainer holds a part of the model, at the latest in training."""
-    return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -100,22 +90,3 @@ def copy_into(parameter: Tensor, values: Tensor) -> None:
 
 def _is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
-
-
-def gather(heads: nn.Module, target: nn.Module) -> None:
-    """Copy the parameters of sharded ``heads`` into ``target``, a module of the same shapes."""
-    for name, parameter in heads.named_parameters():
-        copy_into(target.get_parameter(name), whole(parameter))
-
-
-def scatter(source: nn.Module, heads: nn.Module) -> None:
-    """Copy the parameters of ``source``, a module of the same shapes, into sharded ``heads``."""
-    for name, parameter in heads.named_parameters():
-        copy_into(parameter, source.get_parameter(name))
-
-
-def reshard(model: nn.Module) -> None:
-    """Drop the whole parameters that an evaluation left: only shards may be read and saved."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

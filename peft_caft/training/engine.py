@@ -1,11 +1,16 @@
-"""Which engine a run was launched with: FSDP, DeepSpeed or none. Known before a model is."""
+"""The engine that a run was launched with, FSDP, DeepSpeed or none, and what it shards."""
 
 from __future__ import annotations
 
 import os
 
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import TrainingArguments
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..heads.sharding import copy_into, whole
 
 
 def fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | None:
@@ -57,3 +62,27 @@ def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
             "it. Train without --cache, or with ddp.yaml or zero2.yaml of examples/accelerate if the base model fits on one device."
         )
     return True
+
+
+def shards_parameters(trainer: Trainer) -> bool:
+    """Whether each process of the trainer holds a part of the model, at the latest in training."""
+    return trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
+
+
+def gather(heads: nn.Module, target: nn.Module) -> None:
+    """Copy the parameters of sharded ``heads`` into ``target``, a module of the same shapes."""
+    for name, parameter in heads.named_parameters():
+        copy_into(target.get_parameter(name), whole(parameter))
+
+
+def scatter(source: nn.Module, heads: nn.Module) -> None:
+    """Copy the parameters of ``source``, a module of the same shapes, into sharded ``heads``."""
+    for name, parameter in heads.named_parameters():
+        copy_into(parameter, source.get_parameter(name))
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole parameters that an evaluation left: only shards may be read and saved."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -25,7 +25,7 @@ from ..basics.files import file_sha256, filling
 from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.run_folder import RunFolder, random_states
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from ..heads.sharding import gather, shards_parameters, whole
+from ..heads.sharding import whole
 from ..method.callback import TRAINED_HEADS_NAME, CAFTCallback, objective_of
 from ..method.config import target_modules
 from ..method.full_fine_tuning import FullFineTuningConfig, prepare_full_fine_tuning
@@ -33,7 +33,7 @@ from ..method.model import CAFTConfig
 from ..method.objective_config import ObjectiveConfig
 from .arguments import training_settings
 from .data import collator, encode, read_jsonl
-from .engine import engine_name, fsdp_plugin, zero_stage
+from .engine import engine_name, fsdp_plugin, gather, shards_parameters, zero_stage
 from .loading import load_base_model, require_dtype
 from .settings import FineTuningSettings
 

@@ -24,11 +24,12 @@ from ..basics.checks import require_choice, require_token_fraction
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.pretrained import load_weights
-from ..heads.sharding import copy_into, gather, reshard, scatter, shards_parameters, whole
+from ..heads.sharding import copy_into, whole
 from ..heads.watched_pass import Captured
 from ..method.loss import auxiliary_loss
 from ..method.progress import RecentLosses
 from ..method.targets import IGNORE_INDEX, Supervision, supervised_count
+from .engine import gather, reshard, scatter, shards_parameters
 from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
 from .settings import Targets
