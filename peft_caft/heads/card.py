@@ -148,15 +148,7 @@ def training_lines(training: dict[str, Any]) -> list[str]:
         share = f", at {fraction:.0%} of the positions, drawn anew each step" if fraction != 1 else ""
         lines.append(f"- Targets: {targets} ({meaning.get(targets, 'see the command')}){share}{decay}")
     if "learning_rate" in rest:
-        batch = [rest.pop("per_device_train_batch_size", 1), rest.pop("gradient_accumulation_steps", 1)]
-        batch.append(rest.pop("processes", 1))
-        optimiser = f"{rest.pop('optim')}, " if "optim" in rest else ""
-        lines.append(
-            f"- Optimiser: {optimiser}learning rate {rest.pop('learning_rate'):g}, {rest.pop('lr_scheduler_type', 'unknown')} "
-            f"schedule, {rest.pop('warmup_steps', 0):g} warm-up steps, weight decay {rest.pop('weight_decay', 0):g}, "
-            f"{' x '.join(str(b) for b in batch)} rows a step (batch x accumulation x processes), rows of at most "
-            f"{rest.pop('max_length', 'unknown')} tokens, seed {rest.pop('seed', 'unknown')}"
-        )
+        lines.append(optimiser_line(rest))
     if "steps" in rest:
         steps, epochs = rest.pop("steps"), rest.pop("epochs", None)
         for asked_for in ("max_steps", "num_train_epochs"):
@@ -176,6 +168,19 @@ def training_lines(training: dict[str, Any]) -> list[str]:
     if command:
         lines += ["", "```bash", command, "```"]
     return lines
+
+
+def optimiser_line(settings: dict[str, Any]) -> str:
+    """A line about the optimiser; the fields that it names are taken out of ``settings``."""
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
+    batch = " x ".join(str(settings.pop(name, 1)) for name in sizes)
+    optimiser = f"{settings.pop('optim')}, " if "optim" in settings else ""
+    return (
+        f"- Optimiser: {optimiser}learning rate {settings.pop('learning_rate'):g}, {settings.pop('lr_scheduler_type', 'unknown')} "
+        f"schedule, {settings.pop('warmup_steps', 0):g} warm-up steps, weight decay {settings.pop('weight_decay', 0):g}, "
+        f"{batch} rows a step (batch x accumulation x processes), rows of at most "
+        f"{settings.pop('max_length', 'unknown')} tokens, seed {settings.pop('seed', 'unknown')}"
+    )
 
 
 def _data_lines(file: dict[str, Any], start: str) -> list[str]:

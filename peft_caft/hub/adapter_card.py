@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig
 
 from ..basics.provenance import listed
-from ..heads.card import PAPER, duration, front_matter
+from ..heads.card import PAPER, duration, front_matter, optimiser_line
 from ..method.config import CAFTConfig
 
 # PEFT's save_pretrained writes this into a card for its user to fill in.
@@ -88,12 +88,7 @@ def _run_lines(settings: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     if settings.get("data") and summary.get("data_sha256"):
         lines.append(f"- Data: `{Path(settings['data']).name}`, sha256 `{summary['data_sha256'][:12]}`")
     if "learning_rate" in settings:
-        lines.append(
-            f"- Optimiser: learning rate {settings['learning_rate']:g}, {settings.get('lr_scheduler_type')} schedule, "
-            f"{settings.get('warmup_steps')} warm-up steps, {settings.get('per_device_train_batch_size')} x "
-            f"{settings.get('gradient_accumulation_steps')} rows a step, {settings.get('num_train_epochs'):g} epoch(s), seed "
-            f"{settings.get('seed')}"
-        )
+        lines.append(f"{optimiser_line(dict(settings))}, {settings['num_train_epochs']:g} epoch(s)")
     if summary.get("eval_loss_after") is not None:
         lines.append(
             f"- Held-out next-token loss: {summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f} nats/token"
