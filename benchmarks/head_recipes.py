@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,8 +110,7 @@ class Arm:
         )
         record: dict[str, Any] = {name: getattr(self, name) for name in names}
         record["evaluations"] = {
-            name: evaluate_heads(heads, model, rows, collate, description=name).to_dict()
-            for name, rows in sets.items()
+            name: asdict(evaluate_heads(heads, model, rows, collate, description=name)) for name, rows in sets.items()
         }
         return record
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..method.targets import IGNORE_INDEX
-from ..training.data import encode_row
+from ..training.data import encode_row, require_supervised
 from ..training.generation import special_token_ids
 from .terms import Span
 
@@ -159,11 +159,7 @@ def align(
         found = _align_row(number, input_ids, labels, specials, terms_of, max_length)
         if found.targets:
             aligned.append(found)
-    if not aligned:
-        raise ValueError(
-            f"data: none of {len(rows)} rows has a supervised token within max_length={max_length} tokens, expected at least one. "
-            "Raise max_length or check that the answers are not empty."
-        )
+    require_supervised(aligned, rows, max_length)
     return aligned
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..heads.backbone import Backbone, base_model_of
 from ..heads.unembedding import target_scores
 from ..method.targets import supervised_rows
+from ..training.generation import batches_by_length
 from .alignment import AlignedRow
 
 
@@ -50,13 +51,11 @@ def score_tokens(
     """
     backbone = Backbone.of(model)
     plain = base_model_of(model).get_output_embeddings() is backbone.lm_head  # and no copy or adapter in its place
-    # Longest first: little padding, and an out-of-memory error comes at the first batch.
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
+    batches = batches_by_length(range(len(rows)), lambda index: len(rows[index].input_ids), batch_size)
     scores: dict[int, TokenScores] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc=description, unit=" batches", leave=False):
-        indices = order[start : start + batch_size]
+    for indices in tqdm(batches, desc=description, unit=" batches", leave=False):
         batch = collate([rows[index].encoded for index in indices]).to(backbone.lm_head.weight.device)
-        if start == 0:
+        if not scores:
             plain = plain and _is_plain(model, backbone, batch)
         found = _scores_in_chunks(backbone, batch) if plain else _scores_of_logits(model, batch)
         counts = [len(rows[index].targets) for index in indices]

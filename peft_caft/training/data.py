@@ -16,7 +16,7 @@ answers of a chat unsupervised, because the model did not give them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -155,12 +155,17 @@ def encode(
             encoded.append({"input_ids": input_ids, "labels": labels})
         else:
             dropped += 1
-    if not encoded:
+    require_supervised(encoded, rows, max_length)
+    return EncodedData(encoded, truncated, dropped)
+
+
+def require_supervised(kept: Sequence[Any], rows: Sequence[Any], max_length: int) -> None:
+    """Raise a ValueError if no row was kept, because none has a supervised token."""
+    if not kept:
         raise ValueError(
             f"data: none of {len(rows)} rows has a supervised token within max_length={max_length} tokens, expected at "
             "least one. Raise max_length or check that the answers are not empty."
         )
-    return EncodedData(encoded, truncated, dropped)
 
 
 def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -65,7 +65,10 @@ class Backend(Protocol):
 
 
 def batches_by_length(requests: Iterable[Request], length: Callable[[Request], int], size: int) -> list[list[Request]]:
-    """Batches of ``size`` requests of about equal length, longest first, ties in their order."""
+    """Batches of ``size`` requests of about equal length, ties in their order.
+
+    Longest come first: little padding, and an out-of-memory error comes at the first batch.
+    """
     ordered = sorted(requests, key=lambda request: -length(request))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,9 +50,6 @@ class HeadEvaluation:
 
     heads: list[HeadMetrics]
     acceptance_length: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_totals(cls, totals: Tensor) -> HeadEvaluation:
@@ -110,8 +107,8 @@ def length_sorted(rows: list[dict[str, list[int]]], collate: Callable, batch_siz
 
     Longest rows come first: little padding, and an out-of-memory error comes at once.
     """
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    return DataLoader([rows[index] for index in order], batch_size=batch_size, collate_fn=collate)
+    longest_first = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    return DataLoader(longest_first, batch_size=batch_size, collate_fn=collate)
 
 
 def sum_totals(totals: Iterable[Tensor]) -> Tensor:

@@ -31,7 +31,6 @@ from .arguments import training_settings
 from .data import collator
 from .engine import engine_name, sharding_requested
 from .head_data import DataFile, read_files
-from .head_metrics import HeadEvaluation
 from .head_trainer import HeadPretraining, HeadTrainer
 from .hidden_states_cache import cached_rows, with_hidden_states
 from .loading import require_dtype, require_tokenizer_of
@@ -84,7 +83,10 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         [file.encoded(tokenizer, settings.max_length, quiet=not is_first) for file in files]
         for files in (train_files, eval_files)
     )
-    heads = _initial_heads(settings, model)
+    if settings.init_heads is None:
+        heads = AuxiliaryHeads.from_base_model(model, **settings.fresh_heads())
+    else:
+        heads = AuxiliaryHeads.from_pretrained(settings.init_heads, base_model=model)
     if is_first:
         for what, files in (("Training", train), ("Held-out", evals)):
             for file in files:
@@ -133,7 +135,7 @@ def _train(
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.perf_counter() - started
     trainer.round_heads(dtype)
-    after = trainer.evaluate_heads("Held-out, after training")
+    before, after = trainer.evaluate_before(), trainer.evaluate_heads("Held-out, after training")
     trained = trainer.trained_heads().to(dtype)
     trained.config.training = {
         "data": [file.record() for file in train],
@@ -151,7 +153,15 @@ def _train(
         "epochs": trainer.state.epoch,
         "stopped_early": trainer.state.global_step < trainer.state.max_steps,
         "seconds": seconds,
-        "evaluations": [_evaluation_record(file, trainer.evaluate_before(), after) for file in evals],
+        "evaluations": [
+            {
+                "name": file.path.stem,
+                **{key: value for key, value in file.record().items() if key in ("file", "sha256", "rows")},
+                "before": asdict(before[file.path.stem]),
+                "after": asdict(after[file.path.stem]),
+            }
+            for file in evals
+        ],
         **provenance(),
     }
     summary = trained.config.training | {
@@ -184,22 +194,3 @@ class _EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
-
-
-def _initial_heads(settings: HeadTrainingSettings, model: PreTrainedModel) -> AuxiliaryHeads:
-    if settings.init_heads is not None:
-        return AuxiliaryHeads.from_pretrained(settings.init_heads, base_model=model)
-    return AuxiliaryHeads.from_base_model(model, **settings.fresh_heads())
-
-
-def _evaluation_record(
-    file: DataFile, before: dict[str, HeadEvaluation], after: dict[str, HeadEvaluation]
-) -> dict[str, Any]:
-    name = file.path.stem
-    record = file.record()
-    return {
-        "name": name,
-        **{key: record[key] for key in ("file", "sha256", "rows")},
-        "before": before[name].to_dict(),
-        "after": after[name].to_dict(),
-    }
