@@ -15,7 +15,8 @@ from accelerate.utils.other import get_free_port
 from peft_caft.cli.app import main
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["peft_caft.training.distillation", "peft_caft.training.head_training", __name__])
+COMMANDS = ("training.distillation", "training.head_training", "training.fine_tuning", "evaluation.comparison")
+SERVER.set_forkserver_preload([*(f"peft_caft.{name}" for name in COMMANDS), __name__])
 
 
 def run_command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
