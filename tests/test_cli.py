@@ -334,6 +334,15 @@ def test_adapter_taken_out_of_the_base_weights_is_written_as_a_plain_one(initial
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_rank_above_the_size_of_a_matrix_is_refused_where_it_could_not_be_saved(files, tmp_path):
+    places = ["--model", files["model"], "--data", files["data"], "--output", str(tmp_path / "out")]
+    output = peft_caft(
+        "train", *places, "--method", "lora", "--init-lora-weights", "pissa", "--r", "40", *SMALL, expect=1
+    )
+    assert "r: got 40, expected at most" in output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -341,6 +350,8 @@ def test_adapter_taken_out_of_the_base_weights_is_written_as_a_plain_one(initial
         (["--load-in-4bit", "--method", "full"], "load_in_4bit: got True with method='full'"),
         (["--use-dora", "--method", "caft_full"], "lora: got {'use_dora': True} with method='caft_full'"),
         (["--output_dir", "elsewhere"], "output_dir: given, but this command sets it"),
+        (["--eval-data", ""], "--eval-data: got an empty text"),
+        (["--method", "lora", "--label_smoothing_factor", "0.1"], "label_smoothing_factor: got 0.1, expected 0"),
         (["--eval_on_start", "true"], "eval_on_start: given, but this command sets it"),
         (["--aux-loss-decay", "2"], "aux_loss_decay (alpha): got 2.0"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -109,6 +110,19 @@ def test_a_configuration_is_known_to_peft_from_wherever_it_comes():
         "        os._exit(PEFT_TYPE_TO_TUNER_MAPPING[peft_type].__name__ != 'CAFTModel')\n"
         "    assert os.waitpid(child, 0)[1] == 0, module"
     )
+
+
+def test_a_pickled_configuration_is_known_to_peft_where_it_is_loaded(tmp_path):
+    """As in a process that multiprocessing spawns with one as argument."""
+    path = str(tmp_path / "config.pickle")
+    with open(path, "wb") as file:
+        pickle.dump(peft_caft.CAFTConfig(r=3), file)
+    script = (
+        f"import pickle\nconfig = pickle.load(open({path!r}, 'rb'))\n"
+        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING\n"
+        "assert (config.r, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].__name__) == (3, 'CAFTModel')"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_there_are_no_circles(graph):

@@ -84,8 +84,10 @@ def parsed(name: str, text: str, hint: Any) -> Any:
     Raises:
         ValueError: if the text means no such value.
     """
-    words: list[Any] = [text.split(",")] if "," in text else []
-    for value in (*_json(text), *(_json(f"[{text}]") if words else ()), *words, text, [text]):
+    # One word is a list where both would do: PEFT takes a text for a regular expression.
+    words = [word.strip() for word in text.split(",")]
+    is_list = len(words) > 1 or re.fullmatch(r"\w+", text)
+    for value in (*_json(text), *_json(f"[{text}]"), *([words] if is_list else []), text, words):
         if fits(value, hint):
             return value
     raise ValueError(f"{name}: got {text!r}, expected {described(hint)}.")

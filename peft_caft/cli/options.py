@@ -32,7 +32,13 @@ def with_settings(cls: type, leave_out: tuple[str, ...] = ()) -> Callable[[Calla
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def command(**values: Any) -> None:
-            settings = cls(**{field.name: values.pop(field.name) for field in fields})
+            given = {field.name: values.pop(field.name) for field in fields}
+            for name, value in given.items():
+                if value == "":
+                    raise ValueError(
+                        f"--{name.replace('_', '-')}: got an empty text, expected a value. Leave it out, or give one."
+                    )
+            settings = cls(**given)
             function(settings=settings, **values)
 
         own = inspect.signature(function, eval_str=True).parameters.values()

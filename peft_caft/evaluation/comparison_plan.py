@@ -188,6 +188,9 @@ def _plan(values: dict[str, Any], folder: Path, model: str | None, heads: str | 
     chosen = values.get("chosen_arms", list(arms))
     for arm in arms.values():
         _require_flops_of(arm, arms)
+    for name in common.settings:
+        if all(name in unused_settings(arm.settings.get("method", "caft")) for arm in arms.values()):
+            raise ValueError(f"settings.{name}: given, but no arm has a method with a use for it. Leave it out.")
     named = {arms[name].flops_of for name in chosen} - {None, *chosen}
     seeds = seed_values("seeds", values.get("seeds"))
     (tuning_seed,) = seed_values("tuning.seed", [tuning.get("seed", 0)])

@@ -106,9 +106,12 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
         return cls(**{**shared, "peft_type": peft_type(), **caft})
 
 
+CAFTConfig.__module__ = "peft_caft"  # pickles load it from there, which registers it with PEFT
+
+
 def target_modules(given: str) -> str | list[str]:
     """PEFT's ``target_modules`` from a text: ``"all-linear"``, or module names with commas."""
-    return given if given == "all-linear" else given.split(",")
+    return given if given == "all-linear" else [name.strip() for name in given.split(",")]
 
 
 def caft_field_names() -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..basics.checks import is_plain, parsed
+from ..basics.checks import described, is_plain, parsed
 from .defaults import COMMON
 from .settings import LORA_SET_ELSEWHERE
 
@@ -106,8 +106,12 @@ def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
                 f"CAFTConfig({name}=...) and a Trainer."
             )
         _, given, value = word.partition("=")
-        if not given:
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        if not given and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        elif not given and types[name] is bool:
+            value = "true"
+        elif not given:
+            raise ValueError(f"--{name}: got no value, expected {described(types[name])}.")
         found[name] = parsed(f"--{name}", value, types[name])
     return found, others
 

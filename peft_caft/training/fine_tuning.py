@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -56,7 +57,14 @@ def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:
         **settings.lora,
     }
     # caft and lora get the same settings, so that they differ in the auxiliary loss alone.
-    return get_peft_model(model, CAFTConfig(**lora, **objective) if settings.method == "caft" else LoraConfig(**lora))
+    config = CAFTConfig(**lora, **objective) if settings.method == "caft" else LoraConfig(**lora)
+    peft_model = get_peft_model(model, config)
+    for name, layer in peft_model.named_modules():
+        if settings.changes_base_weights and isinstance(layer, LoraLayer) and layer.lora_A:
+            most = len(layer.lora_A["default"].weight)  # number of singular values, if r is above it
+            if most < layer.r["default"]:
+                raise ValueError(f"r: got {layer.r['default']}, expected at most {most}, the smaller side of {name}.")
+    return peft_model
 
 
 def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
@@ -80,10 +88,10 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         ValueError: if data, heads or a setting cannot be used.
         TypeError: if CAFT does not support the model.
     """
-    if settings.has_auxiliary_loss and args.label_smoothing_factor:
+    if args.label_smoothing_factor:
         raise ValueError(
-            f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0. With it Trainer keeps the labels "
-            "from the model, which then cannot compute the auxiliary loss."
+            f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0. With it Trainer keeps the labels from the "
+            "model, which then cannot compute the auxiliary loss, and held-out losses would be smoothed ones."
         )
     for name in ("changes_base_weights", "load_in_4bit", "load_in_8bit"):
         if getattr(settings, name) and (fsdp_plugin(args) is not None or zero_stage(args) == 3):

@@ -55,9 +55,15 @@ def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=computing,
         )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         settings.model, dtype=settings.loading_dtype, quantization_config=quantization
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Linear4bit (bitsandbytes 0.50.2) would pack its weight in an evaluation on a CPU, and
+            # training after it would read that wrongly.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def require_dtype(model: PreTrainedModel, dtype: str, args: TrainingArguments) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from ..basics.checks import require_choices, require_counts, require_decay, require_token_fraction
+from ..basics.checks import (
+    described,
+    fits,
+    is_plain,
+    require_choices,
+    require_counts,
+    require_decay,
+    require_token_fraction,
+)
 from ..basics.settings import ADAPTER, ANSWERS, DATA, HEADS, OBJECTIVE, same_setting, setting
 from ..heads.config import HeadInput, HeadType
 from ..method.objective_config import ObjectiveConfig
@@ -22,6 +30,11 @@ LORA_SET_ELSEWHERE = {
     "auto_mapping": "PEFT sets it",
     "peft_version": "PEFT sets it",
 }
+# Fields that PEFT 0.21 takes along when an adapter out of the base weights becomes a plain one.
+CONVERTED_TO_PLAIN = (
+    *("init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+)
 INITIALISED_IN_PYTHON = ("corda", "eva", "loftq", "lora_ga")  # by a pass over data, or an object of PEFT
 Targets = Literal["soft", "hard"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -63,7 +76,15 @@ class FineTuningSettings(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         require_choices(self)
-        require_counts(self, "eval_rows", "max_rows", "max_length")
+        require_counts(self, "eval_rows", "max_rows", "max_length", "r", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"lora_dropout: got {self.lora_dropout}, expected a probability of at least 0 and below 1."
+            )
+        if self.heads_revision is not None and self.heads is None:
+            raise ValueError(
+                f"heads_revision: got {self.heads_revision!r} without heads. Leave it out, or give heads."
+            )
         self.require_valid_objective()
         unused = dict.fromkeys(unused_settings(self.method), f"with method={self.method!r}, which has no use for it")
         if self.heads is not None:
@@ -80,6 +101,16 @@ class FineTuningSettings(ObjectiveConfig):
             )
         if self.lora:
             _require_lora_fields(self.lora)
+        if self.changes_base_weights and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError(
+                f"lora.init_lora_weights: got {self.lora['init_lora_weights']!r} with a quantised base model, whose weights cannot be "
+                "changed exactly. Leave one of them out."
+            )
+        if self.lora.get("layer_replication") and self.has_auxiliary_loss:
+            raise ValueError(
+                f"lora.layer_replication: got {self.lora['layer_replication']!r} with method={self.method!r}, expected it with 'lora' "
+                "alone: the heads are made for the layers of the base model."
+            )
 
     @property
     def set_by_command(self) -> dict[str, str]:
@@ -119,27 +150,34 @@ def _changes_base_weights(lora: dict[str, Any]) -> bool:
 def _require_lora_fields(lora: dict[str, Any]) -> None:
     from peft import LoraConfig  # here, so that the command line can read the settings without it
 
-    known = {field.name for field in fields(LoraConfig)}
-    for name in lora:
+    if str(lora.get("init_lora_weights")).lower() in INITIALISED_IN_PYTHON:
+        raise ValueError(
+            f"lora.init_lora_weights: got {lora['init_lora_weights']!r}, which takes a preparation by PEFT in Python, expected an "
+            "initialisation from the weights alone, such as 'pissa' or 'olora'. Or use CAFTConfig and a Trainer."
+        )
+    known = get_type_hints(LoraConfig)
+    for name, value in lora.items():
         if name in LORA_SET_ELSEWHERE:
             raise ValueError(f"lora.{name}: given, expected it left out: {LORA_SET_ELSEWHERE[name]}.")
         if name not in known:
             raise ValueError(
                 f"lora.{name}: not a field of peft.LoraConfig, expected one of {', '.join(sorted(known))}."
             )
-    if str(lora.get("init_lora_weights")).lower() in INITIALISED_IN_PYTHON:
+        if is_plain(known[name]) and not fits(value, known[name]):
+            raise ValueError(f"lora.{name}: got {value!r}, expected {described(known[name])}.")
+    if not _changes_base_weights(lora):
+        return
+    initialisation = lora["init_lora_weights"]
+    for name, value in lora.items():
+        if name not in CONVERTED_TO_PLAIN and value not in (None, False, "none", {}):
+            raise ValueError(
+                f"lora.{name}: got {value!r} with init_lora_weights={initialisation!r}, which PEFT then cannot convert into a plain "
+                "adapter. Leave one of them out."
+            )
+    if lora.get("use_rslora") and (lora.get("rank_pattern") or lora.get("alpha_pattern")):
         raise ValueError(
-            f"lora.init_lora_weights: got {lora['init_lora_weights']!r}, which takes a preparation by PEFT in Python, expected an "
-            "initialisation from the weights alone, such as 'pissa' or 'olora'. Or use CAFTConfig and a Trainer."
-        )
-    if (
-        _changes_base_weights(lora)
-        and lora.get("use_rslora")
-        and (lora.get("rank_pattern") or lora.get("alpha_pattern"))
-    ):
-        raise ValueError(
-            f"lora.use_rslora: got true with init_lora_weights={lora['init_lora_weights']!r} and a rank or alpha pattern, which PEFT "
-            "cannot convert into a plain adapter. Leave one of them out."
+            f"lora.use_rslora: got true with init_lora_weights={initialisation!r} and a rank or alpha pattern, which PEFT cannot "
+            "convert into a plain adapter. Leave one of them out."
         )
 
 
@@ -226,8 +264,9 @@ class HeadTrainingSettings:
     @property
     def set_by_command(self) -> dict[str, str]:
         """Fields of TrainingArguments that the training of heads sets, with the reason."""
+        found = {"label_smoothing_factor": "heads learn from whole labels"}
         if self.early_stopping_patience is None:
-            return {}
+            return found
         reason = "--early-stopping-patience keeps the heads of the best evaluation, and saves as often as it evaluates"
         names = (
             "load_best_model_at_end",
@@ -237,7 +276,7 @@ class HeadTrainingSettings:
             "save_steps",
             "restore_callback_states_from_checkpoint",
         )
-        return dict.fromkeys(names, reason)
+        return found | dict.fromkeys(names, reason)
 
     def fresh_heads(self) -> dict[str, Any]:
         """The arguments for `AuxiliaryHeads.from_base_model` that were given."""

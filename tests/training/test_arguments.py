@@ -27,8 +27,9 @@ from peft_caft.training.settings import FineTuningSettings, HeadTrainingSettings
         (["--layer-replication", "[[0, 2], [1, 2]]"], {"layer_replication": [[0, 2], [1, 2]]}),
         (["--trainable-token-indices", "[1, 2]"], {"trainable_token_indices": [1, 2]}),
         (["--bias", "lora_only"], {"bias": "lora_only"}),
-        (["--exclude-modules", "lm_head"], {"exclude_modules": "lm_head"}),
-        (["--exclude-modules", "lm_head,q_proj"], {"exclude_modules": ["lm_head", "q_proj"]}),
+        (["--exclude-modules", "lm_head"], {"exclude_modules": ["lm_head"]}),
+        (["--exclude-modules", ".*_head"], {"exclude_modules": ".*_head"}),
+        (["--exclude-modules", "lm_head, q_proj"], {"exclude_modules": ["lm_head", "q_proj"]}),
         (["--exclude-modules", '"q_{1,2}"'], {"exclude_modules": "q_{1,2}"}),
         (["--layers-to-transform", "1,2"], {"layers_to_transform": [1, 2]}),
         (["--target-parameters", "a,b"], {"target_parameters": ["a", "b"]}),
@@ -44,6 +45,7 @@ def test_fields_of_lora_config_are_taken_by_their_types(options, fields):
     ("options", "message"),
     [
         (["--use-dora", "maybe"], "--use_dora: got 'maybe', expected true or false"),
+        (["--modules-to-save", "--use-dora"], "--modules_to_save: got no value, expected"),
         (["--bias", "some"], "--bias: got 'some', expected 'none' or 'all' or 'lora_only'"),
         (["--rank-pattern", "q_proj=4"], "--rank_pattern: got 'q_proj=4', expected a JSON object"),
         (["--layers-to-transform", "1.5"], "--layers_to_transform: got '1.5', expected"),
@@ -87,6 +89,14 @@ def test_an_unknown_option_is_named_with_what_is_near_it(option, near, tmp_path)
         ({"use_dorra": True}, "lora.use_dorra: not a field of peft.LoraConfig, expected one of"),
         ({"init_lora_weights": "eva"}, "lora.init_lora_weights: got 'eva', which takes a preparation"),
         ({"init_lora_weights": "LoftQ"}, "lora.init_lora_weights: got 'LoftQ', which takes a preparation"),
+        ({"use_dora": "yes"}, "lora.use_dora: got 'yes', expected true or false"),
+        ({"layer_replication": [[0, 1]]}, "lora.layer_replication: got [[0, 1]] with method='caft'"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "lora.use_dora: got True with init_lora_weights='pissa'"),
+        (
+            {"init_lora_weights": "olora", "modules_to_save": ["lm_head"]},
+            "lora.modules_to_save: got ['lm_head'] with init",
+        ),
+        ({"init_lora_weights": "pissa", "bias": "all"}, "lora.bias: got 'all' with init_lora_weights='pissa'"),
         (
             {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
             "lora.use_rslora: got true with init_lora_weights='pissa'",
@@ -109,6 +119,13 @@ def test_fields_of_lora_config_that_cannot_be_are_refused_in_settings(fields, me
         ({"method": "caft_full", "r": 4}, "r: got 4 with method='caft_full'"),
         ({"freeze_unembedding": True}, "freeze_unembedding: got True with method='caft'"),
         ({"heads": "x", "head_type": "residual"}, "head_type: got 'residual' beside heads, which have their own"),
+        ({"heads_revision": "main"}, "heads_revision: got 'main' without heads"),
+        ({"lora_dropout": 1}, "lora_dropout: got 1, expected a probability"),
+        ({"lora_alpha": 0}, "lora_alpha: got 0, expected a whole number of at least 1"),
+        (
+            {"load_in_8bit": True, "lora": {"init_lora_weights": "olora"}},
+            "lora.init_lora_weights: got 'olora' with a quantised",
+        ),
         ({"method": "adalora"}, "method: got 'adalora', expected one of 'caft', 'lora', 'caft_full', 'full'"),
     ],
 )
