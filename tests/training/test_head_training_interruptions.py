@@ -23,7 +23,7 @@ from ..support.tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenize
 
 # Two epochs of six steps, so that interruptions fall into a later epoch too.
 OPTIONS = [
-    *("--max-length", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "60", "--save_steps", "2"),
+    *("--max-length", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "60"),
     *("--learning_rate", "1e-2", "--eval_steps", "6", "--logging_steps", "6", "--use_cpu", "true"),
     *("--aux-token-fraction", "0.5"),  # the positions drawn after an interruption must be those of the whole run
 ]
@@ -38,7 +38,8 @@ def files(tmp_path_factory):
 
 def command(files: dict[str, str], folder: Path, *options: str) -> list[str]:
     places = ["--model", files["model"], "--data", files["data"], "--output", str(folder / "heads")]
-    return ["peft-caft", "train-heads", *places, "--cache", str(folder / "cache"), *OPTIONS, *options]
+    saves = () if "--early-stopping-patience" in options else ("--save_steps", "2")  # it saves when it evaluates
+    return ["peft-caft", "train-heads", *places, "--cache", str(folder / "cache"), *OPTIONS, *saves, *options]
 
 
 def require_same_weights(folder: Path, other: Path) -> None:
