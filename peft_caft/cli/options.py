@@ -94,7 +94,9 @@ class Command(TyperCommand):
         for title, records in sections.items():
             if records:
                 with formatter.section(title if grouped or title != RUN else "Options"):
-                    formatter.write_dl(records)
+                    formatter.write_dl(
+                        [(name, text.replace("\\[", "[")) for name, text in records]
+                    )  # typer 0.20 writes \[
 
 
 class Commands(TyperGroup):
