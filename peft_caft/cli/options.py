@@ -75,12 +75,12 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        names = {word.partition("=")[0] for word in args if word.startswith("--")}
-        spelled = {name: hyphens for name in names if (hyphens := name.replace("_", "-")) in own}
-        words = [(word.partition("="), word) for word in args]
-        return super().parse_args(
-            ctx, [spelled[n] + eq + value if n in spelled else word for (n, eq, value), word in words]
-        )
+        words = []
+        for word in args:
+            name, equals, value = word.partition("=")
+            hyphens = name.replace("_", "-")
+            words.append(hyphens + equals + value if hyphens in own else word)
+        return super().parse_args(ctx, words)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *GROUPS)}
@@ -94,9 +94,8 @@ class Command(TyperCommand):
         for title, records in sections.items():
             if records:
                 with formatter.section(title if grouped or title != RUN else "Options"):
-                    formatter.write_dl(
-                        [(name, text.replace("\\[", "[")) for name, text in records]
-                    )  # typer 0.20 writes \[
+                    # typer 0.20 writes \[ for rich, which is off here.
+                    formatter.write_dl([(name, text.replace("\\[", "[")) for name, text in records])
 
 
 class Commands(TyperGroup):

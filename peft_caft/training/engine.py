@@ -34,6 +34,11 @@ def engine_name(args: TrainingArguments) -> str | None:
     return None if args.deepspeed_plugin is None else f"ZeRO-{zero_stage(args)}"
 
 
+def divides_parameters(args: TrainingArguments) -> bool:
+    """Whether the engine keeps parts of each parameter in several processes: FSDP or ZeRO-3."""
+    return fsdp_plugin(args) is not None or zero_stage(args) == 3
+
+
 def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
     """Whether the engine shards the models of stage 1 over processes.
 
@@ -43,9 +48,9 @@ def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
     Raises:
         ValueError: if the engine shards in a way that stage 1 does not support.
     """
-    plugin = fsdp_plugin(args)
-    if plugin is None and zero_stage(args) < 3:
+    if not divides_parameters(args):
         return False
+    plugin = fsdp_plugin(args)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version: got {plugin.fsdp_version}, expected 2: FSDP1 flattens the frozen base model and the heads into "

@@ -34,7 +34,7 @@ from ..method.model import CAFTConfig
 from ..method.objective_config import ObjectiveConfig
 from .arguments import training_settings
 from .data import collator, encode, read_jsonl
-from .engine import engine_name, fsdp_plugin, gather, shards_parameters, zero_stage
+from .engine import divides_parameters, engine_name, gather, shards_parameters
 from .loading import load_base_model, require_dtype
 from .settings import FineTuningSettings
 
@@ -59,8 +59,8 @@ def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:
     # caft and lora get the same settings, so that they differ in the auxiliary loss alone.
     config = CAFTConfig(**lora, **objective) if settings.method == "caft" else LoraConfig(**lora)
     peft_model = get_peft_model(model, config)
-    for name, layer in peft_model.named_modules():
-        if settings.changes_base_weights and isinstance(layer, LoraLayer) and layer.lora_A:
+    for name, layer in peft_model.named_modules() if settings.changes_base_weights else ():
+        if isinstance(layer, LoraLayer) and layer.lora_A:
             most = len(layer.lora_A["default"].weight)  # number of singular values, if r is above it
             if most < layer.r["default"]:
                 raise ValueError(f"r: got {layer.r['default']}, expected at most {most}, the smaller side of {name}.")
@@ -93,9 +93,12 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0. With it Trainer keeps the labels from the "
             "model, which then cannot compute the auxiliary loss, and held-out losses would be smoothed ones."
         )
-    for name in ("changes_base_weights", "load_in_4bit", "load_in_8bit"):
-        if getattr(settings, name) and (fsdp_plugin(args) is not None or zero_stage(args) == 3):
-            option = "init_lora_weights" if name == "changes_base_weights" else name
+    for option, given in (
+        ("init_lora_weights", settings.changes_base_weights),
+        ("load_in_4bit", settings.load_in_4bit),
+        ("load_in_8bit", settings.load_in_8bit),
+    ):
+        if given and divides_parameters(args):
             raise ValueError(
                 f"{option}: given with an engine that divides parameters ({engine_name(args)}), where it is not supported. Train with "
                 "one process, DDP or ZeRO-2, or leave it out."
