@@ -110,7 +110,7 @@ def is_plain(hint: Any) -> bool:
 
 
 def described(hint: Any) -> str:
-    """An annotated type in words, such as ``"a number"`` or ``"list[int] with commas or as JSON"``."""
+    """An annotated type in words, such as ``"a number"`` or ``"list[int] with commas ..."``."""
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return " or ".join(described(part) for part in parts if part is not NoneType)
