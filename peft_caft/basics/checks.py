@@ -17,7 +17,7 @@ def require_choices(settings: object, cls: type | None = None) -> None:
 
     Args:
         settings: a dataclass.
-        cls: its base class, if only the fields of that one are to be checked.
+        cls: its base class, if only that one's fields are checked.
     """
     for name, hint in get_type_hints(cls or type(settings)).items():
         choices = [
@@ -53,14 +53,10 @@ def require_token_fraction(value: float, note: str = "") -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON or YAML has the annotated type. A whole number counts as a float;
-    true is no number.
+    """Whether a value from JSON or YAML has the annotated type.
 
-    Args:
-        value: a scalar, list or dict.
-        hint: made of ``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, ``list``,
-            ``tuple``, ``dict`` and unions. A choice of a ``Literal`` such as ``"pissa_niter_[number
-            of iters]"`` stands for any text in the brackets.
+    A whole number counts as a float, true as no number. A choice of a ``Literal`` such as
+    ``"pissa_niter_[number of iters]"`` stands for any text in the brackets.
     """
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
@@ -77,9 +73,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def parsed(name: str, text: str, hint: Any) -> Any:
-    """The value of the annotated type that a text on a command line means.
-
-    Lists may be JSON or items with commas; dicts are JSON.
+    """The value that a text means; lists are JSON or items with commas, dicts are JSON.
 
     Raises:
         ValueError: if the text means no such value.

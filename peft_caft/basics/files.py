@@ -26,10 +26,7 @@ NO_ROOM = 2**20  # bytes; a disk with less is full
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path, which is renamed to ``path`` on success and removed on error.
-
-    The old file stays whole until the rename, which the file system does in one step.
-    """
+    """Yield a temporary path, which is renamed to ``path`` on success and removed on error."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -50,14 +47,10 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in sorted(temporary.iterdir()):
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        yield Path(scratch)
+        for path in sorted(Path(scratch).iterdir()):
             os.replace(path, target / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -91,7 +84,7 @@ def lock(file: IO[bytes], output: Path, wait: bool = False) -> None:
 
     Args:
         file: the open file.
-        output: file or folder that the lock protects, for the message.
+        output: what the lock protects, for the message.
         wait: whether to wait until another process releases the lock.
 
     Raises:
@@ -114,9 +107,6 @@ def full_disk_explained(output: Path, kept: str) -> Iterator[None]:
     Args:
         output: file or folder that is written.
         kept: subject and verb of the sentence "... kept", such as ``"All finished batches are"``.
-
-    Raises:
-        OSError: if the disk is full.
     """
     try:
         yield
@@ -153,12 +143,7 @@ def default_cache_dir() -> Path:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        json.JSONDecodeError: if it is not JSON.
-    """
+    """The object in a JSON file; FileNotFoundError or json.JSONDecodeError if there is none."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 

@@ -18,8 +18,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may {}"
-
 
 @contextmanager
 def explained(field: str, repo_id: str, revision: str | None = None, action: str = "read") -> Iterator[None]:
@@ -27,19 +25,18 @@ def explained(field: str, repo_id: str, revision: str | None = None, action: str
 
     Args:
         field: name of the argument that gave ``repo_id``.
-        repo_id: the repository.
         revision: branch, tag or commit; None is ``main``.
         action: permission that the token needs, ``"read"`` or ``"write to"``.
 
     Raises:
-        FileNotFoundError: if there is no such repository, revision or file, or it is private, or
-            not in the cache while offline.
+        FileNotFoundError: if the repository, revision or file is missing, private, or not cached
+            while offline.
         PermissionError: if the token is missing or unknown, or does not allow this.
         ConnectionError: if the Hub cannot be reached or fails, or the connection breaks off.
     """
     where = f"{field}: {repo_id!r} on {constants.ENDPOINT}"
     at = f"revision {revision or 'main'}"
-    log_in = LOG_IN.format(f"{action} {repo_id!r}")
+    log_in = f"Log in with `hf auth login`, or set HF_TOKEN to a token that may {action} {repo_id!r}"
     retry = "No file was changed by halves: run the same again later."
     try:
         yield

@@ -16,6 +16,7 @@ from statistics import NormalDist
 import numpy as np
 
 Values = Sequence[float | None]
+LEVEL = 0.95  # confidence level
 CHUNK = 256  # draws at a time: with 10,000 rows, 20 MB each array
 
 
@@ -25,10 +26,9 @@ class Estimate:
 
     Attributes:
         mean: mean of all defined values.
-        low: lower end of the interval; None if there is none, as for one row.
-        high: upper end.
+        low, high: ends of the interval; None if there is none, as for one row.
         rows: number of rows that have a defined value.
-        method: method of the interval, ``"bootstrap"`` or ``"wilson"``.
+        method: ``"bootstrap"`` or ``"wilson"``.
     """
 
     mean: float
@@ -54,7 +54,7 @@ def excludes_zero(low: float | None, high: float | None) -> bool:
 
 
 def mean_estimate(
-    values: Values, weights: Sequence[float] | None = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: Values, weights: Sequence[float] | None = None, resamples: int = 2000, seed: int = 0
 ) -> Estimate | None:
     """The mean of one run's values with its interval; None if no value is defined.
 
@@ -62,9 +62,8 @@ def mean_estimate(
     where all rows agree, as at 0 of 164.
 
     Args:
-        values: one value per row.
+        values: one value v per row.
         weights: weight w of each row; the mean is sum(w v) / sum(w).
-        level: confidence level.
         resamples: number of draws of the bootstrap.
         seed: seed of the draws.
     """
@@ -74,31 +73,22 @@ def mean_estimate(
         return None
     defined = table[weight > 0]
     if weights is None and np.isin(defined, (0.0, 1.0)).all():
-        low, high = wilson_interval(int(defined.sum()), rows, level)
+        low, high = wilson_interval(int(defined.sum()), rows)
         return Estimate(float(defined.mean()), low, high, rows, "wilson")
-    return _estimate(table, weight, level, resamples, seed)
+    return _estimate(table, weight, resamples, seed)
 
 
 def mean_over_seeds(
-    values: Sequence[Values],
-    weights: Sequence[float] | None = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: Sequence[Values], weights: Sequence[float] | None = None, resamples: int = 2000, seed: int = 0
 ) -> Estimate | None:
-    """The mean over runs from several seeds with its interval; None if no value is defined.
-
-    Args:
-        values: for each seed one value per row.
-        weights, level, resamples, seed: arguments of `mean_estimate`.
-    """
+    """The mean over runs from several seeds, each with one value per row, as `mean_estimate`."""
     table, weight = _table(values, weights)
-    return _estimate(table, weight, level, resamples, seed) if (weight > 0).any() else None
+    return _estimate(table, weight, resamples, seed) if (weight > 0).any() else None
 
 
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Wilson's score interval of a share (J. American Statistical Association 22, 1927)."""
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -109,7 +99,6 @@ def paired_difference(
     first: Sequence[Values],
     second: Sequence[Values],
     weights: Sequence[float] | None = None,
-    level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate | None:
@@ -120,9 +109,8 @@ def paired_difference(
     fifth, and with one seed it says nothing about seeds.
 
     Args:
-        first: for each seed one value per row.
-        second: the same for the other run.
-        weights, level, resamples, seed: arguments of `mean_estimate`.
+        first, second: for each seed one value per row.
+        weights, resamples, seed: arguments of `mean_estimate`.
 
     Raises:
         ValueError: if the shapes differ.
@@ -134,7 +122,7 @@ def paired_difference(
             f"first and second: got {one.shape} and {two.shape} (seeds, rows), expected the same. Evaluate both on the same rows and seeds."
         )
     weight = np.where((weight_one > 0) & (weight_two > 0), weight_one, 0.0)
-    return _estimate(two - one, weight, level, resamples, seed) if weight.any() else None
+    return _estimate(two - one, weight, resamples, seed) if weight.any() else None
 
 
 def too_narrow_by(seeds: int) -> float:
@@ -156,14 +144,15 @@ def _table(values: Sequence[Values], weights: Sequence[float] | None) -> tuple[n
     return np.where(undefined, 0.0, table), np.where(undefined, 0.0, weight)
 
 
-def _estimate(table: np.ndarray, weight: np.ndarray, level: float, resamples: int, seed: int) -> Estimate:
+def _estimate(table: np.ndarray, weight: np.ndarray, resamples: int, seed: int) -> Estimate:
     mean = float((table * weight).sum() / weight.sum())
     used = int((weight > 0).any(axis=0).sum())
     if used < 2:
         return Estimate(mean, None, None, used, "bootstrap")
     rng = np.random.default_rng(seed)
-    drawn = np.concatenate([_draws(table * weight, weight, rng, count) for count in _chunks(resamples)])
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    counts = [min(CHUNK, resamples - start) for start in range(0, resamples, CHUNK)]
+    drawn = np.concatenate([_draws(table * weight, weight, rng, count) for count in counts])
+    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(mean, float(low), float(high), used, "bootstrap")
 
 
@@ -181,7 +170,3 @@ def _counts(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     """How often each of ``size`` items is in each of ``count`` draws: fp64 ``(count, size)``."""
     drawn = rng.integers(0, size, (count, size)) + size * np.arange(count)[:, None]
     return np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size).astype(np.float64)
-
-
-def _chunks(total: int) -> list[int]:
-    return [min(CHUNK, total - start) for start in range(0, total, CHUNK)]

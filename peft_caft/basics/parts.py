@@ -1,9 +1,8 @@
 """Finished batches of `distill` and `evaluate`, kept so that a kill costs only those in work.
 
 A hidden folder beside the output holds ``settings.json`` and, for each process, ``part-RANK.jsonl``
-with one line per finished batch. When a run is resumed, a line without its end is cut off and its
-batch is made again. Batches are not bound to a process, so a run can be resumed with another number
-of processes.
+with one line per finished batch. A resumed run makes the batch of a line without its end again, and
+may have another number of processes.
 """
 
 from __future__ import annotations

@@ -36,16 +36,13 @@ def listed(versions: dict[str, str]) -> str:
 
 
 def source_name(source: str) -> str:
-    """A model's or artifact's Hub id, or the name of its folder.
-
-    The folder's path means nothing on another machine.
-    """
+    """A model's or artifact's Hub id, or the name of its folder: a path means nothing elsewhere."""
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 @functools.cache
 def git_commit() -> str | None:
-    """Commit of the source tree that this package runs from, None if it is installed from a wheel.
+    """Commit of the source tree that this package runs from; None in an installed wheel.
 
     Cached at the first call, so that a long run records the code it started with.
     """

@@ -23,8 +23,6 @@ ADVICE = "Choose another output, or pass --overwrite to replace it."
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, laid out as the module's docstring says."""
-
     path: Path
 
     @property
@@ -43,11 +41,8 @@ class RunFolder:
     def held(self, wait: bool = False) -> Iterator[None]:
         """Keep other processes out of the folder inside the block, and explain a full disk.
 
-        Args:
-            wait: wait until another process leaves the folder, instead of raising an error.
-
         Raises:
-            BlockingIOError: if another process runs in the folder.
+            BlockingIOError: if another process runs in the folder and this one does not ``wait``.
             OSError: if the disk is full.
         """
         self.path.mkdir(parents=True, exist_ok=True)
@@ -61,8 +56,7 @@ class RunFolder:
         """Check that a run with these settings can start or resume here.
 
         Raises:
-            FileExistsError: if the folder holds a finished run, or an interrupted one with other
-                settings.
+            FileExistsError: if it holds a finished run, or an interrupted one with other settings.
         """
         if self.summary_path.exists():
             raise FileExistsError(f"output: {self.path} holds a finished run. {ADVICE}")
@@ -85,7 +79,7 @@ class RunFolder:
             checkpoint_files: files that a checkpoint needs besides the Trainer's.
 
         Returns:
-            the last whole checkpoint to resume from, or None to start from the beginning.
+            the checkpoint to resume from, or None to start from the beginning.
 
         Raises:
             FileExistsError: if `require_free` refuses the settings.
@@ -116,26 +110,13 @@ def first_difference(got: dict[str, Any], expected: dict[str, Any]) -> str | Non
 
 
 def require_same_settings(settings: dict[str, Any], recorded: dict[str, Any] | None, what: str) -> None:
-    """Check that a run was made with these settings, if it recorded any.
-
-    Args:
-        what: the run, for the message: ``"FOLDER holds an interrupted run"``.
-
-    Raises:
-        FileExistsError: naming the first setting that differs.
-    """
+    """Raise a FileExistsError if ``what``, a run, has recorded other settings."""
     if recorded is not None and (different := first_difference(settings, recorded)):
         raise FileExistsError(f"output: {what} with other settings; {different} to resume it. {ADVICE}")
 
 
 def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | None:
-    """The newest ``checkpoint-N`` that was saved to its end.
-
-    Trainer saves its state and the random states last, so a checkpoint with these is whole.
-
-    Args:
-        needed: names of further files that a whole checkpoint holds.
-    """
+    """The newest ``checkpoint-N`` with all ``needed`` files and Trainer's state, saved last."""
     numbered = [(int(p.name.removeprefix("checkpoint-")), p) for p in folder.glob("checkpoint-*") if p.is_dir()]
     for _, checkpoint in sorted(numbered, reverse=True):
         try:

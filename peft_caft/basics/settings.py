@@ -1,6 +1,4 @@
-"""Fields of settings, each written once: its help, its type and its default make the option of the
-command line too.
-"""
+"""Fields of settings, whose help, type and default make the options of the command line too."""
 
 from __future__ import annotations
 
