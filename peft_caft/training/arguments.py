@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError, ArgumentParser
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..basics.checks import described, is_plain, parsed
+from .data import require_file
 from .defaults import COMMON
 from .settings import LORA_SET_ELSEWHERE
 
@@ -21,6 +22,10 @@ SET_BY_COMMAND = {
     "output_dir": "--output says where the run is kept",
     "resume_from_checkpoint": "an interrupted run in --output is resumed by itself",
 }
+DECIDE_RESULTS = (
+    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("optim", "lr_scheduler_type", "warmup_steps", "weight_decay", "train_sampling_strategy", "seed", "data_seed"),
+)
 
 
 def trainer_arguments(
@@ -31,21 +36,20 @@ def trainer_arguments(
     set_by_command: Mapping[str, str] | None = None,
     also_known: Iterable[str] = (),
 ) -> TrainingArguments:
-    """TrainingArguments, each value from the first of: ``options``, ``yaml_file``, ``defaults``,
-    transformers.
+    """TrainingArguments: ``options`` go before ``yaml_file``, and both before ``defaults``.
 
     Args:
         output: run folder; checkpoints go below it.
         defaults: what the command sets unless told otherwise.
-        yaml_file: mapping of TrainingArguments fields.
+        yaml_file: path of a mapping of fields.
         options: as on a command line, e.g. ``["--learning_rate", "1e-4"]``.
         set_by_command: field -> reason, for fields that the command would overwrite.
         also_known: further names of options, to be suggested for an unknown one.
 
     Raises:
         FileNotFoundError: if there is no such YAML file.
-        ValueError: naming an option or YAML key that TrainingArguments lacks, that the command
-            would overwrite, or whose value is refused.
+        ValueError: if TrainingArguments lacks an option or YAML key or refuses its value, or the
+            command would overwrite it.
     """
     own = _yaml(yaml_file)
     given = [*own, *(_name(word) for word in options or [] if word.startswith("--"))]
@@ -79,25 +83,20 @@ def lora_option_types() -> dict[str, Any]:
 def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Fields of ``LoraConfig`` among options, and the other options.
 
-    A field that is true or false needs no value. For lists and dicts see `basics.checks.parsed`.
-
-    Args:
-        options: words of a command line, such as ``["--use-dora", "--seed", "1"]``.
+    A field that is true or false needs no value, as in ``["--use-dora", "--seed", "1"]``. For lists
+    and dicts see `basics.checks.parsed`.
 
     Raises:
         ValueError: if only Python can give a field, or a value has another type.
     """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for field in dataclasses.fields(LoraConfig):
+        spellings = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
+        parser.add_argument(*spellings, dest=field.name, nargs="?", default=SUPPRESS)
+    given, others = parser.parse_known_args(options)
     types = lora_option_types()
-    names = {field.name for field in dataclasses.fields(LoraConfig)}
     found: dict[str, Any] = {}
-    others: list[str] = []
-    words = list(options)
-    while words:
-        word = words.pop(0)
-        name = _name(word)
-        if not word.startswith("--") or name not in names:
-            others.append(word)
-            continue
+    for name, text in vars(given).items():
         if name in LORA_SET_ELSEWHERE:
             raise ValueError(f"--{name}: given, but this command sets it: {LORA_SET_ELSEWHERE[name]}. Leave it out.")
         if name not in types:
@@ -105,36 +104,16 @@ def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
                 f"--{name}: a command line cannot give it, since it is an object of PEFT, expected it in Python: "
                 f"CAFTConfig({name}=...) and a Trainer."
             )
-        _, given, value = word.partition("=")
-        if not given and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        elif not given and types[name] is bool:
-            value = "true"
-        elif not given:
+        if text is None and types[name] is not bool:
             raise ValueError(f"--{name}: got no value, expected {described(types[name])}.")
-        found[name] = parsed(f"--{name}", value, types[name])
+        found[name] = parsed(f"--{name}", text or "true", types[name])
     return found, others
 
 
 def training_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The trainer arguments that decide a result, for comparing a run with the one that it would
-    resume.
-    """
-    names = (
-        "learning_rate",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "max_steps",
-        "optim",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "train_sampling_strategy",
-        "seed",
-        "data_seed",
-    )
-    return {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names}
+    """The trainer arguments that decide a result, for the record of a run."""
+    values = args.to_dict()
+    return {name: values[name] for name in DECIDE_RESULTS}
 
 
 def _unknown(option: str, also_known: Iterable[str]) -> ValueError:
@@ -156,13 +135,11 @@ def _yaml(path: str | None) -> dict[str, Any]:
         return {}
     import yaml
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"--training-yaml: {path} is not a file, expected a YAML mapping of TrainingArguments."
-        )
+    require_file("--training-yaml", Path(path), "a YAML mapping of TrainingArguments")
     values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    if not isinstance(values, dict) or set(values) - known:
-        wrong = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
+    wrong: Any = type(values).__name__
+    if isinstance(values, dict):
+        wrong = sorted(values.keys() - {field.name for field in dataclasses.fields(TrainingArguments)})
+    if wrong:
         raise ValueError(f"{path}: got {wrong}, expected a mapping of fields of transformers.TrainingArguments.")
     return values

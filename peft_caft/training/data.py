@@ -39,7 +39,7 @@ class EncodedData:
         rows: ``{"input_ids": list[int], "labels": list[int]}``; labels are unshifted, and -100
             where unsupervised.
         truncated: number of rows that were cut to the maximal length.
-        dropped: number of rows that were left out, because no supervised token was left.
+        dropped: number of rows that were left out, without a supervised token.
     """
 
     rows: list[dict[str, list[int]]]
@@ -62,24 +62,24 @@ class EncodedData:
 
 
 def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file; blank lines are skipped.
-
-    Args:
-        path: UTF-8 text, one JSON object a line.
-        limit: largest number of rows to read; None reads all.
+    """The first ``limit`` rows of a JSONL file, all if None; blank lines do not count.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a line is not JSON or not a row of a known form, naming file and line; or if
-            there is no row.
+        ValueError: if there is no row, or a line is no row of a known form, naming file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data: {path} is not a file, expected a JSONL file with rows of the form {FORMS}.")
+    require_file("data", path, f"a JSONL file with rows of the form {FORMS}")
     rows = [_row(value, where) for where, value in json_lines(path, limit)]
     if not rows:
         raise ValueError(f"{path}: got no rows, expected at least one of the form {FORMS}.")
     return rows
+
+
+def require_file(field: str, path: Path, expected: str) -> None:
+    """Raise a FileNotFoundError that names the field unless there is such a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{field}: {path} is not a file, expected {expected}.")
 
 
 def json_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, Any]]:
@@ -128,23 +128,20 @@ def is_chat(value: Any) -> bool:
 def encode(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool = False
 ) -> EncodedData:
-    """Tokenize rows and mark what is supervised.
+    """Tokenize the rows that `read_jsonl` returned, and mark what is supervised.
 
     Args:
-        rows: rows that `read_jsonl` returned.
         tokenizer: needs an end-of-text token, and a chat template if rows have ``messages``.
         max_length: longest row in tokens; longer rows lose their end.
         quiet: show no progress bar.
 
     Raises:
-        ValueError: if the tokenizer has no chat template for a row's messages, or one that refuses
-            or rewrites them, naming the row; or if no row has a supervised token left.
+        ValueError: if the chat template is missing, refuses or rewrites the messages of a row,
+            naming the row; or if no row has a supervised token left.
     """
     encoded, truncated, dropped = [], 0, 0
-    numbered = enumerate(
-        tqdm(rows, desc="Tokenizing", unit=" rows", leave=False, mininterval=1, disable=quiet), start=1
-    )
-    for number, row in numbered:
+    bar = tqdm(rows, desc="Tokenizing", unit=" rows", leave=False, mininterval=1, disable=quiet)
+    for number, row in enumerate(bar, start=1):
         try:
             input_ids, labels = encode_row(row, tokenizer)
         except ValueError as error:

@@ -32,18 +32,17 @@ from .loading import load_for_inference, require_tokenizer_of
 from .prompts import Prompt, prepare_prompts, read_prompts
 from .settings import DistillationSettings
 
+KEPT = ("complete", "prompt_index")  # fields of a result that its row keeps, besides prompt and answer
 REASONS = ("empty", "repetitive", "untrainable", "duplicate")
 
 
 def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str, Any]:
     """Let the base model answer prompts, and write JSONL. An interrupted run is resumed.
 
-    Under several processes (``accelerate launch``) each answers a share. The result does not depend
-    on interruptions. It depends on ``batch_size``, because the random numbers of a batch are drawn
-    together.
+    Under several processes (``accelerate launch``) each answers a share. The result depends on
+    ``batch_size``, since a batch's random numbers are drawn together, but not on interruptions.
 
     Args:
-        settings: model, prompts, sampling, output.
         overwrite: replace an output or an interrupted run that was made with other settings.
 
     Returns:
@@ -79,13 +78,14 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
         results = [reader.read(prompt, sample, ids) for (prompt, sample), ids in zip(batch, found, strict=True)]
         return results, sum(map(len, found))
 
+    tokenized = "".join(json.dumps(prompt.input_ids) for prompt in fitting)  # by tokenizer and chat template
     recorded = asdict(settings) | {
         "model": source_name(settings.model),
         "model_revision": getattr(config, "_commit_hash", None),
         "weights_sha256": weights_sha256,
         "prompts": source.name,
         "prompts_sha256": source.sha256,
-        "tokenized_prompts_sha256": _tokens_sha256(fitting),  # differs with tokenizer and chat template
+        "tokenized_prompts_sha256": hashlib.sha256(tokenized.encode()).hexdigest(),
         "stop_token_ids": backend.sampling.stop_token_ids,
         "batch_size": backend.batch_size,
     }
@@ -136,13 +136,8 @@ def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Pr
 def _backend(
     settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase, state: PartialState
 ) -> tuple[Backend, str | None]:
-    sampling = Sampling(
-        settings.temperature,
-        settings.top_p,
-        settings.top_k,
-        settings.max_new_tokens,
-        stop_tokens_of(settings.model, tokenizer),
-    )
+    stops = stop_tokens_of(settings.model, tokenizer)
+    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, stops)
     if settings.backend == "vllm":
         return VLLMBackend(settings.model, settings.dtype, sampling, settings.batch_size or 1024), None
     model = load_for_inference(settings.model, settings.dtype, device=state.device)
@@ -150,20 +145,12 @@ def _backend(
     return TransformersBackend(model, tokenizer, sampling, settings.batch_size or 32), weights_digest(model)
 
 
-def _tokens_sha256(prompts: list[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps(prompt.input_ids).encode())
-    return digest.hexdigest()
-
-
 def _join(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
     """Write the output in the order of the prompts, and return the counts for the provenance."""
     by_index = {prompt.index: prompt for prompt in prompts}
     finished = list(parts.finished())
-    results = sorted(
-        (r for batch in finished for r in batch["results"]), key=lambda r: (r["prompt_index"], r["sample"])
-    )
+    results = [result for batch in finished for result in batch["results"]]
+    results.sort(key=lambda result: (result["prompt_index"], result["sample"]))
     seen: set[tuple[int, str]] = set()
     rejected = Counter(dict.fromkeys(REASONS, 0))
     kept = []
@@ -174,14 +161,8 @@ def _join(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
         else:
             seen.add(key)
             kept.append(result)
-    write_jsonl(
-        parts.output,
-        (
-            by_index[r["prompt_index"]].row(r["answer"])
-            | {"complete": r["complete"], "prompt_index": r["prompt_index"]}
-            for r in kept
-        ),
-    )
+    rows = (by_index[r["prompt_index"]].row(r["answer"]) | {name: r[name] for name in KEPT} for r in kept)
+    write_jsonl(parts.output, rows)
     complete = sum(r["complete"] for r in kept)
     tokens, seconds = sum(r["tokens"] for r in results), sum(batch["seconds"] for batch in finished)
     return {

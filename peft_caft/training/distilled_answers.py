@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,20 +15,22 @@ from .prompts import Prompt
 REPEATED_RUN = 8  # tokens: about a clause, so that lists, tables and code do not look like loops
 
 
+@dataclass(frozen=True)
 class AnswerReader:
     """Turns the tokens of answers into text and judges them.
 
-    Args:
-        tokenizer: tokenizer of the model that answered.
+    Attributes:
         stop_token_ids: tokens that end an answer.
         max_repetition: largest share of repeated runs of tokens that `rejection` lets pass.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int], max_repetition: float) -> None:
-        self.tokenizer = tokenizer
-        self.stops = set(stop_token_ids)
-        self.ends = self.stops | special_token_ids(tokenizer)
-        self.max_repetition = max_repetition
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: list[int]
+    max_repetition: float
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        return special_token_ids(self.tokenizer).union(self.stop_token_ids)
 
     def read(self, prompt: Prompt, sample: int, ids: list[int]) -> dict[str, Any]:
         """The record of one answer.
@@ -37,18 +41,17 @@ class AnswerReader:
         Returns:
             ``prompt_index``; ``sample``; ``answer``, without special tokens; ``complete``, whether
             the model ended it; ``tokens``, the number generated; ``rejected``, None or the reason
-            to leave it out: that of `rejection`, or ``"untrainable"`` if the chat template changes
-            the prompt when the answer is added; ``same_tokens``, whether the row, tokenized for
-            training, has exactly the tokens that the model wrote.
+            to leave it out: that of `rejection`, or ``"untrainable"`` if it changes how the chat
+            template shows the prompt; ``same_tokens``, whether training sees the model's own.
         """
         # Training would read a special token within the answer as another turn, so the answer ends
         # before it.
-        end = position_of_first(ids, self.ends)
-        complete = end < len(ids) and ids[end] in self.stops
+        end = position_of_first(ids, self._ends)
+        complete = end < len(ids) and ids[end] in self.stop_token_ids
         kept = ids[:end]
         answer = text_of(kept, self.tokenizer)
         while not complete and kept and answer.endswith("\ufffd"):  # cut within a character of several tokens
-            kept = kept[:-1]
+            kept.pop()
             answer = text_of(kept, self.tokenizer)
         rejected = rejection(answer, kept, self.max_repetition)
         trained_on = None if rejected else self._trained_on(prompt, answer, complete)
@@ -74,15 +77,14 @@ class AnswerReader:
 
     def _same_tokens(self, prompt: Prompt, ids: list[int], trained_on: list[int], complete: bool) -> bool:
         expected = [*prompt.input_ids, *ids]
-        return trained_on[: len(expected)] == expected and (not complete or trained_on[len(expected)] in self.ends)
+        return trained_on[: len(expected)] == expected and (not complete or trained_on[len(expected)] in self._ends)
 
 
 def rejection(answer: str, ids: list[int], max_repetition: float = 0.5) -> str | None:
     """Why an answer itself is of no use for training, or None.
 
     ``"empty"``: it is nothing but white space. ``"repetitive"``: more than the share
-    ``max_repetition`` of its runs of 8 tokens occurred earlier in it, as where a line is repeated
-    over and over; 1 turns this off.
+    ``max_repetition`` of its runs of 8 tokens occurred earlier in it; 1 turns this off.
     """
     if not answer.strip():
         return "empty"

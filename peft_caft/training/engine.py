@@ -42,11 +42,9 @@ def divides_parameters(args: TrainingArguments) -> bool:
 def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
     """Whether the engine shards the models of stage 1 over processes.
 
-    Args:
-        cache: folder of cached hidden states, which a sharded run cannot use; None for no cache.
-
     Raises:
-        ValueError: if the engine shards in a way that stage 1 does not support.
+        ValueError: if it does so in a way, or with a cache of hidden states, that stage 1 does not
+            support.
     """
     if not divides_parameters(args):
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -10,31 +11,27 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
+@dataclass(eq=False)
 class EpochOrder(Sampler[int]):
     """Shuffled rows; or shuffled batches of rows of about equal length, the longest batch first.
 
-    A resumed run must see the order in which it was interrupted; otherwise it sees some rows of
-    that epoch twice and others never. transformers' length-grouped sampler draws from the global
-    generator, and accelerate tells a sampler its epoch only in a run of one process (transformers
-    5.23, accelerate 1.15). That sampler also returns fifty batches in a row from long to short, and
-    the loss swings with them where long rows differ in kind from short ones.
+    A resumed run must see the order in which it was interrupted, or it sees some rows of that epoch
+    twice and others never. transformers' length-grouped sampler draws from the global generator,
+    and accelerate tells a sampler its epoch only in a run of one process (transformers 5.23,
+    accelerate 1.15). That sampler also returns fifty batches in a row from long to short, and the
+    loss swings with them where long rows differ in kind from short ones.
 
-    Args:
+    Attributes:
         lengths: length of each row in tokens; None shuffles the rows.
-        rows: number of rows.
         batch_size: rows per optimizer step over all processes, which have about equal length.
-        seed: seed of the order.
         epoch: returns the current epoch, from 0.
     """
 
-    def __init__(
-        self, lengths: list[int] | None, rows: int, batch_size: int, seed: int, epoch: Callable[[], int]
-    ) -> None:
-        self.lengths = lengths
-        self.rows = rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
+    lengths: list[int] | None
+    rows: int
+    batch_size: int
+    seed: int
+    epoch: Callable[[], int]
 
     def __len__(self) -> int:
         return self.rows

@@ -54,20 +54,18 @@ class Backend(Protocol):
     batch_size: int
 
     def answers(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
-        """Answer prompts; the same seed gives the same answers.
+        """Token ids of an answer to each prompt, up to and including the token that ended it.
 
         Args:
             prompts: token ids of each prompt.
-
-        Returns:
-            token ids of one answer per prompt, up to and including the token that ended it.
+            seed: the same one gives the same answers.
         """
 
 
 def batches_by_length(requests: Iterable[Request], length: Callable[[Request], int], size: int) -> list[list[Request]]:
     """Batches of ``size`` requests of about equal length, ties in their order.
 
-    Longest come first: little padding, and an out-of-memory error comes at the first batch.
+    Longest come first: little padding, and an out-of-memory error comes at once.
     """
     ordered = sorted(requests, key=lambda request: -length(request))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
@@ -93,7 +91,7 @@ def answer_batches(
         batches: requests in the order of `batches_by_length`.
         finished: numbers of the batches in ``parts`` before any process began to write.
         answers: takes a batch and a seed; returns one result per request (JSON values) and the
-            number of tokens that were generated.
+            number of generated tokens.
         what: name of the progress bar.
         rank: number of this process among ``processes``.
     """
@@ -148,9 +146,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
         stops |= {next((i for i in ids if i in specials), None)}
     stops.discard(None)
     if not stops:
-        raise ValueError(
-            "eos_token: got None from tokenizer and generation_config.json, expected the token that ends a text."
-        )
+        raise ValueError("eos_token: got None from tokenizer and generation_config.json, expected an end of text.")
     return sorted(stops)
 
 
@@ -176,12 +172,11 @@ class TransformersBackend:
         self.batch_size = batch_size
         # Any token does where the tokenizer has none: padding is masked.
         self.pad_token_id = sampling.stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         # In place of the model's own, whose top_k or repetition_penalty would be merged in.
         model.generation_config = GenerationConfig(
             do_sample=sampling.temperature > 0,
-            temperature=sampling.temperature if sampling.temperature > 0 else None,
-            top_p=sampling.top_p if sampling.temperature > 0 else None,
-            top_k=sampling.top_k if sampling.temperature > 0 else None,
+            **(drawn if sampling.temperature > 0 else {}),
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sampling.stop_token_ids,
             pad_token_id=self.pad_token_id,

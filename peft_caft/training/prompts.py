@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..basics.files import file_sha256
-from .data import is_chat, json_lines, rendered
+from .data import is_chat, json_lines, rendered, require_file
 
 DATASET = "hf:"
 PROMPT_FORMS = "{'prompt': '...'} or {'messages': [{'role': 'user', 'content': '...'}, ...]}"
@@ -20,13 +20,11 @@ PROMPT_FORMS = "{'prompt': '...'} or {'messages': [{'role': 'user', 'content': '
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt.
+    """One prompt: ``messages`` if the tokenizer has a chat template, else ``text``.
 
     Attributes:
         index: number of its row in the source, from 0; blank lines do not count.
-        messages: the chat so far, if the tokenizer has a chat template; else None.
-        text: plain text, if the tokenizer has no chat template; else None.
-        input_ids: token ids that the model reads.
+        messages: the chat so far.
     """
 
     index: int
@@ -50,7 +48,7 @@ class PromptRows:
 
     Attributes:
         rows: ``("FILE, line N", row)`` for each row.
-        name: name of the source, without the path to it.
+        name: the source without the path to it.
         sha256: hash of the file, or of the rows that were read from a dataset.
     """
 
@@ -68,33 +66,26 @@ def read_prompts(
         source: path of a JSONL file; or ``hf:NAME`` or ``hf:NAME:CONFIG``, where NAME is a dataset
             on the Hub, a folder of data files, or a folder that ``Dataset.save_to_disk`` wrote.
         split: split of a dataset; ``"train"`` if None.
-        column: field that holds the prompt (a string) or the chat (a list of messages); None takes
-            ``messages`` or ``prompt``.
+        column: field with the prompt or the chat; None takes ``messages`` or ``prompt``.
         limit: largest number of rows to read; None reads all.
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
         ModuleNotFoundError: if ``datasets`` is needed and not installed.
-        ValueError: if a line is not JSON or lacks the column, naming file and line; or if there are
-            no rows.
+        ValueError: if there is no row, or one lacks the column, naming file and line.
     """
     if source.startswith(DATASET):
         result = _read_dataset(source, split or "train", column, limit)
     elif split is not None:
         raise ValueError(f"split: got {split!r} for the file {source}, expected it unset. Datasets are named hf:NAME.")
     else:
-        result = PromptRows(_read_jsonl(Path(source), column, limit), Path(source).name, file_sha256(source))
+        path = Path(source)
+        require_file("prompts", path, f"JSONL with rows {PROMPT_FORMS}, or hf:NAME for a dataset")
+        rows = [(where, _renamed(value, column, where)) for where, value in json_lines(path, limit)]
+        result = PromptRows(rows, path.name, file_sha256(path))
     if not result.rows:
         raise ValueError(f"prompts: got no rows in {source}, expected at least one of the form {PROMPT_FORMS}.")
     return result
-
-
-def _read_jsonl(path: Path, column: str | None, limit: int | None) -> list[tuple[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"prompts: {path} is not a file, expected JSONL with rows {PROMPT_FORMS}, or hf:NAME for a dataset."
-        )
-    return [(where, _renamed(value, column, where)) for where, value in json_lines(path, limit)]
 
 
 def _read_dataset(source: str, split: str, column: str | None, limit: int | None) -> PromptRows:
@@ -148,20 +139,18 @@ def prepare_prompts(
 
     Args:
         rows: rows of `PromptRows`.
-        system: system message for chats that have none.
+        system: system message for chats that have none; None adds none.
 
     Returns:
         the prompts, and the number of duplicates that were left out.
 
     Raises:
-        ValueError: if a row has another form, or is a chat and the tokenizer has no chat template,
-            naming the row; or if there is a system message and no chat template.
+        ValueError: if a row has another form, naming it, or there is no chat template for a chat or
+            the system message.
     """
     has_template = tokenizer.chat_template is not None
     if system is not None and not has_template:
-        raise ValueError(
-            f"system: got {system!r}, but the tokenizer has no chat template, expected one. Drop --system."
-        )
+        raise ValueError(f"system: got {system!r}, expected none: the tokenizer has no chat template. Drop --system.")
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for index, (where, row) in enumerate(rows):
@@ -170,8 +159,7 @@ def prepare_prompts(
             chat_or_text = [{"role": "user", "content": chat_or_text}]
         elif not isinstance(chat_or_text, str) and not has_template:
             raise ValueError(
-                f"{where}: messages: the tokenizer has no chat template, expected one. Use rows with 'prompt', or an "
-                "instruct model."
+                f"{where}: messages: the tokenizer has no chat template, expected one. Use rows with 'prompt', or an instruct model."
             )
         if isinstance(chat_or_text, list) and system is not None and chat_or_text[0]["role"] != "system":
             chat_or_text = [{"role": "system", "content": system}, *chat_or_text]
@@ -196,12 +184,12 @@ def _chat_or_text(row: Any, where: str) -> str | list[dict[str, str]]:
         messages = row["messages"]
         if not is_chat(messages):
             raise ValueError(f"{where}: messages: expected a list of {{'role': ..., 'content': ...}} with strings.")
-        end = len(messages)
-        while end and messages[end - 1]["role"] == "assistant":
-            end -= 1
-        if not end or all(m["role"] == "system" for m in messages[:end]):
+        asked = [{"role": m["role"], "content": m["content"]} for m in messages]
+        while asked and asked[-1]["role"] == "assistant":
+            asked.pop()
+        if all(m["role"] == "system" for m in asked):
             raise ValueError(f"{where}: messages: expected a message of the user for the model to answer.")
-        return [{"role": m["role"], "content": m["content"]} for m in messages[:end]]
+        return asked
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         if not row["prompt"].strip():
             raise ValueError(f"{where}: prompt: got {row['prompt']!r}, expected text. Drop the row.")

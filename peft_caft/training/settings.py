@@ -35,7 +35,12 @@ CONVERTED_TO_PLAIN = (
     *("init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
 )
+LORA_OFF: tuple[Any, ...] = (None, False, "none", [], {})  # values that change nothing
 INITIALISED_IN_PYTHON = ("corda", "eva", "loftq", "lora_ga")  # by a pass over data, or an object of PEFT
+SET_BY_EARLY_STOPPING = (
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "save_strategy", "save_steps"),
+    "restore_callback_states_from_checkpoint",
+)
 Targets = Literal["soft", "hard"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -45,7 +50,7 @@ class FineTuningSettings(ObjectiveConfig):
     """What to fine-tune, and how; each field is an option of ``peft-caft train``.
 
     Raises:
-        ValueError: if a field is out of range, or belongs to another method.
+        ValueError: if a field is out of range, or has no use beside the others.
     """
 
     model: str = setting("Base model: folder or Hub id.", group=DATA)
@@ -77,40 +82,48 @@ class FineTuningSettings(ObjectiveConfig):
     def __post_init__(self) -> None:
         require_choices(self)
         require_counts(self, "eval_rows", "max_rows", "max_length", "r", "lora_alpha")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"lora_dropout: got {self.lora_dropout}, expected a probability of at least 0 and below 1."
-            )
-        if self.heads_revision is not None and self.heads is None:
-            raise ValueError(
-                f"heads_revision: got {self.heads_revision!r} without heads. Leave it out, or give heads."
-            )
         self.require_valid_objective()
-        unused = dict.fromkeys(unused_settings(self.method), f"with method={self.method!r}, which has no use for it")
-        if self.heads is not None:
-            unused |= dict.fromkeys(
-                ("head_type", "head_num_layers", "head_input"), "beside heads, which have their own"
-            )
-        defaults = {field.name: field.default for field in fields(self)} | {"lora": {}}
-        for name, why in unused.items():
-            if (value := getattr(self, name)) != defaults[name]:
-                raise ValueError(f"{name}: got {value!r} {why}. Leave it out.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected a probability: at least 0, below 1.")
         if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError(
-                "load_in_8bit: got true together with load_in_4bit, expected one of the two. Leave one out."
-            )
+            raise ValueError("load_in_8bit: got true together with load_in_4bit, expected one of them. Leave one out.")
         if self.lora:
             _require_lora_fields(self.lora)
-        if self.changes_base_weights and (self.load_in_4bit or self.load_in_8bit):
+        lora = {name: value for name, value in self.lora.items() if value not in LORA_OFF}
+        if self.changes_base_weights and "use_rslora" in lora and {"rank_pattern", "alpha_pattern"} & lora.keys():
             raise ValueError(
-                f"lora.init_lora_weights: got {self.lora['init_lora_weights']!r} with a quantised base model, whose weights cannot be "
-                "changed exactly. Leave one of them out."
+                f"lora.use_rslora: got true with init_lora_weights={self.lora['init_lora_weights']!r} and a rank or alpha pattern, "
+                "which PEFT cannot convert into a plain adapter. Leave one of them out."
             )
-        if self.lora.get("layer_replication") and self.has_auxiliary_loss:
-            raise ValueError(
-                f"lora.layer_replication: got {self.lora['layer_replication']!r} with method={self.method!r}, expected it with 'lora' "
-                "alone: the heads are made for the layers of the base model."
+        defaults = {field.name: field.default for field in fields(self)} | {"lora": {}}
+        values = vars(self) | {f"lora.{name}": value for name, value in lora.items()}
+        for name, why in self._out_of_place().items():
+            if values.get(name) != defaults.get(name):
+                raise ValueError(f"{name}: got {values[name]!r} {why}. Leave it out.")
+
+    def _out_of_place(self) -> dict[str, str]:
+        """Fields that the others leave no use for, with the reason."""
+        method = f"with method={self.method!r}"
+        found = dict.fromkeys(unused_settings(self.method), f"{method}, which has no use for it")
+        if self.heads is None:
+            found["heads_revision"] = "without heads, expected heads beside it"
+        else:
+            found |= dict.fromkeys(
+                ("head_type", "head_num_layers", "head_input"), "beside heads, which have their own"
             )
+        if self.has_auxiliary_loss:
+            found["lora.layer_replication"] = (
+                f"{method}, expected it with 'lora' alone: the heads are made for the layers of the base model"
+            )
+        if self.changes_base_weights:
+            start = f"with init_lora_weights={self.lora['init_lora_weights']!r}"
+            lost = [f"lora.{name}" for name in self.lora if name not in CONVERTED_TO_PLAIN]
+            found |= dict.fromkeys(lost, f"{start}, which PEFT then cannot convert into a plain adapter")
+            if self.load_in_4bit or self.load_in_8bit:
+                found["lora.init_lora_weights"] = (
+                    "with a quantised base model, whose weights cannot be changed exactly"
+                )
+        return found
 
     @property
     def set_by_command(self) -> dict[str, str]:
@@ -129,7 +142,7 @@ class FineTuningSettings(ObjectiveConfig):
     @property
     def changes_base_weights(self) -> bool:
         """Whether the initial adapter is taken out of the base model's weights (PiSSA, OLoRA)."""
-        return _changes_base_weights(self.lora)
+        return str(self.lora.get("init_lora_weights")).lower().startswith(("pissa", "olora"))
 
     @property
     def loading_dtype(self) -> str:
@@ -141,10 +154,6 @@ def unused_settings(method: str) -> tuple[str, ...]:
     """Names of the fields of `FineTuningSettings` that a method has no use for."""
     objective = () if method.startswith("caft") else tuple(field.name for field in fields(ObjectiveConfig))
     return objective + (ADAPTER_FIELDS if method in ("caft_full", "full") else ("freeze_unembedding",))
-
-
-def _changes_base_weights(lora: dict[str, Any]) -> bool:
-    return str(lora.get("init_lora_weights")).lower().startswith(("pissa", "olora"))
 
 
 def _require_lora_fields(lora: dict[str, Any]) -> None:
@@ -165,20 +174,6 @@ def _require_lora_fields(lora: dict[str, Any]) -> None:
             )
         if is_plain(known[name]) and not fits(value, known[name]):
             raise ValueError(f"lora.{name}: got {value!r}, expected {described(known[name])}.")
-    if not _changes_base_weights(lora):
-        return
-    initialisation = lora["init_lora_weights"]
-    for name, value in lora.items():
-        if name not in CONVERTED_TO_PLAIN and value not in (None, False, "none", {}):
-            raise ValueError(
-                f"lora.{name}: got {value!r} with init_lora_weights={initialisation!r}, which PEFT then cannot convert into a plain "
-                "adapter. Leave one of them out."
-            )
-    if lora.get("use_rslora") and (lora.get("rank_pattern") or lora.get("alpha_pattern")):
-        raise ValueError(
-            f"lora.use_rslora: got true with init_lora_weights={initialisation!r} and a rank or alpha pattern, which PEFT cannot "
-            "convert into a plain adapter. Leave one of them out."
-        )
 
 
 @dataclass
@@ -265,18 +260,12 @@ class HeadTrainingSettings:
     def set_by_command(self) -> dict[str, str]:
         """Fields of TrainingArguments that the training of heads sets, with the reason."""
         found = {"label_smoothing_factor": "heads learn from whole labels"}
-        if self.early_stopping_patience is None:
-            return found
-        reason = "--early-stopping-patience keeps the heads of the best evaluation, and saves as often as it evaluates"
-        names = (
-            "load_best_model_at_end",
-            "metric_for_best_model",
-            "greater_is_better",
-            "save_strategy",
-            "save_steps",
-            "restore_callback_states_from_checkpoint",
-        )
-        return found | dict.fromkeys(names, reason)
+        if self.early_stopping_patience is not None:
+            reason = (
+                "--early-stopping-patience keeps the heads of the best evaluation, and saves as often as it evaluates"
+            )
+            found |= dict.fromkeys(SET_BY_EARLY_STOPPING, reason)
+        return found
 
     def fresh_heads(self) -> dict[str, Any]:
         """The arguments for `AuxiliaryHeads.from_base_model` that were given."""
@@ -330,9 +319,7 @@ class DistillationSettings:
         require_choices(self)
         require_counts(self, "batch_size", "samples_per_prompt", "max_prompts")
         if not 0 < self.max_repetition <= 1:
-            raise ValueError(
-                f"max_repetition: got {self.max_repetition}, expected a share above 0 and at most 1 (1 is off)."
-            )
+            raise ValueError(f"max_repetition: got {self.max_repetition}, expected a share above 0, at most 1 (off).")
         if Path(self.output).is_dir():
             raise IsADirectoryError(f"output: {self.output} is a folder, expected a JSONL file to write.")
         if Path(self.output).resolve() == Path(self.prompts).resolve():
