@@ -3,8 +3,7 @@
 First each arm's learning rate is chosen by the cross entropy of the dev answers, from a separate
 seed, and written to ``choice.json``. The test rows are read only after that, so they cannot change
 the choice. Each run has its own folder: a finished run is not repeated, and an interrupted one is
-resumed. Several processes, such as one per GPU, may carry out one comparison: each takes runs that
-no other process holds.
+resumed. Several processes, such as one per GPU, may share a comparison: each takes a free run.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -43,12 +43,10 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
     """Carry out a plan. An interrupted comparison is resumed.
 
     Args:
-        output: folder of the comparison and its runs.
         overwrite: replace a comparison that the folder holds.
 
     Returns:
-        the contents of ``summary.json``: tuning, choice, means, differences with intervals,
-        provenance.
+        the contents of ``summary.json``.
 
     Raises:
         FileExistsError: if the folder holds a comparison with another plan.
@@ -94,9 +92,7 @@ def choose(losses: dict[float, float]) -> float:
     """
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if not finite:
-        raise ValueError(
-            f"learning_rates: got dev cross entropies {losses}, expected at least one number. Add smaller learning rates."
-        )
+        raise ValueError(f"learning_rates: got dev cross entropies {losses}, expected a number. Add smaller rates.")
     return min(finite, key=lambda rate: (finite[rate], rate))
 
 
@@ -110,16 +106,11 @@ def _chosen(place: Workplace) -> dict[str, float]:
             losses.setdefault(run.arm.name, {})[run.learning_rate] = place.dev_loss(run)
 
         _carry_out("Choosing learning rates on dev", place, tuning_runs(place.plan), "dev", tune)
-        chosen = {
-            arm.name: choose(losses[arm.name]) if arm.name in losses else arm.learning_rates[0]
-            for arm in place.plan.arms
-        }
-        # In the plan's order, so that all processes write the same file.
-        dev = {
-            arm.name: [list(pair) for pair in sorted(losses[arm.name].items())]
-            for arm in place.plan.arms
-            if arm.name in losses
-        }
+        chosen, dev = {}, {}
+        for arm in place.plan.arms:  # in this order, so that all processes write the same file
+            if arm.name in losses:
+                dev[arm.name] = sorted(losses[arm.name].items())
+            chosen[arm.name] = choose(losses[arm.name]) if arm.name in losses else arm.learning_rates[0]
         choice = {"chosen": chosen, "dev_cross_entropy": dev, "seed": place.plan.tuning_seed}
         write_text(path, json.dumps(choice, indent=2) + "\n")
     return read_json(path)["chosen"]
@@ -139,11 +130,7 @@ def _test(place: Workplace, chosen: dict[str, float], data: Path) -> None:
 
 
 def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: Callable[[Run], None]) -> None:
-    """Do all runs in turn: a failed one stops no other, and those of other processes are awaited.
-
-    Raises:
-        ChildProcessError: if runs failed, naming them.
-    """
+    """Do all runs in turn. A failed one stops no other; those of other processes are awaited."""
     failed: list[tuple[Run, Exception]] = []
     started, before = time.perf_counter(), sum(place.is_done(run, split) for run in runs)
     waiting = runs
@@ -241,15 +228,11 @@ def _tokens_of_an_epoch(place: Workplace) -> int:
 
 def _costs(summaries: list[dict[str, Any]], tokens: int) -> dict[str, float]:
     """Means over seeds: optimizer steps, epochs, seconds, and tokens of the training rows."""
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    epochs = mean([max(entry["epoch"] for entry in summary["log_history"]) for summary in summaries])
+    epochs = fmean([max(entry["epoch"] for entry in summary["log_history"]) for summary in summaries])
     return {
-        "steps": mean([max(entry["step"] for entry in summary["log_history"]) for summary in summaries]),
+        "steps": fmean([max(entry["step"] for entry in summary["log_history"]) for summary in summaries]),
         "epochs": epochs,
-        "train_seconds": mean([summary["train_seconds"] for summary in summaries]),
+        "train_seconds": fmean([summary["train_seconds"] for summary in summaries]),
         "tokens": round(epochs * tokens),
     }
 
@@ -261,11 +244,7 @@ def _plot(output: Path, found: dict[str, Any]) -> None:
 
 
 def _discard(output: Path) -> None:
-    """Remove what a comparison made in the folder, and nothing else.
-
-    Raises:
-        BlockingIOError: if another process runs in it.
-    """
+    """Remove only what a comparison made in the folder, or raise an error if one runs in it."""
     for lock in output.glob("runs/*/*/*/.lock"):
         with RunFolder(lock.parent).held():
             pass

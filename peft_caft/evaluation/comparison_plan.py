@@ -1,5 +1,4 @@
-"""The plan of a comparison: which arms, on which data, with which seeds and learning rates. It is
-read from YAML and checked before any work.
+"""The plan of a comparison of arms, read from YAML and checked before any work.
 
     model: HuggingFaceTB/SmolLM2-135M-Instruct   # folder or Hub id; or `embedded`, the demo model
     task: task.py                                # paths are relative to this file
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.embedded_model import embedded_model
+from ..training.data import require_file
 from ..training.defaults import STAGE_1, STAGE_2
 from ..training.settings import FineTuningSettings, unused_settings
 from .comparison_values import (
@@ -75,13 +75,16 @@ class Arm:
     flops_of: str | None = None
     adapt_heads: dict[str, Any] | None = None
 
+    @property
+    def method(self) -> str:
+        return self.settings.get("method", FineTuningSettings.method)
+
 
 @dataclass(frozen=True)
 class ComparisonPlan:
     """A checked plan; the module's docstring shows its fields.
 
     Attributes:
-        sizes: number of rows of each split.
         tuning_seed: seed of the runs that choose learning rates; not one of ``seeds``, so that no
             arm is tested with the seed that it was tuned with.
         arms: the arms to run; the others are compared with the first.
@@ -117,15 +120,12 @@ def read_plan(
     heads: str | None = None,
     data: str | None = None,
 ) -> ComparisonPlan:
-    """Read and check a plan.
+    """Read and check a plan; ``model``, ``heads`` and ``data`` replace its own.
 
     Args:
         path: YAML file.
         scale: name of one of its ``scales``; None takes the plan as it is.
-        model: model that replaces the plan's.
-        heads: heads that replace those in the plan's ``settings``; an arm that sets ``heads``
-            itself keeps its own.
-        data: folder that replaces the plan's.
+        heads: an arm that sets ``heads`` itself keeps its own.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -134,10 +134,7 @@ def read_plan(
     import yaml
 
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"plan: {path} is not a file, expected a YAML file. Copy examples/molecules/compare.yaml."
-        )
+    require_file("plan", path, "a YAML file. Copy examples/molecules/compare.yaml")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -189,7 +186,7 @@ def _plan(values: dict[str, Any], folder: Path, model: str | None, heads: str | 
     for arm in arms.values():
         _require_flops_of(arm, arms)
     for name in common.settings:
-        if all(name in unused_settings(arm.settings.get("method", "caft")) for arm in arms.values()):
+        if all(name in unused_settings(arm.method) for arm in arms.values()):
             raise ValueError(f"settings.{name}: given, but no arm has a method with a use for it. Leave it out.")
     named = {arms[name].flops_of for name in chosen} - {None, *chosen}
     seeds = seed_values("seeds", values.get("seeds"))
@@ -214,15 +211,13 @@ def _plan(values: dict[str, Any], folder: Path, model: str | None, heads: str | 
 def _arm(name: Any, values: Any, common: Arm, folder: Path) -> Arm:
     where = f"arms.{name}"
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(
-            f"arms: got the name {name!r}, expected letters, digits, '-', '_' and '.': it names a folder."
-        )
+        raise ValueError(f"arms: got the name {name!r}, expected letters, digits, '-', '_', '.': it names a folder.")
     values = mapping(where, values or {}, ARM_KEYS)
     own = _located_heads(folder, settings_values(f"{where}.settings", values.get("settings", {}), FineTuningSettings))
     adapt_heads = values.get("adapt_heads")
     if adapt_heads is not None:
         adapt_heads = training_values(f"{where}.adapt_heads", adapt_heads, STAGE_1, SET_BY_RUN[1:])
-    method = own.get("method", common.settings.get("method", "caft"))
+    method = own.get("method", common.method)
     unused = unused_settings(method)
     if "heads" in unused and (own.get("heads") or adapt_heads is not None):
         raise ValueError(f"{where}: got heads with method={method!r}, expected them with 'caft' or 'caft_full'.")
@@ -244,7 +239,7 @@ def _require_flops_of(arm: Arm, arms: dict[str, Arm]) -> None:
     if arm.flops_of is None:
         return
     other = arms.get(arm.flops_of)
-    methods = (arm.settings.get("method", "caft"), other and other.settings.get("method", "caft"))
+    methods = (arm.method, other and other.method)
     if methods != ("lora", "caft"):
         raise ValueError(
             f"arms.{arm.name}.flops_of: got {arm.flops_of!r} for method={methods[0]!r}, expected the name of an arm of method 'caft', for "
@@ -256,7 +251,7 @@ def _require_paired(arms: tuple[Arm, ...]) -> None:
     first = arms[0]
     defaults = {field.name: field.default for field in fields(FineTuningSettings)} | {"lora": {}} | STAGE_2
     for arm in arms[1:]:
-        unused = {name for one in (first, arm) for name in unused_settings(one.settings.get("method", "caft"))}
+        unused = {name for one in (first, arm) for name in unused_settings(one.method)}
         shared = [name for name in PAIRED_SETTINGS if name not in unused]
         for kind, names in (("settings", shared), ("training", PAIRED_TRAINING)):
             for name in names:

@@ -14,12 +14,7 @@ LONGEST_IN_TITLE = 16  # characters
 
 
 def plot_comparison(path: str | os.PathLike, found: dict[str, Any]) -> None:
-    """Draw two panels per metric: seeds and their mean; and differences with 95 % intervals.
-
-    Args:
-        path: PNG file to write.
-        found: summary that `peft_caft.evaluation.comparison.compare` returned.
-    """
+    """Draw two panels per metric of a summary: seeds and their mean; differences with intervals."""
     labels = {name: arm["label"] for name, arm in found["arms"].items()}
     metrics = found["metrics"]
     columns = 2 if len(labels) > 1 else 1

@@ -18,12 +18,10 @@ Results = dict[str, list[list[dict[str, Any]]]]  # arm -> for each seed, the lin
 def summarise(metrics: Sequence[Metric], results: Results) -> dict[str, Any]:
     """For each metric and arm: the mean, each seed's mean, and the difference to the first arm.
 
-    Args:
-        metrics: metrics; those that no row defines are left out.
-        results: results of all arms for the same rows and seeds.
+    Metrics that no row defines are left out.
 
     Raises:
-        ValueError: if the rows are not the same.
+        ValueError: if the arms do not have the same rows.
     """
     _require_same_rows(results)
     return {metric.name: found for metric in metrics if (found := _metric(metric, results))}
@@ -36,19 +34,14 @@ def summarise_groups(metrics: Sequence[Metric], results: Results) -> dict[str, A
     for index, row in enumerate(first[0]):
         for group, value in row["groups"].items():
             values.setdefault(group, {}).setdefault(value, []).append(index)
-    return {
-        group: {
-            value: {
-                "rows": len(rows),
-                "metrics": summarise(
-                    metrics, {arm: [[own[i] for i in rows] for own in seeds] for arm, seeds in results.items()}
-                ),
-            }
-            for value, rows in sorted(by_value.items(), key=lambda item: natural_order(item[0]))
-            if len(rows) >= SMALL_GROUP
-        }
-        for group, by_value in sorted(values.items())
-    }
+    found: dict[str, Any] = {}
+    for group, by_value in sorted(values.items()):
+        found[group] = {}
+        for value, rows in sorted(by_value.items(), key=lambda item: natural_order(item[0])):
+            if len(rows) >= SMALL_GROUP:
+                own = {arm: [[lines[i] for i in rows] for lines in seeds] for arm, seeds in results.items()}
+                found[group][value] = {"rows": len(rows), "metrics": summarise(metrics, own)}
+    return found
 
 
 def _metric(metric: Metric, results: Results) -> dict[str, Any] | None:
@@ -103,17 +96,14 @@ def markdown_report(found: dict[str, Any]) -> str:
         markdown_table(*_means(found, labels)),
     ]
     if len(labels) > 1:
-        lines += [
-            "",
-            f"## Difference to {first}",
-            "",
-            "Paired by seed and row; a star marks an interval without 0.",
-            "",
-            markdown_table(*_differences(found, labels)),
+        table = [
+            [labels[name], *(_cell(metric, name, "difference") for metric in found["metrics"].values())]
+            for name in list(labels)[1:]
         ]
+        lines += ["", f"## Difference to {first}", "", "Paired by seed and row; a star marks an interval without 0."]
+        lines += ["", markdown_table(["", *found["metrics"]], table)]
     lines += ["", "| metric | meaning | better |", "|---|---|---|"]
-    for name, metric in found["metrics"].items():
-        lines.append(f"| {name} | {metric['meaning']} | {better(metric)} |")
+    lines += [f"| {name} | {metric['meaning']} | {better(metric)} |" for name, metric in found["metrics"].items()]
     if len(labels) > 1:
         lines += _groups(found, labels)
     lines += ["", *_tuning(found, labels), "", *_caveats(found, labels, seeds), ""]
@@ -128,22 +118,10 @@ def _means(found: dict[str, Any], labels: dict[str, str]) -> tuple[list[str], li
     for name, label in labels.items():
         arm = found["arms"][name]
         cells = [_cell(metric, name, "mean") for metric in found["metrics"].values()]
-        costs = [
-            f"{arm['steps']:,.0f}",
-            f"{arm['epochs']:.2f}",
-            f"{arm['train_seconds']:,.0f}",
-            f"{arm['tokens']:,.0f}",
-        ]
+        costs = [f"{arm['steps']:,.0f}", f"{arm['epochs']:.2f}"]
+        costs += [f"{arm[name]:,.0f}" for name in ("train_seconds", "tokens")]
         table.append([label, f"{arm['learning_rate']:g}", *cells, *costs])
     return ["", "learning rate", *found["metrics"], "steps", "epochs", "training (s)", "tokens"], table
-
-
-def _differences(found: dict[str, Any], labels: dict[str, str]) -> tuple[list[str], list[list[str]]]:
-    names = list(labels)[1:]
-    table = [
-        [labels[name], *(_cell(metric, name, "difference") for metric in found["metrics"].values())] for name in names
-    ]
-    return ["", *found["metrics"]], table
 
 
 def _groups(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
@@ -153,16 +131,11 @@ def _groups(found: dict[str, Any], labels: dict[str, str]) -> list[str]:
     for group, by_value in found["groups"].items():
         if len(by_value) < 2:
             continue
-        table = [
-            [
-                value,
-                f"{own['rows']:,}",
-                labels[name],
-                *(_cell(own["metrics"].get(m), name, "difference") for m in found["metrics"]),
-            ]
-            for value, own in by_value.items()
-            for name in others
-        ]
+        table = []
+        for value, own in by_value.items():
+            for name in others:
+                cells = [_cell(own["metrics"].get(metric), name, "difference") for metric in found["metrics"]]
+                table.append([value, f"{own['rows']:,}", labels[name], *cells])
         header = [group, "rows", "", *found["metrics"]]
         lines += ["", f"## Difference to {labels[first]} by {group}", "", markdown_table(header, table)]
     return lines

@@ -56,8 +56,6 @@ class Workplace:
     """Plan, files and folder of a comparison, in which its runs are done.
 
     Attributes:
-        output: the comparison's folder.
-        train: file of training rows.
         dev: file of rows that decide the learning rates.
         more_steps: arm with ``flops_of`` -> how many times as long it trains.
     """
@@ -104,7 +102,7 @@ class Workplace:
 
     def settings_of(self, run: Run) -> FineTuningSettings:
         own = run.arm.settings
-        heads = {"heads": self.heads_for(run.arm)} if own.get("method", "caft").startswith("caft") else {}
+        heads = {"heads": self.heads_for(run.arm)} if run.arm.method.startswith("caft") else {}
         return FineTuningSettings(
             model=self.plan.model,
             data=str(self.train),
@@ -175,11 +173,7 @@ def _adapted_alike(arm: Arm, other: Arm) -> bool:
 
 
 def require_paired(folders: list[Path]) -> None:
-    """Check in their records that runs of one seed had the same data, order and initial adapter.
-
-    Raises:
-        ValueError: if a field differs, naming it and the runs.
-    """
+    """Raise a ValueError if runs of one seed differ in data, order or initial adapter."""
     names = ("data_sha256", "max_rows", "seed", "data_seed", "processes", *PAIRED_SETTINGS, *PAIRED_TRAINING)
     first, *others = [(folder, read_json(RunFolder(folder / "adapter").settings_path)) for folder in folders]
     for folder, record in others:

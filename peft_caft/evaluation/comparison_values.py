@@ -42,18 +42,14 @@ def number(where: str, value: Any) -> float:
 def rate_values(where: str, values: Any) -> tuple[float, ...]:
     rates = tuple(number(where, value) for value in values) if isinstance(values, list) else ()
     if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
-        raise ValueError(
-            f"{where}: got {values!r}, expected a list of different numbers above 0, such as [1e-4, 3e-4]."
-        )
+        raise ValueError(f"{where}: got {values!r}, expected a list of different numbers above 0, e.g. [1e-4, 3e-4].")
     return rates
 
 
 def seed_values(where: str, values: Any) -> tuple[int, ...]:
     wrong = not isinstance(values, list) or not values or any(type(seed) is not int or seed < 0 for seed in values)
     if wrong or len(set(values)) < len(values):
-        raise ValueError(
-            f"{where}: got {values!r}, expected different whole numbers of at least 0, such as [1, 2, 3]."
-        )
+        raise ValueError(f"{where}: got {values!r}, expected different whole numbers from 0 on, e.g. [1, 2, 3].")
     return tuple(values)
 
 

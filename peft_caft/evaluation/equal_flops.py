@@ -15,15 +15,11 @@ from .comparison_plan import Arm, ComparisonPlan
 
 
 def equal_flops(plan: ComparisonPlan, arm: Arm, train: Path) -> float:
-    """CAFT's operations per token divided by LoRA's, both with logits of supervised tokens alone.
+    """Operations per token of a CAFT arm divided by LoRA's, both with supervised logits alone.
 
     transformers computes all logits for LoRA. They are not counted, because skipping them is no
     merit of CAFT; so LoRA gets more steps rather than fewer. Training the heads along costs more
     than is counted here.
-
-    Args:
-        arm: arm of method ``"caft"``.
-        train: file of its training rows.
     """
     settings = FineTuningSettings(model=plan.model, data=str(train), output="", **arm.settings)
     rows = read_jsonl(train, plan.sizes["train"])

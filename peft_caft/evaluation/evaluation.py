@@ -2,7 +2,7 @@
 
 It writes ``rows.jsonl`` (one line per row, in the order of the data: answer, scores, cross entropy
 of each token of the reference), ``evaluation.json`` (means with confidence intervals, settings,
-provenance) and ``evaluation.md``. An interrupted run is resumed.
+provenance) and ``evaluation.md``.
 """
 
 from __future__ import annotations
@@ -43,11 +43,9 @@ ROWS_NAME, RECORD_NAME = "rows.jsonl", "evaluation.json"
 def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str, Any]:
     """Let a model answer the rows of a task, and score the answers. An interrupted run is resumed.
 
-    The result does not depend on interruptions. It depends a little on ``batch_size``, since
-    padding changes the rounding.
+    The result depends a little on ``batch_size``, since padding changes the rounding.
 
     Args:
-        settings: task, data, model, sampling, output.
         overwrite: replace an evaluation that was made with other settings.
 
     Returns:

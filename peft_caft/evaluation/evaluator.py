@@ -19,14 +19,7 @@ LENGTHS = (1, 4, 8, 16, 32, 64, 128)  # longest reference of each group, in toke
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Answers and scores batches of rows.
-
-    Attributes:
-        rows: all rows of the data.
-        encoded: tokens of each row.
-        generates: whether the model answers; without, only the cross entropy of the references is
-            measured.
-    """
+    """Answers and scores batches of rows; scores the references alone unless it ``generates``."""
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
@@ -40,11 +33,7 @@ class Evaluator:
         return special_token_ids(self.tokenizer)
 
     def results(self, batch: list[int], seed: int) -> tuple[list[dict[str, Any]], int]:
-        """Answer and score the rows of one batch.
-
-        Args:
-            batch: indices into ``rows``.
-            seed: seed of the sampling.
+        """Answer and score the rows of one batch of indices.
 
         Returns:
             one result per row, and the number of generated tokens. A result holds ``row``, its

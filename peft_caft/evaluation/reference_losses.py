@@ -33,10 +33,6 @@ def encode_answers(
 ) -> list[PromptAndAnswer]:
     """Tokenize rows as training does, without what a chat template puts after the end of an answer.
 
-    Args:
-        rows: rows that `peft_caft.training.data.read_jsonl` returned.
-        stop_token_ids: tokens that end an answer.
-
     Raises:
         ValueError: if a row has no answer or the tokenizer refuses it, naming the row.
     """
@@ -51,9 +47,8 @@ def encode_answers(
         except ValueError as error:
             raise ValueError(f"row {number}: {str(error).removeprefix('row 1: ')}") from error
         start = next(i for i, label in enumerate(tokens["labels"]) if label != IGNORE_INDEX)
-        encoded.append(
-            PromptAndAnswer(tokens["input_ids"][:start], until_stop(tokens["input_ids"][start:], stop_token_ids))
-        )
+        prompt, answer = tokens["input_ids"][:start], tokens["input_ids"][start:]
+        encoded.append(PromptAndAnswer(prompt, until_stop(answer, stop_token_ids)))
     return encoded
 
 
@@ -62,8 +57,8 @@ def answer_losses(model: nn.Module, rows: Sequence[PromptAndAnswer], pad_token_i
     """Cross entropy of each answer token of a batch of rows.
 
     Args:
-        model: model in evaluation mode, on its device.
-        pad_token_id: id of any token, since padding is masked.
+        model: in evaluation mode, on its device.
+        pad_token_id: any token, since padding is masked.
 
     Returns:
         for each row, one value per answer token, nats, computed in fp32.
@@ -74,9 +69,7 @@ def answer_losses(model: nn.Module, rows: Sequence[PromptAndAnswer], pad_token_i
     longest = max(len(row.ids) for row in rows)
     first = min(len(row.prompt) for row in rows) - 1  # no earlier logits are needed
     if first < 0:
-        raise ValueError(
-            "prompt: got one without tokens, expected at least one: the first token of an answer needs one before it."
-        )
+        raise ValueError("prompt: got one without tokens, expected at least one, from which to predict the answer.")
     device = next(model.parameters()).device
     input_ids = torch.tensor([row.ids + [pad_token_id] * (longest - len(row.ids)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows], device=device)

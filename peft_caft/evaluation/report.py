@@ -28,9 +28,7 @@ def metrics_of(task: Task) -> tuple[Metric, ...]:
     """
     for metric in task.metrics:
         if metric.name in {common.name for common in COMMON}:
-            raise ValueError(
-                f"metrics: {metric.name!r} of {task.name!r} is measured for every task, expected another name."
-            )
+            raise ValueError(f"metrics: {metric.name!r} of {task.name!r} is measured for every task. Rename it.")
     return (*task.metrics, *COMMON)
 
 
@@ -83,13 +81,7 @@ def _described(metric: Metric) -> dict[str, Any]:
 
 
 def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results: list[dict[str, Any]]) -> str:
-    """The report in Markdown.
-
-    Args:
-        record: contents of ``evaluation.json``.
-        rows: rows of the data.
-        results: lines of ``rows.jsonl``.
-    """
+    """The report in Markdown, from contents of ``evaluation.json``, data and ``rows.jsonl``."""
     settings = record["settings"]
     model = settings["model"] + (f" with the adapter {settings['adapter']}" if settings["adapter"] else "")
     how = "greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']}"
@@ -97,10 +89,10 @@ def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results
     if not settings["answers"]:
         how = "without answers of the model"
     meanings = {metric.name: metric.meaning for metric in metrics_of(task)}
-    overall = [
-        [name, _shown(value), f"{value['rows']:,}", _unit(value), meanings[name], better(value)]
-        for name, value in record["metrics"].items()
-    ]
+    overall = []
+    for name, value in record["metrics"].items():
+        unit = "%" if value["unit"] == "share" else value["unit"]
+        overall.append([name, _shown(value), f"{value['rows']:,}", unit, meanings[name], better(value)])
     lines = [
         f"# {model} on {task.name}",
         "",
@@ -115,9 +107,8 @@ def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results
     lines += ["", "## The first rows", ""]
     for row, result in list(zip(rows, results, strict=True))[:SAMPLES]:
         lines.append(f"- prompt: {_quoted(prompt_of(row))}")
-        lines += [
-            f"  - {what}: {_quoted(result[what])}" for what in ("reference", "answer") if result[what] is not None
-        ]
+        quoted = {what: result[what] for what in ("reference", "answer") if result[what] is not None}
+        lines += [f"  - {what}: {_quoted(text)}" for what, text in quoted.items()]
     made = f"{record['seconds']:.0f} s on {record['machine']}; {listed(record['versions'])}; commit {record['git_commit']}."
     return "\n".join([*lines, "", made, ""])
 
@@ -141,10 +132,6 @@ def _shown(value: dict[str, Any] | None) -> str:
     if value is None:
         return "-"
     return shown(value["mean"], value["low"], value["high"], percent=value["unit"] == "share")
-
-
-def _unit(value: dict[str, Any]) -> str:
-    return "%" if value["unit"] == "share" else value["unit"]
 
 
 def better(metric: dict[str, Any]) -> str:

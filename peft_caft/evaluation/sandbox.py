@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OUTPUT_LIMIT = 2**16  # bytes
+_FILTER = Path(__file__).with_name("seccomp.py")
 # This runs in the program's process, first the limits, then the program. A program that ends itself
 # (sys.exit(0) before its tests) never writes the word.
 _BOOT = """
@@ -76,19 +77,15 @@ def run_program(program: str, cpu_seconds: int = 5, wall_seconds: float = 20.0, 
     """Run a Python program with limits. The module's docstring says what they protect against.
 
     Args:
-        program: source text.
-        cpu_seconds: limit of processor time, seconds.
-        wall_seconds: time after which it is killed, seconds; more than ``cpu_seconds``, since the
-            machine may be busy.
+        cpu_seconds: limit of processor time.
+        wall_seconds: time until it is killed; above ``cpu_seconds``, as the machine may be busy.
         memory_mib: limit of the address space, MiB.
 
     Raises:
         OSError: if the system has no such limits (Windows).
     """
     if os.name != "posix":
-        raise OSError(
-            f"sandbox: got the system {os.name!r}, expected a POSIX one. Run it under Linux, in a container or in WSL."
-        )
+        raise OSError(f"sandbox: got the system {os.name!r}, expected POSIX. Run it in Linux, a container or WSL.")
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="peft-caft-sandbox-") as scratch:
         source, output_path = Path(scratch, "program.txt"), Path(scratch, "output")
@@ -97,15 +94,7 @@ def run_program(program: str, cpu_seconds: int = 5, wall_seconds: float = 20.0, 
         reader, writer = os.pipe()
         try:
             with open(output_path, "wb") as output:
-                arguments = [
-                    source,
-                    word,
-                    writer,
-                    cpu_seconds,
-                    memory_mib * 2**20,
-                    OUTPUT_LIMIT,
-                    Path(__file__).with_name("seccomp.py"),
-                ]
+                arguments = [source, word, writer, cpu_seconds, memory_mib * 2**20, OUTPUT_LIMIT, _FILTER]
                 process = subprocess.Popen(
                     [sys.executable, "-I", "-B", "-c", _BOOT, *map(str, arguments)],
                     stdin=subprocess.DEVNULL,

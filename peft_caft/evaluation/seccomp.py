@@ -1,7 +1,6 @@
 """A Linux system call filter against new processes, signals, sockets and changes of files.
 
-`sandbox` runs this file in a process that has only Python's standard library, so it imports nothing
-else.
+`sandbox` runs this file in a process that has only Python's standard library.
 """
 
 import ctypes

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from ..basics.files import file_sha256
+from ..training.data import require_file
 
 CUT_SHARES = ((0, "0 %"), (0.5, "up to 50 %"), (0.75, "up to 75 %"), (1 - 1e-9, "up to 99 %"), (1, "100 %"))
 Row = dict[str, Any]
@@ -40,10 +41,8 @@ class Metric:
     """One number per row.
 
     Attributes:
-        name: key of the number.
         meaning: description for the report.
-        unit: unit of the number; ``"share"`` is shown in per cent.
-        higher_is_better: whether a higher number is better.
+        unit: ``"share"`` is shown in per cent.
         per_token: whether rows are weighted by the tokens of their reference, so that the mean is
             one over tokens.
     """
@@ -141,8 +140,7 @@ def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def load_task(path: str | Path) -> Task:
     """Load the ``TASK`` of a Python file.
 
-    The file may import its neighbours. Neighbours of tasks that are loaded together need different
-    names.
+    It may import its neighbours, whose names must differ among tasks that are loaded together.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -150,10 +148,7 @@ def load_task(path: str | Path) -> Task:
         TypeError: if the file has no ``TASK`` that is a `Task`.
     """
     path = Path(path).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"task: {path} is not a file, expected a Python file with TASK = ..., a peft_caft.evaluation.task.Task."
-        )
+    require_file("task", path, "a Python file with TASK = ..., a peft_caft.evaluation.task.Task")
     name = f"peft_caft_task_{file_sha256(path)[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -163,9 +158,7 @@ def load_task(path: str | Path) -> Task:
     try:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"task: {path.name} needs {error.name!r}, which is not installed. {INSTALL}"
-        ) from error
+        raise ModuleNotFoundError(f"task: {path.name} needs {error.name!r}, which is missing. {INSTALL}") from error
     finally:
         sys.path.remove(str(path.parent))
     task = getattr(module, "TASK", None)

@@ -23,13 +23,12 @@ def build_task(
     """Write ``SPLIT.jsonl`` for each split, and last ``data.json``, which marks a folder as whole.
 
     Args:
-        folder: folder to write; files of an earlier build are replaced.
+        folder: files of an earlier build in it are replaced.
         sizes: number of rows of each split; None takes the task's. A split of 0 rows is left out.
         cache: folder for what takes long to make; None takes `default_cache_dir`.
 
     Returns:
-        the contents of ``data.json``: sizes and SHA-256 of the files, sources with versions, and
-        the number of keys of each split.
+        the contents of ``data.json``.
 
     Raises:
         ValueError: if a split has too few rows, or two splits share a key.
@@ -139,14 +138,9 @@ def build_main(task: Task) -> None:
 
 def file_table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of files that a build prints."""
+    counts = ("rows", "prompt_characters", "answer_characters")
     rows = [
-        [
-            name,
-            f"{file['rows']:,}",
-            f"{file['prompt_characters']:,}",
-            f"{file['answer_characters']:,}",
-            file["sha256"][:12],
-        ]
+        [name, *(f"{file[count]:,}" for count in counts), file["sha256"][:12]]
         for name, file in record["files"].items()
     ]
     return ["file", "rows", "characters of prompts", "of answers", "sha256"], rows
