@@ -6,6 +6,7 @@ import ast
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -51,14 +52,44 @@ def loaded_by(code: str) -> set[str]:
     return set(result.stdout.rpartition("LOADED ")[2].split())
 
 
+FORKS = """
+import gc, os, sys
+gc.disable()  # while modules are imported
+import peft
+for code in map(eval, sys.stdin):
+    if not (child := os.fork()):
+        exec(code)
+        print("LOADED", *sys.modules, flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print("FAILED", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded_after_peft() -> Iterator[Callable[[str], set[str]]]:
+    """As `loaded_by`, in a process forked from one that has imported PEFT, which takes seconds, and nothing of this package."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as peft:
+
+        def loaded(code: str) -> set[str]:
+            print(repr(code), file=peft.stdin, flush=True)
+            answer, *names = peft.stdout.readline().split()
+            assert answer == "LOADED", "the traceback is on stderr"
+            return set(names)
+
+        yield loaded
+
+
 def test_the_package_alone_loads_nothing():
     loaded = loaded_by("import peft_caft\nassert set(peft_caft.__all__) <= set(dir(peft_caft))")
     assert {name for name in loaded if name.startswith("peft_caft")} == {"peft_caft"}
     assert not loaded & {*HEAVY, *OPTIONAL}
 
 
-def test_public_names_load_the_method_and_what_it_stands_on_alone():
-    loaded = loaded_by("import peft_caft\nfor name in peft_caft.__all__: getattr(peft_caft, name)")
+def test_public_names_load_the_method_and_what_it_stands_on_alone(loaded_after_peft):
+    loaded = loaded_after_peft("import peft_caft\nfor name in peft_caft.__all__: getattr(peft_caft, name)")
     assert {room_of(name) for name in loaded if name.startswith("peft_caft.")} == {"basics", "heads", "method"}
     assert not loaded & {*OPTIONAL, "transformers.trainer"}
 
@@ -98,31 +129,21 @@ def test_a_name_that_the_package_lacks_is_an_attribute_error():
         _ = peft_caft.CAFTConfiguration
 
 
-def test_a_configuration_is_known_to_peft_from_wherever_it_comes():
-    """In a process for each module, forked from one that has imported the rest."""
-    loaded_by(
-        "import importlib, os\n"
-        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING\n"
-        "for module in ('peft_caft', 'peft_caft.training.fine_tuning', 'peft_caft.planning.plan'):\n"
-        "    assert 'peft_caft' not in sys.modules\n"
-        "    if not (child := os.fork()):\n"
-        "        peft_type = importlib.import_module(module).CAFTConfig().peft_type\n"
-        "        os._exit(PEFT_TYPE_TO_TUNER_MAPPING[peft_type].__name__ != 'CAFTModel')\n"
-        "    assert os.waitpid(child, 0)[1] == 0, module"
-    )
+KNOWN = """
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+assert (config.r, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].__name__) == (3, "CAFTModel")
+"""
 
 
-def test_a_pickled_configuration_is_known_to_peft_where_it_is_loaded(tmp_path):
+@pytest.mark.parametrize("module", ["peft_caft", "peft_caft.training.fine_tuning", "peft_caft.planning.plan"])
+def test_a_configuration_is_known_to_peft_from_wherever_it_comes(module, loaded_after_peft):
+    loaded_after_peft(f"from {module} import CAFTConfig\nconfig = CAFTConfig(r=3)\n{KNOWN}")
+
+
+def test_a_pickled_configuration_is_known_to_peft_where_it_is_loaded(loaded_after_peft):
     """As in a process that multiprocessing spawns with one as argument."""
-    path = str(tmp_path / "config.pickle")
-    with open(path, "wb") as file:
-        pickle.dump(peft_caft.CAFTConfig(r=3), file)
-    script = (
-        f"import pickle\nconfig = pickle.load(open({path!r}, 'rb'))\n"
-        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING\n"
-        "assert (config.r, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].__name__) == (3, 'CAFTModel')"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    pickled = pickle.dumps(peft_caft.CAFTConfig(r=3))
+    loaded_after_peft(f"import pickle\nconfig = pickle.loads({pickled!r})\n{KNOWN}")
 
 
 def test_there_are_no_circles(graph):
