@@ -12,10 +12,7 @@ from ..basics.hub_errors import explained, first_line
 
 
 def read_config(model: str) -> PretrainedConfig:
-    """A model's configuration.
-
-    Args:
-        model: a ``config.json``, a folder that holds one, or a Hub id, which the cache may answer.
+    """Read a ``config.json``, that of a folder, or that of a Hub id, which the cache may answer.
 
     Raises:
         FileNotFoundError: if there is no such model.

@@ -4,7 +4,7 @@ A step is one forward and one backward pass on every device, and an update. In a
 devices sends B (N - 1) / N to gather B bytes everywhere, or to sum them and leave each device its
 part; to sum them everywhere, twice that. So nothing depends on the batch. Assumptions:
 
-- DDP sums the adapter's gradients, fp32, on all devices.
+- DDP sums the adapter's gradients on all devices.
 - ZeRO-2 sums them like DDP (DeepSpeed's ``use_multi_rank_bucket_allreduce``, the default), keeps a
   part, and gathers the updated adapter.
 - FSDP: FSDP2 as accelerate 1.15 wraps a model and as `examples/accelerate/fsdp2.yaml` sets it, with
@@ -32,13 +32,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from peft import PeftModel
 from torch import nn
 
 from ..heads.backbone import Backbone
 from .memory import NF4_PACKED, auxiliary_heads_in, quantised_weights
+from .parts import Parts
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ class Gathered:
         """Count the parameters of ``model``, which may be on the meta device.
 
         Args:
-            model: base model with an adapter, and heads if it has any.
             quantised: count the base model as QLoRA would load it.
             shards: fill up the first dimension of every parameter to a multiple of this.
         """
@@ -76,16 +76,9 @@ class Gathered:
 
         def size(parameters: Iterable[nn.Parameter]) -> float:
             """Bytes of the parameters that no earlier call has counted."""
-            total = 0.0
-            for p in parameters:
-                if id(p) in counted:
-                    continue
-                counted.add(id(p))
-                if id(p) in in_4_bits:
-                    total += p.numel() * NF4_PACKED
-                else:
-                    total += _filled_up(p, shards)
-            return total
+            new = {id(p): p for p in parameters if id(p) not in counted}
+            counted.update(new)
+            return sum(p.numel() * NF4_PACKED if k in in_4_bits else _filled_up(p, shards) for k, p in new.items())
 
         heads = auxiliary_heads_in(model)
         head_layers = list(heads.parameters()) if heads is not None and heads.config.head_type != "residual" else []
@@ -104,12 +97,11 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Communication:
+class Communication(Parts):
     """Bytes that each device sends in a step.
 
     Attributes:
-        forward: sent to gather parameters for the forward pass.
-        backward: sent to gather parameters for the backward pass.
+        forward, backward: sent to gather parameters for the pass.
         gradients: sent to sum gradients.
         update: sent to gather updated parameters.
     """
@@ -119,18 +111,12 @@ class Communication:
     gradients: float = 0.0
     update: float = 0.0
 
-    @property
-    def total(self) -> float:
-        return sum(astuple(self))
-
 
 def communication(model: PeftModel, placement: str, gpus: int, quantised: bool = False) -> Communication:
-    """What each device sends in a step with ``model``.
+    """What each of ``gpus`` devices sends in a step with ``model``, maybe on the meta device.
 
     Args:
-        model: base model with an adapter, and heads if it has any; may be on the meta device.
         placement: one of `memory.PLACEMENTS`; on one device nothing is sent.
-        gpus: number of devices, N.
         quantised: count the base model as QLoRA would load it.
     """
     sent = (gpus - 1) / gpus

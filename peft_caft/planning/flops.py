@@ -9,7 +9,7 @@ work, and their ratios are the best that a step can reach.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from ..basics.checks import require_choice, require_token_fraction
 from ..heads.backbone import Backbone
 from ..heads.config import DEFAULT_NUM_HEADS, HEAD_TYPES
+from .parts import Parts
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 2, 2, 2  # operations per weight and token
 
@@ -26,13 +27,11 @@ class ModelShapes:
     """Sizes that decide what a token costs in a causal language model with LoRA.
 
     Attributes:
-        hidden_size, vocab_size, num_layers: sizes of the model.
-        layer_weights: number of weights in the linear maps of all layers; in a mixture only the
-            active experts count.
-        last_layer_weights: number of such weights in the last layer, which heads may copy.
-        key_value_weights: number of weights of one layer that make keys and values.
+        layer_weights: weights in the linear maps of all layers; of experts, the active ones.
+        last_layer_weights: such weights in the last layer, which heads may copy.
+        key_value_weights: weights of one layer that make keys and values.
         attention_width: number of query heads times their size.
-        adapter_weights: number of LoRA weights in the layers.
+        adapter_weights: LoRA weights in the layers.
     """
 
     hidden_size: int
@@ -46,7 +45,7 @@ class ModelShapes:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelShapes:
-        """Shapes of ``model``, with or without LoRA; it may be on the meta device."""
+        """Of ``model``, with or without LoRA; it may be on the meta device."""
         backbone = Backbone.of(model)
         config = backbone.model.config.get_text_config()
         query_heads = config.num_attention_heads
@@ -91,7 +90,7 @@ def _weights(layer: nn.Module, config: PretrainedConfig) -> tuple[float, int]:
 
 
 @dataclass(frozen=True)
-class StepFlops:
+class StepFlops(Parts):
     """Operations of one training step per token, forward and backward.
 
     Attributes:
@@ -104,10 +103,6 @@ class StepFlops:
     unembedding: float
     auxiliary: float = 0.0
 
-    @property
-    def total(self) -> float:
-        return sum(astuple(self))
-
 
 def lora_step(
     shapes: ModelShapes, keys: float, supervised: float = 1.0, gradient_checkpointing: bool = False
@@ -115,7 +110,6 @@ def lora_step(
     """A step of LoRA.
 
     Args:
-        shapes: shapes of the model with its adapters.
         keys: mean number of keys that a query meets; half the length of a row where the causal mask
             saves work.
         supervised: share of the tokens whose logits are computed; 1 for transformers' loss.

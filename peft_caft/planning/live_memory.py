@@ -57,10 +57,8 @@ class LiveMemory(TorchDispatchMode):
         """Do not count ``tensors``, not even when an operation returns one or a view of one."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self._known[storage._cdata] = weakref.ref(storage, partial(self._forget, storage._cdata))
-
-    def _forget(self, key: int, _: weakref.ref) -> None:
-        self._known.pop(key, None)
+            key = storage._cdata
+            self._known[key] = weakref.ref(storage, partial(self._known.pop, key))  # ignores a missing key
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is DEVICE_OF:  # no operation, and called too often to go the long way

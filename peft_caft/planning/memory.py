@@ -25,7 +25,7 @@ Assumptions, all about parameters:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 
 from peft import PeftModel
 from torch import nn
@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..heads.backbone import Backbone
 from ..method.model import CAFTModel
+from .parts import Parts
 from .simulated_step import StepMemory
 
 PLACEMENTS = ("one device", "DDP", "ZeRO-2", "FSDP", "ZeRO-3")
@@ -56,11 +57,9 @@ class ModelBytes:
         outside: what lies in no decoder layer; part of `base`, `adapter` and `heads`.
         embedding: the embedding, 0 if it is also the lm_head; part of `outside`.
         lm_head: the unembedding, even if it is also the embedding; part of `outside`.
-        largest_layer: the largest decoder layer of the base model with its adapter, without
-            constants.
+        largest_layer: the base model's largest decoder layer with adapter, without constants.
         head_layer: the largest decoder layer that is a head; 0 if there is none.
-        dequantised: the largest matrix that is stored in 4 bits, in the model's dtype; 0 if there
-            is none.
+        dequantised: the largest matrix that is stored in 4 bits, in the model's dtype; or 0.
         per_weight: one weight that is not quantised.
     """
 
@@ -78,12 +77,7 @@ class ModelBytes:
 
     @classmethod
     def of(cls, model: PeftModel, quantised: bool = False) -> ModelBytes:
-        """Count the parameters of ``model``, which may be on the meta device.
-
-        Args:
-            model: base model with an adapter, and heads if it has any.
-            quantised: count the base model as QLoRA would load it.
-        """
+        """Count ``model``, maybe on the meta device; ``quantised``, as QLoRA would load it."""
         backbone = Backbone.of(model)
         layers = list(backbone.layers)
         heads = auxiliary_heads_in(model)
@@ -133,18 +127,17 @@ class ModelBytes:
 
 
 @dataclass(frozen=True)
-class DeviceMemory:
+class DeviceMemory(Parts):
     """Bytes on each device at the peak.
 
     Attributes:
         weights: parameters of the base model.
         adapter: parameters of LoRA.
-        gradients: gradients of LoRA, counted as always there, which they are under gradient
-            accumulation; under DDP also their copy in buckets.
+        gradients: of LoRA, counted as always there, which they are under gradient accumulation;
+            under DDP also their copy in buckets.
         optimizer: AdamW's two states of each LoRA parameter.
         heads: parameters of the auxiliary heads.
-        working_weights: parameters that are whole for a moment: gathered ones, and a dequantised
-            matrix.
+        working_weights: what is whole for a moment: gathered parameters, a dequantised matrix.
         activations, head_activations, loss: the fields of `StepMemory`.
     """
 
@@ -158,19 +151,13 @@ class DeviceMemory:
     head_activations: float
     loss: float
 
-    @property
-    def total(self) -> float:
-        return sum(astuple(self))
-
 
 def device_memory(model: ModelBytes, step: StepMemory, placement: str = "one device", gpus: int = 1) -> DeviceMemory:
-    """Memory of each device.
+    """Memory of each of ``gpus`` devices.
 
     Args:
-        model: parameters of the model.
         step: what a step needs for the batch of one device.
         placement: one of `PLACEMENTS`.
-        gpus: number of devices.
     """
     of_states = gpus if placement in ("ZeRO-2", "FSDP", "ZeRO-3") else 1
     of_parameters = gpus if placement in ("FSDP", "ZeRO-3") else 1
@@ -181,9 +168,7 @@ def device_memory(model: ModelBytes, step: StepMemory, placement: str = "one dev
         optimizer=ADAM_STATES * model.adapter / of_states,
         heads=model.heads / of_parameters,
         working_weights=model.gathered(placement) + model.dequantised,
-        activations=step.activations,
-        head_activations=step.head_activations,
-        loss=step.loss,
+        **asdict(step),
     )
 
 

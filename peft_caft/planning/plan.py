@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -59,8 +59,7 @@ class Cost:
         aux_token_fraction: p; None for LoRA.
         flops: operations per token of the batch, supervised or not.
         over_lora: flops over those of LoRA with transformers' loss, minus 1.
-        over_skipping_lora: flops over those of a LoRA that computes no logits of tokens without a
-            label, minus 1.
+        over_skipping_lora: the same over a LoRA that computes logits of tokens with a label alone.
         over_lora_checkpointing: ``over_lora``, both with gradient checkpointing.
     """
 
@@ -88,15 +87,14 @@ class Option:
         return self.memory.total * (1 + LOST_SHARE) + RESERVED_BYTES <= gpu_memory * GIB
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """Result of `plan`.
 
     Attributes:
         facts: class, sizes and attention of the model, and versions.
         parameters: number of parameters of base model, adapter and either type of heads.
-        costs: operations of LoRA, and of CAFT with all supervised positions and with a share of
-            them.
+        costs: LoRA, and each head type with all supervised positions and with a share of them.
         options: every way to train that was asked for.
         notes: what is peculiar about this model or these settings.
     """
@@ -104,9 +102,9 @@ class Plan:
     settings: PlanSettings
     facts: dict[str, Any]
     parameters: dict[str, int]
-    costs: list[Cost] = field(default_factory=list)
-    options: list[Option] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    costs: list[Cost]
+    options: list[Option]
+    notes: list[str]
 
     def to_json(self) -> str:
         """The whole plan; memory and communication in bytes, ``gpu_memory`` in GiB."""
@@ -133,40 +131,33 @@ def plan(settings: PlanSettings) -> Plan:
     backbone = Backbone.of(models["lora"])
     with _explained(backbone):
         costs = _costs(ModelShapes.of(models["lora"]), settings)
-    found = Plan(settings, _facts(backbone), _parameters(models), costs)
     batch = Batch(settings.batch_size, settings.tokens, settings.supervised)
     can_checkpoint = getattr(backbone.model, "supports_gradient_checkpointing", False)
     placements = PLACEMENTS[1:] if settings.gpus > 1 else PLACEMENTS[:1]
     steps: dict[tuple[str, bool, bool], StepMemory] = {}
-    sizes: dict[tuple[str, bool], ModelBytes] = {}
-    sent: dict[tuple[str, bool, str], Communication] = {}
     for method, model in models.items():
-        for qlora in (False, True):
-            sizes[method, qlora] = ModelBytes.of(model, qlora)
-            for placement in placements:
-                sent[method, qlora, placement] = communication(model, placement, settings.gpus, qlora)
         for sharded in sorted({_shards_heads(placement, method) for placement in placements}):
             for checkpointing in (False, True) if can_checkpoint else (False,):
                 with _explained(backbone):
                     steps[method, checkpointing, sharded] = simulate_step(
                         model, batch, checkpointing, settings.autocast, settings.device, sharded
                     )
-    found.options = [
+    options = [
         Option(
             method,
             placement,
             qlora,
             checkpointing,
-            device_memory(sizes[method, qlora], step, placement, settings.gpus),
-            sent[method, qlora, placement],
+            device_memory(ModelBytes.of(models[method], qlora), step, placement, settings.gpus),
+            communication(models[method], placement, settings.gpus, qlora),
         )
         for placement in placements
         for qlora in (False, True)
         for (method, checkpointing, sharded), step in steps.items()
         if sharded == _shards_heads(placement, method)
     ]
-    found.notes = _notes(backbone, config, settings, can_checkpoint)
-    return found
+    notes = _notes(backbone, config, settings, can_checkpoint)
+    return Plan(settings, _facts(backbone), _parameters(models), costs, options, notes)
 
 
 def _shards_heads(placement: str, method: str) -> bool:
@@ -227,7 +218,6 @@ def _parameters(models: dict[str, PeftModel]) -> dict[str, int]:
 
 
 def _costs(shapes: ModelShapes, settings: PlanSettings) -> list[Cost]:
-    """LoRA, and each head type with all supervised positions and with a share of them."""
     keys, s = settings.tokens / 2, settings.supervised
     sampled = settings.aux_token_fraction if settings.aux_token_fraction < 1 else 0.25
 

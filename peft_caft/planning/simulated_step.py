@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,17 +21,18 @@ from ..heads.unembedding import chunks_as_on
 from ..method.model import CAFTModel
 from ..method.targets import IGNORE_INDEX
 from .live_memory import Simulation
+from .parts import Parts
 
 ACTIVATIONS, HEAD_ACTIVATIONS, LOSS = "activations", "head_activations", "loss"
 
 
 @dataclass(frozen=True)
-class StepMemory:
+class StepMemory(Parts):
     """Bytes at the peak of a training step, without parameters, gradients and optimizer.
 
     Attributes:
-        activations: tensors that the base model's layers, with their adapters, keep for the
-            backward pass or work with.
+        activations: what the base model's layers and adapters keep for the backward pass or work
+            with.
         head_activations: tensors of the auxiliary heads, with dL/dh of their losses.
         loss: logits, log-probabilities and their gradients.
     """
@@ -40,18 +41,13 @@ class StepMemory:
     head_activations: int = 0
     loss: int = 0
 
-    @property
-    def total(self) -> int:
-        return sum(astuple(self))
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of equal length, whose last tokens are supervised; a device computes them at a time.
+    """What a device computes at a time: rows of equal length, whose last tokens are supervised.
 
     Attributes:
-        rows: number of rows.
-        tokens: number of tokens of each row.
+        tokens: length of each row.
         supervised: s, share of the tokens that have a label.
     """
 
@@ -73,7 +69,6 @@ def model_on_meta(
     """A model with an adapter, ready to train, on the meta device.
 
     Args:
-        config: configuration of the base model.
         peft_config: a `CAFTConfig` with fresh heads, or a ``LoraConfig``.
         dtype: dtype of the base model; PEFT keeps the adapter in fp32.
         attention: ``"sdpa"`` or ``"eager"``; None takes transformers' default.
@@ -97,14 +92,11 @@ def simulate_step(
 
     Args:
         model: result of `model_on_meta`; its tensors become fake, and it can be simulated again.
-        batch: rows to train on.
-        gradient_checkpointing: keep the layers' inputs alone and run each layer once more in the
-            backward pass.
+        gradient_checkpointing: run each layer once more in the backward pass.
         autocast: run under bfloat16 autocast, as ``TrainingArguments(bf16=True)`` does.
         device: ``"cuda"`` or ``"cpu"``, on which the size of a chunk of logits depends.
         sharded_heads: let the heads count as divided by an engine (`sharding.is_sharded`): they
-            then compute all tokens, and keep their activations until the base model's backward
-            pass.
+            compute all tokens, and keep their activations until the base model's backward pass.
     """
     base = model.get_base_model()
     with warnings.catch_warnings():
