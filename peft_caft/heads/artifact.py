@@ -1,9 +1,8 @@
 """Auxiliary heads on disk and on the Hub: ``config.json``, ``model.safetensors`` and a model card.
 
-``config.json`` holds the hash of the weights it belongs to. A save first writes the new
-configuration under a pending name, then replaces the weights, then the configuration. Whenever it
-is interrupted, one configuration on disk matches the weights, and a reader takes that one. The old
-card is removed before the weights change, so that no card describes other heads.
+``config.json`` holds the hash of the weights it belongs to. A save writes the new configuration
+under a pending name, removes the old card, and replaces the weights, then the configuration. So
+one configuration on disk always matches the weights, and a reader takes that one.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weight
 
     Args:
         save_directory: folder; it is made if there is none.
-        config: description of the heads.
         weights: name -> tensor of any shape, dtype and device.
 
     Raises:
@@ -103,11 +101,7 @@ class HeadsFiles:
         return config
 
     def read_weights(self) -> dict[str, Tensor]:
-        """Name -> tensor as saved, on the CPU.
-
-        Raises:
-            ValueError: if the file is damaged.
-        """
+        """Name -> tensor as saved, on the CPU; a ValueError if the file is damaged."""
         try:
             return load_file(self.weights)
         except SafetensorError as error:

@@ -27,7 +27,7 @@ from .watched_pass import Captured
 class ResidualBlock(nn.Module):
     """``x + SiLU(W x)`` with W ``(hidden, hidden)``, zero at first: it starts as the identity.
 
-    It is the block of Medusa (arXiv 2401.10774), without the bias unless imported heads have one.
+    It is Medusa's block (arXiv 2401.10774), without its bias unless imported heads have one.
     """
 
     def __init__(self, hidden_size: int, device: torch.device, dtype: torch.dtype, bias: bool = False) -> None:
@@ -62,8 +62,7 @@ class ResidualHead(nn.Sequential):
 class DecoderLayerHead(nn.Sequential):
     """A stack of layers of the base model's own kind, called as the model called its last layer.
 
-    The last layer of the stack needs keys and values of all positions, but queries of ``rows``
-    alone. `LayerAtRows` computes no others, where that is possible.
+    The last layer of the stack needs queries of ``rows`` alone, as `LayerAtRows` computes them.
     """
 
     def __init__(self, *layers: nn.Module) -> None:
@@ -71,7 +70,7 @@ class DecoderLayerHead(nn.Sequential):
         self._at_rows = LayerAtRows()
 
     def states(self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True) -> Tensor:
-        """States of the selected positions; arguments and result are those of `ResidualHead`."""
+        """As `ResidualHead.states`."""
         *earlier, last = self
         for layer in earlier:
             hidden = replay(layer, hidden, captured)
@@ -85,8 +84,7 @@ class AuxiliaryHeads(PretrainedHeads):
 
     A head that reads the input x of the last decoder layer computes
     ``lm_head(final_norm(head_k(x)))``; one that reads the last hidden state, which is normed
-    already, computes ``lm_head(head_k(x))``. Norm and unembedding belong to the base model and are
-    neither held nor saved here.
+    already, computes ``lm_head(head_k(x))``. Norm and unembedding are the base model's.
 
     Example:
         >>> heads = AuxiliaryHeads.from_base_model(model, num_heads=4)  # fresh, untrained
@@ -170,16 +168,8 @@ class AuxiliaryHeads(PretrainedHeads):
         """Keep frozen heads in evaluation mode: dropout adds noise and advances the generator."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
-    def require_fits(self, backbone: Backbone, source: str = "given") -> None:
-        """Raise a ValueError if these heads were made for another base model."""
-        self.config.require_base_model(whole(backbone.lm_head.weight), source)
-
     def keep_first(self, count: int, source: str = "given") -> None:
-        """Drop all but the first ``count`` heads.
-
-        Raises:
-            ValueError: if there are fewer.
-        """
+        """Drop all but the first ``count`` heads of ``source``; a ValueError if it has fewer."""
         if count > len(self.heads):
             raise ValueError(
                 f"num_auxiliary_heads: got {count}, expected at most {len(self.heads)}, which is what the heads "
@@ -196,10 +186,8 @@ class AuxiliaryHeads(PretrainedHeads):
         Args:
             index: 0 for the head that predicts 2 tokens ahead.
             captured: record of the base model's forward pass over ``(batch, tokens)``.
-            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens``
-                positions.
+            rows, skip_queries: arguments of `ResidualHead.states`.
             backbone: parts of that base model; the final norm is used.
-            skip_queries: allow decoder-layer heads to compute the selected positions alone.
 
         Returns:
             ``(selected, hidden)`` in the dtype of the hidden states.
@@ -237,7 +225,7 @@ class AuxiliaryHeads(PretrainedHeads):
             ValueError: if the heads were made for another base model.
         """
         backbone = Backbone.of(model)
-        self.require_fits(backbone)
+        self.config.require_base_model(whole(backbone.lm_head.weight), "given")
         with backbone.capture() as records:
             backbone.trunk(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False

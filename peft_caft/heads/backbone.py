@@ -1,8 +1,7 @@
 """The parts of a causal language model that heads use: layers, final norm and unembedding.
 
 They are found by structure, not by the name of an architecture. `Backbone.verify` compares what
-they compute with the model's own output once, so that a model that does something else there is
-refused instead of trained wrongly.
+they compute with the model's own output, to refuse a model that does something else there.
 """
 
 from __future__ import annotations
@@ -29,11 +28,7 @@ def beneath_adapters(module: nn.Module) -> nn.Module:
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside ``model`` (a base model, a PeftModel or a tuner).
-
-    Raises:
-        TypeError: if there is none.
-    """
+    """The transformers model that ``model`` is or holds; a TypeError if there is none."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     if isinstance(model, BaseTuner):
@@ -75,8 +70,7 @@ class Backbone(LayerStack):
         """Find the parts in a base model, with or without adapters.
 
         Raises:
-            TypeError: if ``model`` is not a decoder-only transformers model with a
-                language-modelling head.
+            TypeError: if ``model`` is not a decoder-only causal language model of transformers.
             ValueError: if some of its weights are not on the devices of this process.
         """
         base = base_model_of(model)
@@ -151,7 +145,7 @@ class Backbone(LayerStack):
 
         Args:
             captured: record of a forward pass; the norm of its first row's last token is checked.
-            what: name of ``own`` and ``expected`` in the message.
+            what: name of the next two in the message.
             own: logits or log-probabilities of any shape, from ``captured`` and `unembedding`.
             expected: the same from the model, of the same shape, any floating dtype.
 
@@ -195,8 +189,7 @@ def _require_weights_at_hand(model: PreTrainedModel) -> None:
 def _with_graph_if_trained(parameter: Tensor) -> Tensor:
     """All of a parameter of the lm_head, of any shape; a constant if it is frozen.
 
-    Raises:
-        ValueError: if it is trained, but whole only as a copy, which no gradient reaches.
+    A ValueError if it is trained, but whole only as a copy, which no gradient reaches.
     """
     all_of_it = whole(parameter)
     if not (parameter.requires_grad and torch.is_grad_enabled()):

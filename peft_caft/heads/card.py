@@ -21,12 +21,8 @@ UNTRAINED = "These heads are **not trained**: they carry no knowledge of the bas
 def write_card(folder: Path, config: HeadsConfig, repo_id: str | None = None) -> None:
     """Write ``README.md`` into an artifact's folder, and ``heads.png`` if the heads were evaluated.
 
-    Without matplotlib, an existing plot stays; without evaluations, it is removed.
-
-    Args:
-        folder: folder of the artifact.
-        config: description of the heads.
-        repo_id: Hub repository from which the card loads the heads; None for the folder.
+    Without matplotlib, an existing plot stays; without evaluations, it is removed. ``repo_id`` is
+    the repository from which the card loads the heads; None means the folder.
     """
     plot = folder / PLOT_NAME
     evaluations = evaluations_of(config)
@@ -45,13 +41,7 @@ def evaluations_of(config: HeadsConfig) -> list[dict[str, Any]]:
 
 
 def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool = False) -> str:
-    """The card in Markdown with the Hub's metadata.
-
-    Args:
-        config: description of the heads.
-        repo_id: repository that the card is for; None for a folder.
-        has_plot: whether ``heads.png`` lies beside the card.
-    """
+    """The card in Markdown with the Hub's metadata, for a repository, or a folder if it is None."""
     base = config.base_model_name_or_path or "(unnamed base model)"
     n = config.num_heads + 1
     metadata = {"base_model": base, "base_model_relation": "adapter"} if "/" in base else {}
@@ -75,8 +65,7 @@ def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool =
         "",
         *_usage(config, repo_id, base),
     ]
-    evaluations = evaluations_of(config)
-    if evaluations:
+    if evaluations := evaluations_of(config):
         lines += ["", "## How good they are", "", "Held-out data, before -> after training."]
         for evaluation in evaluations:
             lines += ["", *_data_lines(evaluation, f"**{evaluation['name']}**:"), "", evaluation_table(evaluation)]
@@ -162,8 +151,7 @@ def training_lines(training: dict[str, Any]) -> list[str]:
         lines.append(f"- Started from the heads `{initial}`")
     command, commit = rest.pop("command", None), rest.pop("git_commit", None)
     lines += [f"- {name.replace('_', ' ')}: {_shown(value)}" for name, value in rest.items()]
-    versions = training.get("versions") or {}
-    if versions:
+    if versions := training.get("versions"):
         lines.append(f"- Versions: {listed(versions)}" + (f" (commit `{commit[:12]}`)" if commit else ""))
     if command:
         lines += ["", "```bash", command, "```"]
@@ -235,9 +223,10 @@ def _limits(base: str, training: dict[str, Any], are_evaluated: bool) -> list[st
     ]
 
 
-def head_table(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
-    """Per-head metrics on held-out data, before and after training."""
-    return markdown_table(
+def evaluation_table(evaluation: dict[str, Any]) -> str:
+    """Per-head metrics and acceptance length on one held-out set, before and after training."""
+    before, after = evaluation["before"], evaluation["after"]
+    table = markdown_table(
         ["head (tokens ahead)", "cross entropy (nats/token)", "top-1", "top-5"],
         [
             [
@@ -246,13 +235,8 @@ def head_table(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str
                 f"{b['top1']:.1%} -> {a['top1']:.1%}",
                 f"{b['top5']:.1%} -> {a['top5']:.1%}",
             ]
-            for b, a in zip(before, after, strict=True)
+            for b, a in zip(before["heads"], after["heads"], strict=True)
         ],
     )
-
-
-def evaluation_table(evaluation: dict[str, Any]) -> str:
-    """Per-head metrics and acceptance length on one held-out set, before and after training."""
-    before, after = evaluation["before"], evaluation["after"]
     lengths = f"{before['acceptance_length']:.2f} -> {after['acceptance_length']:.2f}"
-    return f"{head_table(before['heads'], after['heads'])}\n\nAcceptance length: {lengths} of {len(after['heads'])} heads."
+    return f"{table}\n\nAcceptance length: {lengths} of {len(after['heads'])} heads."

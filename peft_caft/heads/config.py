@@ -37,8 +37,7 @@ class HeadsConfig:
         residual_bias: whether residual blocks are ``x + SiLU(W x + b)``, like those of caft-llm.
         base_model_name_or_path, base_model_revision, base_model_class: source of the base model.
         license: identifier on the Hub, such as ``"apache-2.0"``; None if unknown.
-        training: record of stage 1 (data, settings, versions, per-head metrics); empty for
-            untrained heads.
+        training: record of stage 1 (data, settings, versions, metrics); empty if untrained.
         weights_sha256: hash of ``model.safetensors``, set when saving.
     """
 
@@ -76,23 +75,22 @@ class HeadsConfig:
         """Read a heads ``config.json``.
 
         Raises:
-            ValueError: if it is not JSON, not a heads configuration, or of an unknown format
-                version or head type.
+            ValueError: if it is not JSON, no heads configuration, or one of another version.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not valid JSON ({error}). Download or save the heads again.") from error
+        values = values if isinstance(values, dict) else {}
         known = {f.name for f in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
-        if isinstance(values, dict) and "model_type" in values and "head_type" not in values:
+        if "model_type" in values and "head_type" not in values:
             raise ValueError(
                 f"{path}: got the configuration of a whole model ({values['model_type']}), expected that of auxiliary heads or an "
                 "adapter. To publish a whole model, such as `peft-caft merge` or `peft-caft train --method caft_full` writes, call "
                 "its push_to_hub, or use `hf upload`."
             )
-        if not isinstance(values, dict) or not required <= set(values):
-            missing = sorted(required - set(values)) if isinstance(values, dict) else sorted(required)
+        if missing := sorted(required - set(values)):
             raise ValueError(
                 f"{path}: not the configuration of auxiliary heads, {', '.join(missing)} missing. Expected a folder "
                 "that AuxiliaryHeads.save_pretrained wrote."
@@ -139,8 +137,8 @@ class HeadsConfig:
 def fingerprint(unembedding: Tensor) -> list[float] | None:
     """Sixteen numbers of about 1 that tell one unembedding from another, in whatever dtype.
 
-    Each is the cosine between one of sixteen evenly spaced rows and a fixed wave. Another model
-    moves it far more than rounding to fp16 or bf16 does, which a hash would not survive.
+    Each is the cosine between one of sixteen evenly spaced rows and a fixed wave: unlike a hash, it
+    survives rounding to fp16 or bf16.
 
     Args:
         unembedding: ``(vocabulary, hidden)``, any floating dtype.

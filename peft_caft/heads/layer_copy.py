@@ -15,9 +15,7 @@ from .backbone import beneath_adapters
 def plain_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A deep copy of ``layer`` with trainable parameters; it shares the model's configuration.
 
-    Args:
-        layer: a decoder layer, with or without adapters.
-        dtype: dtype in the copy of linear layers that are quantised by bitsandbytes or torchao.
+    Linear layers that bitsandbytes or torchao have quantised get ``dtype``.
 
     Raises:
         ValueError: if an adapter is merged into the layer, which hides its own weights.

@@ -33,9 +33,8 @@ class LayerAtRows:
     """Runs decoder layers for selected positions, if the first call gives what `replay` gives.
 
     transformers' attention gives its keys and values to a cache, if there is one, and goes on with
-    what the cache returns. So the layer is called twice. The first call has all positions, and a
-    cache that takes the keys and values and stops the layer. The second has the selected positions,
-    and a cache that returns what the first one took.
+    what the cache returns. So the layer is called twice with a `_Cache`: for all positions, until
+    the cache has their keys and values, and for the selected ones, to which it returns these.
     """
 
     def __init__(self) -> None:
@@ -63,35 +62,11 @@ class LayerAtRows:
         if arguments is None:
             return None
         if self.works is None:
-            self.works = self._agrees_with_replay(layer, hidden, rows, captured, selection, arguments)
+            self.works = _agrees_with_replay(layer, hidden, rows, captured, selection, arguments)
             if not self.works:
                 logger.info("%s runs for all positions, not for supervised ones alone.", type(layer).__name__)
                 return None
         return _at_selection(layer, hidden, captured, selection, arguments)
-
-    @torch.no_grad()
-    def _agrees_with_replay(
-        self,
-        layer: nn.Module,
-        hidden: Tensor,
-        rows: Tensor,
-        captured: Captured,
-        selection: Selection,
-        arguments: dict[str, Any],
-    ) -> bool:
-        training = [module for module in layer.modules() if module.training]
-        layer.eval()  # no dropout, whose draws would differ and would not repeat after a resume
-        try:
-            got = _at_selection(layer, hidden, captured, selection, arguments).float()
-            expected = replay(layer, hidden, captured).flatten(0, 1)[rows].float()
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            logger.info("%s with the queries of some positions: %s", type(layer).__name__, error)
-            return False
-        finally:
-            for module in training:
-                module.training = True
-        half = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype in (torch.bfloat16, torch.float16)
-        return bool((got - expected).norm() <= (3e-2 if half else 1e-4) * expected.norm())
 
 
 class Selection:
@@ -117,42 +92,56 @@ class Selection:
         """
         shape = [1] * values.dim()
         shape[0], shape[dim] = self.index.shape
-        target = list(values.shape)
-        target[0], target[dim] = self.index.shape
-        return values.expand(len(self.index), *values.shape[1:]).gather(dim, self.index.view(shape).expand(target))
+        return values.take_along_dim(self.index.view(shape), dim)
 
 
 class _KeysAndValues(Exception):
     """Stops the layer as soon as its keys and values are known."""
 
 
-class _TakingCache:
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> None:
-        self.taken = keys, values
-        raise _KeysAndValues
+class _Cache:
+    """Takes the keys and values of a first call, which it stops, and returns them in a second."""
 
-
-class _GivingCache:
-    def __init__(self, taken: tuple[Tensor, Tensor]) -> None:
-        self.taken = taken
+    taken: tuple[Tensor, Tensor] | None = None
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.taken is None:
+            self.taken = keys, values
+            raise _KeysAndValues
         return self.taken
+
+
+@torch.no_grad()
+def _agrees_with_replay(
+    layer: nn.Module, hidden: Tensor, rows: Tensor, captured: Captured, selection: Selection, arguments: dict[str, Any]
+) -> bool:
+    training = [module for module in layer.modules() if module.training]
+    layer.eval()  # no dropout, whose draws would differ and would not repeat after a resume
+    try:
+        got = _at_selection(layer, hidden, captured, selection, arguments).float()
+        expected = replay(layer, hidden, captured).flatten(0, 1)[rows].float()
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        logger.info("%s with the queries of some positions: %s", type(layer).__name__, error)
+        return False
+    finally:
+        for module in training:
+            module.training = True
+    half = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype in (torch.bfloat16, torch.float16)
+    return bool((got - expected).norm() <= (3e-2 if half else 1e-4) * expected.norm())
 
 
 def _at_selection(
     layer: nn.Module, hidden: Tensor, captured: Captured, selection: Selection, arguments: dict[str, Any]
 ) -> Tensor:
-    cache = _cache_name(layer)
-    assert cache is not None
-    taking = _TakingCache()
+    name, cache = _cache_name(layer), _Cache()
+    assert name is not None
     try:
-        layer(**{**_arguments(layer, hidden, captured), cache: taking})
+        layer(**{**_arguments(layer, hidden, captured), name: cache})
     except _KeysAndValues:
         pass
     else:
         raise NotImplementedError(f"{type(layer).__name__} gives no cache its keys and values")
-    output = layer_output(layer(**{**arguments, cache: _GivingCache(taking.taken)}))
+    output = layer_output(layer(**{**arguments, name: cache}))
     return output.flatten(0, 1)[selection.slots]
 
 

@@ -21,9 +21,8 @@ def plot_evaluations(
     Args:
         path: PNG file to write.
         evaluations: name of the held-out set -> (before, after), drawn as a row of panels. Both
-            have one entry per head, in the same order, as the heads' configuration records them:
-            ``"tokens_ahead"`` (k = 2 ... n), ``"top1"`` and ``"top5"`` (fractions), and
-            ``"cross_entropy"`` (nats/token).
+            have one entry per head: ``"tokens_ahead"`` (k = 2 ... n), ``"top1"`` and ``"top5"``
+            (fractions), and ``"cross_entropy"`` (nats/token).
 
     Raises:
         ValueError: if before and after describe different heads, or none.

@@ -48,16 +48,13 @@ class PretrainedHeads(nn.Module, ABC):
         """Name -> parameter, with the names and shapes that `from_config` makes."""
 
     def recorded_as(self, source: str) -> str:
-        """Name of these heads in a record: repository and commit, else the last part of ``source``.
-
-        The path itself means nothing on another machine.
-        """
+        """Name in a record: repository and commit, else the last part of ``source``, a path."""
         return f"{self.repo_id}@{self.commit}" if self.repo_id else os.path.basename(os.path.normpath(source))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write ``config.json``, ``model.safetensors``, a model card, and a plot if evaluated.
 
-        A save that is interrupted leaves the old heads or the new ones, whole.
+        An interrupted save leaves the old heads or the new ones, whole.
 
         Raises:
             NotADirectoryError: if ``save_directory`` is a file.
@@ -154,11 +151,7 @@ class PretrainedHeads(nn.Module, ABC):
 
 
 def load_weights(heads: nn.Module, folder: str | os.PathLike) -> None:
-    """Copy the weights of an artifact into heads of the same shapes, in place.
-
-    Raises:
-        ValueError: if they are damaged or have other shapes.
-    """
+    """Copy an artifact's weights into ``heads``; a ValueError if damaged or of other shapes."""
     files = find_heads(os.fspath(folder))
     files.read_config()
     _fill(heads, files)

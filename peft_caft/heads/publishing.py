@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData
@@ -27,17 +28,14 @@ def push_heads(
     license: str | None = None,
     force: bool = False,
 ) -> CommitInfo:
-    """Publish the heads in a folder.
+    """Publish the heads in a folder that `AuxiliaryHeads.save_pretrained` wrote.
 
     Args:
-        folder: folder that `AuxiliaryHeads.save_pretrained` wrote.
+        folder: the folder.
         to: repository and commit.
         base_model: Hub id of the base model; None keeps that of the configuration.
         license: Hub identifier; None keeps that of the configuration.
         force: replace whatever the repository holds.
-
-    Returns:
-        the commit.
 
     Raises:
         ValueError: if ``base_model`` is no repository id.
@@ -73,18 +71,14 @@ def require_hub_id(name: str, value: str, advice: str) -> str:
     Raises:
         ValueError: otherwise.
     """
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(value)
-    except HFValidationError:
-        is_id = False
-    else:
-        is_id = not os.path.isdir(value)
-    if not is_id:
-        raise ValueError(
-            f"{name}: got {value!r}, expected a repository id on the Hub such as 'org/name': a path of this machine means "
-            f"nothing to others. {advice}"
-        )
-    return value
+        if not os.path.isdir(value):
+            return value
+    raise ValueError(
+        f"{name}: got {value!r}, expected a repository id on the Hub such as 'org/name': a path of this machine means "
+        f"nothing to others. {advice}"
+    )
 
 
 def copy_card(source: Path, target: Path, base_model: str | None, license: str | None) -> None:

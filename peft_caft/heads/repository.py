@@ -15,7 +15,7 @@ from ..basics.file_names import (
     PLOT_NAME,
     WEIGHTS_NAME,
 )
-from ..basics.files import json_or_none
+from ..basics.files import read_json
 from ..basics.hub_errors import explained
 from .config import FINGERPRINT_TOLERANCE, HeadsConfig
 
@@ -41,7 +41,6 @@ class Repository:
 
     Attributes:
         to: destination of the commit.
-        api: client of the Hub.
         repo_id: full name, with the owner.
         head: commit at which it was read.
         files: names of its files at that commit.
@@ -80,11 +79,7 @@ class Repository:
         return cls(to, api, repo_id, info.sha, {sibling.rfilename for sibling in info.siblings or []})
 
     def require_heads_of_same_base(self, ours: HeadsConfig) -> None:
-        """Refuse to replace an adapter, a model, or heads of another base model.
-
-        Raises:
-            FileExistsError: if it holds one of these; the message names both.
-        """
+        """Raise a FileExistsError unless it is empty or holds heads of the same base model."""
         if ADAPTER_CONFIG_NAME in self.files:
             raise self._holds("an adapter", "heads")
         if CONFIG_NAME not in self.files:
@@ -93,23 +88,16 @@ class Repository:
             theirs = HeadsConfig.from_file(self._download(CONFIG_NAME))
         except ValueError as error:
             raise self._holds(f"something else ({error})", "heads") from error
-        difference = _difference_of_bases(ours, theirs)
-        if difference:
+        if difference := _difference_of_bases(ours, theirs):
             there, here = (f"heads for {c.base_model_name_or_path or 'an unnamed model'}" for c in (theirs, ours))
             raise self._holds(f"{there} ({difference})", here)
 
     def require_adapter_of_same_base(self, base_model: str) -> None:
-        """Refuse to replace heads, a model, or an adapter of another base model.
-
-        Raises:
-            FileExistsError: if it holds one of these; the message names both.
-        """
+        """Raise a FileExistsError unless it is empty or holds an adapter of ``base_model``."""
         if ADAPTER_CONFIG_NAME in self.files:
-            there = json_or_none(self._download(ADAPTER_CONFIG_NAME)) or {}
-            if there.get("base_model_name_or_path") != base_model:
-                raise self._holds(
-                    f"an adapter of {there.get('base_model_name_or_path')}", f"an adapter of {base_model}"
-                )
+            theirs = read_json(self._download(ADAPTER_CONFIG_NAME)).get("base_model_name_or_path")
+            if theirs != base_model:
+                raise self._holds(f"an adapter of {theirs}", f"an adapter of {base_model}")
         elif CONFIG_NAME in self.files:
             raise self._holds("heads or a model", "an adapter")
 
@@ -127,7 +115,7 @@ class Repository:
         """Publish files in one commit, and remove those that would no longer describe the weights.
 
         Args:
-            folders: folders with the files; each is taken from the first that has it.
+            folders: places of the files; each is taken from the first folder that has it.
             names: names of the files.
             what: kind of artifact, for the message of the commit.
             alone: remove files of another kind of artifact too.

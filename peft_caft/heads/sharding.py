@@ -51,10 +51,8 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
-    """The module's own parameter of that name, any shape, sharded or not; or None.
-
-    In a forward pass under ZeRO-3, ``module.name`` would gather it, in all later passes too.
-    """
+    """The module's own parameter of that name, any shape, sharded or not; or None."""
+    # In a forward pass under ZeRO-3, ``module.name`` would gather it, in all later passes too.
     parameter = dict(module.named_parameters(recurse=False)).get(name)
     return getattr(module, name, None) if parameter is None else parameter
 

@@ -18,8 +18,8 @@ class ChunkSize:
 
     Attributes:
         elements: maximal number of logits.
-        enough_rows, enough_elements: numbers of rows and of logits from which on matrix products
-            run at full speed; a chunk has about both. 0: as many as ``elements`` allows.
+        enough_rows, enough_elements: numbers of rows and of logits at which matrix products reach
+            full speed; a chunk has about both. 0: as many as ``elements`` allows.
     """
 
     elements: int
@@ -74,8 +74,7 @@ _planned_kind: ContextVar[str | None] = ContextVar("planned_kind", default=None)
 def chunks_as_on(kind: str) -> Iterator[None]:
     """Inside the block, chunks are as large as on an idle device of ``kind``, such as ``"cuda"``.
 
-    A simulation needs it: its tensors are on the CPU, whose free memory says nothing about the
-    planned device.
+    A simulation needs it, since its tensors are on the CPU.
     """
     token = _planned_kind.set(kind)
     try:
@@ -139,11 +138,7 @@ class Unembedding:
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``(rows, vocabulary)`` in `logits_dtype`.
-
-        Args:
-            hidden: ``(rows, hidden)`` in the dtype of the weight.
-        """
+        """Logits ``(rows, vocabulary)`` in `logits_dtype` of ``(rows, hidden)`` in the weight's."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias).to(self.logits_dtype)
         return self._scaled_and_capped(logits)
 
@@ -204,14 +199,11 @@ class Unembedding:
 
 
 def target_scores(states: Tensor, targets: Tensor, unembedding: Unembedding, top: int = 1) -> tuple[Tensor, Tensor]:
-    """Cross entropies and hits of hidden states, a chunk of logits at a time.
-
-    Call it under ``torch.no_grad``.
+    """Cross entropies and hits of hidden states, a chunk at a time, under ``torch.no_grad``.
 
     Args:
         states: ``(rows, hidden)``, any floating dtype.
         targets: int64 ``(rows,)``, token ids.
-        unembedding: layer that makes logits of the states.
         top: number of the most likely tokens that are compared; at most the vocabulary.
 
     Returns:

@@ -13,8 +13,8 @@ from transformers import Cache
 from .unembedding import Unembedding
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # transformers' names; `cache` from 5.24
-CACHE_ARGUMENTS = (*CACHES, "use_cache")
-LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")  # passed to the layers, which ignore them
+# Arguments of the last layer that heads do not need; layers ignore those of the loss.
+DROPPED_ARGUMENTS = (*CACHES, "use_cache", "labels", "shift_labels", "num_items_in_batch")
 
 
 @dataclass
@@ -26,9 +26,8 @@ class Captured:
             hidden)`` in the model's dtype, with their graph.
         last_hidden_state: hidden states after the final norm, same shape.
         last_layer_output: hidden states between the two, same shape.
-        layer_args: further positional arguments of the last layer, such as GPT-2's mask, without
-            the cache.
-        layer_kwargs: its keyword arguments (mask, position embeddings, ...) without the cache.
+        layer_args, layer_kwargs: further arguments of the last layer (mask, position embeddings,
+            ...), without the cache.
         unembedding: lm_head of this pass, which `Backbone.unembedding` keeps here.
     """
 
@@ -66,10 +65,8 @@ class LayerStack:
         seen: dict[str, Any] = {}
 
         def before_last_layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            dropped = (*CACHE_ARGUMENTS, *LOSS_ARGUMENTS)
-            kwargs = {n: v for n, v in kwargs.items() if n not in dropped and not isinstance(v, Cache)}
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            seen["hidden"] = hidden
+            kwargs = {n: v for n, v in kwargs.items() if n not in DROPPED_ARGUMENTS and not isinstance(v, Cache)}
+            seen["hidden"] = args[0] if args else kwargs.pop("hidden_states")
             seen["args"] = tuple(None if isinstance(value, Cache) else value for value in args[1:])
             seen["kwargs"] = kwargs
 
@@ -88,24 +85,20 @@ class LayerStack:
             records.append(Captured(seen["hidden"], last_hidden_state, seen["output"], seen["args"], seen["kwargs"]))
             seen.clear()
 
-        hooks = [
+        with (
             self.last_layer.register_forward_pre_hook(before_last_layer, with_kwargs=True),
             self.last_layer.register_forward_hook(after_last_layer),
             self.trunk.register_forward_hook(after_trunk),
-        ]
-        try:
+        ):
             yield records
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def starting_at_last_layer(self, hidden: Tensor | None) -> Iterator[None]:
         """Inside the block, only the last layer runs, on ``hidden``.
 
         Args:
-            hidden: ``Captured.last_layer_input`` of an earlier pass over the same tokens, ``(batch,
-                tokens, hidden)``; None changes nothing.
+            hidden: ``Captured.last_layer_input`` of an earlier pass over the same tokens; None
+                changes nothing.
         """
         if hidden is None:
             yield
@@ -115,15 +108,14 @@ class LayerStack:
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
         skipped = list(self.layers)[:-1]
-        hook = self.last_layer.register_forward_pre_hook(replace_input, with_kwargs=True, prepend=True)
-        try:
-            for index, layer in enumerate(skipped):
-                self.layers[index] = _PassedOver(layer, self.layers_return_tuples)
-            yield
-        finally:
-            hook.remove()
-            for index, layer in enumerate(skipped):
-                self.layers[index] = layer
+        with self.last_layer.register_forward_pre_hook(replace_input, with_kwargs=True, prepend=True):
+            try:
+                for index, layer in enumerate(skipped):
+                    self.layers[index] = _PassedOver(layer, self.layers_return_tuples)
+                yield
+            finally:
+                for index, layer in enumerate(skipped):
+                    self.layers[index] = layer
 
 
 class _PassedOver(nn.Module):
@@ -142,8 +134,5 @@ class _PassedOver(nn.Module):
 
 
 def layer_output(output: Any) -> Tensor:
-    """Hidden states ``(batch, tokens, hidden)`` in what a decoder layer returned.
-
-    Layers written for transformers 4 return a tuple, whose first entry they are.
-    """
-    return output if isinstance(output, Tensor) else output[0]
+    """Hidden states ``(batch, tokens, hidden)`` in what a decoder layer returned."""
+    return output if isinstance(output, Tensor) else output[0]  # a tuple: written for transformers 4
