@@ -36,12 +36,10 @@ def trainer_arguments(
     set_by_command: Mapping[str, str] | None = None,
     also_known: Iterable[str] = (),
 ) -> TrainingArguments:
-    """TrainingArguments: ``options`` go before ``yaml_file``, and both before ``defaults``.
+    """TrainingArguments: options go before fields in the YAML file, and both before the defaults.
 
     Args:
         output: run folder; checkpoints go below it.
-        defaults: what the command sets unless told otherwise.
-        yaml_file: path of a mapping of fields.
         options: as on a command line, e.g. ``["--learning_rate", "1e-4"]``.
         set_by_command: field -> reason, for fields that the command would overwrite.
         also_known: further names of options, to be suggested for an unknown one.
@@ -106,7 +104,7 @@ def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
             )
         if text is None and types[name] is not bool:
             raise ValueError(f"--{name}: got no value, expected {described(types[name])}.")
-        found[name] = parsed(f"--{name}", text or "true", types[name])
+        found[name] = parsed(f"--{name}", "true" if text is None else text, types[name])
     return found, others
 
 

@@ -133,7 +133,6 @@ def encode(
     Args:
         tokenizer: needs an end-of-text token, and a chat template if rows have ``messages``.
         max_length: longest row in tokens; longer rows lose their end.
-        quiet: show no progress bar.
 
     Raises:
         ValueError: if the chat template is missing, refuses or rewrites the messages of a row,
@@ -221,11 +220,7 @@ def _tokens_after(input_ids: list[int], text: str, longer: str, tokenizer: PreTr
 
 
 def rendered(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
-    """The text of a chat as the model reads it.
-
-    Raises:
-        ValueError: if the chat template refuses the messages.
-    """
+    """The text of a chat as the model reads it, or a ValueError if the template refuses it."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except TemplateError as error:

@@ -20,7 +20,6 @@ class AnswerReader:
     """Turns the tokens of answers into text and judges them.
 
     Attributes:
-        stop_token_ids: tokens that end an answer.
         max_repetition: largest share of repeated runs of tokens that `rejection` lets pass.
     """
 

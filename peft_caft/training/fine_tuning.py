@@ -12,14 +12,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..basics.files import file_sha256, filling
@@ -68,13 +61,11 @@ def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:
 
 
 def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
-    """Fine-tune, and write a LoRA adapter or the whole model to ``settings.output``. An interrupted
-    run is resumed.
+    """Fine-tune, and write a LoRA adapter or the whole model. An interrupted run is resumed.
 
     The same seed gives LoRA and CAFT the same initial adapter and the same order of data.
 
     Args:
-        settings: model, data, method.
         args: arguments of the Trainer; ``output_dir``, the folder of checkpoints, is set here.
         overwrite: replace a finished run, or an interrupted one with other settings.
 
@@ -111,8 +102,8 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     data_sha256 = file_sha256(settings.data)
     is_first = args.process_index == 0
     # The number of processes decides the batches, so a run is resumed with the same number.
-    recorded = asdict(settings) | training_settings(args) | {"processes": args.world_size, "engine": engine_name(args)}
-    recorded |= {"data_sha256": data_sha256}
+    run = {"processes": args.world_size, "engine": engine_name(args), "data_sha256": data_sha256}
+    recorded = asdict(settings) | training_settings(args) | run
     if not overwrite:
         folder.require_free(recorded)
     if not is_first:
@@ -192,9 +183,8 @@ class _Clock(TrainerCallback):
 
 
 def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
-    """State dict to save, gathered on the CPU of the first process; all processes call it together.
-
-    Returns None where every process holds the whole model.
+    """State dict to save, which all processes gather together on the CPU of the first one; None
+    where each holds the whole model.
     """
     if not shards_parameters(trainer):
         return None

@@ -26,8 +26,6 @@ class Sampling:
         temperature: 0 takes the most probable token.
         top_p: smallest set of tokens with this probability; 1 is off.
         top_k: number of most probable tokens to draw from; 0 is off.
-        max_new_tokens: longest answer in tokens.
-        stop_token_ids: tokens that end an answer.
     """
 
     temperature: float
@@ -63,9 +61,8 @@ class Backend(Protocol):
 
 
 def batches_by_length(requests: Iterable[Request], length: Callable[[Request], int], size: int) -> list[list[Request]]:
-    """Batches of ``size`` requests of about equal length, ties in their order.
-
-    Longest come first: little padding, and an out-of-memory error comes at once.
+    """Batches of requests, longest first, ties in their order: little padding, and too little
+    memory shows at once.
     """
     ordered = sorted(requests, key=lambda request: -length(request))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
@@ -92,7 +89,6 @@ def answer_batches(
         finished: numbers of the batches in ``parts`` before any process began to write.
         answers: takes a batch and a seed; returns one result per request (JSON values) and the
             number of generated tokens.
-        what: name of the progress bar.
         rank: number of this process among ``processes``.
     """
     others = list(range(1, len(batches)))
@@ -157,12 +153,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 class TransformersBackend:
-    """``model.generate`` on left-padded batches.
-
-    Args:
-        model: on its device, in evaluation mode.
-        tokenizer: the model's own.
-    """
+    """``model.generate`` on left-padded batches; the model is in evaluation mode."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int

@@ -14,12 +14,7 @@ from .data import EncodedData, encode, read_jsonl
 
 @dataclass
 class RawFile:
-    """A data file as it was read.
-
-    Attributes:
-        rows: rows that `peft_caft.training.data.read_jsonl` returned.
-        sha256: hash of the whole file.
-    """
+    """A data file as `read_jsonl` read it; ``sha256`` is that of the whole file."""
 
     path: Path
     rows: list[dict[str, Any]]
@@ -27,7 +22,6 @@ class RawFile:
 
     @classmethod
     def read(cls, path: str, limit: int | None) -> RawFile:
-        """The first ``limit`` rows of a JSONL file; None reads all."""
         return cls(Path(path), read_jsonl(path, limit), file_sha256(path))
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool) -> DataFile:
@@ -44,7 +38,6 @@ class DataFile:
     encoded: EncodedData
 
     def record(self) -> dict[str, Any]:
-        """Entry of the file in a training record."""
         return {
             "file": self.path.name,
             "sha256": self.sha256,
@@ -58,12 +51,10 @@ class DataFile:
 def read_files(
     data: list[str], eval_data: list[str] | None, max_rows: int | None, eval_rows: int
 ) -> tuple[list[RawFile], list[RawFile]]:
-    """Read the training files and the held-out files.
+    """Read the training files and the held-out files, JSONL.
 
     Args:
-        data: paths of the training files, JSONL.
-        eval_data: paths of the held-out files; without any, the last tenth of each training file is
-            held out.
+        eval_data: without any, the last tenth of each training file is held out.
         max_rows: rows to use at most of each training file, those held out included.
         eval_rows: rows to use at most of each held-out file.
 
@@ -88,7 +79,5 @@ def read_files(
             file.rows = file.rows[:-held_out]
     stems = [file.path.stem for file in evals]
     if len(set(stems)) < len(stems):
-        raise ValueError(
-            f"eval_data: got the names {stems}, expected different ones, which name the figures. Rename a file."
-        )
+        raise ValueError(f"eval_data: got the names {stems}, expected different ones for the figures. Rename a file.")
     return train, evals

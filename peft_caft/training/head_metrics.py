@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,6 @@ class HeadEvaluation:
     """Metrics of all heads.
 
     Attributes:
-        heads: one entry per head.
         acceptance_length: mean number of consecutive heads, from k = 2 on, whose most likely token
             is the target, between 0 and n - 1; over positions that have a target for every head.
     """
@@ -78,42 +76,29 @@ def evaluate_heads(
     """Metrics of every head over all supervised positions of ``rows``.
 
     Args:
-        heads: the heads.
-        model: their base model, in evaluation mode.
+        model: the base model, in evaluation mode.
         rows: rows that `peft_caft.training.data.encode` returned.
         collate: function that makes a batch of tensors ``(batch, tokens)`` of rows.
-        batch_size: rows per forward pass.
-        description: label of the progress bar.
     """
     backbone = Backbone.of(model)
     was_training = heads.training
     heads.eval()
-    batches = tqdm(length_sorted(rows, collate, batch_size), desc=description, unit=" batches", leave=False)
-    device = backbone.lm_head.weight.device
-
-    def totals_of(batch: Any) -> Tensor:
-        batch = batch.to(device)
+    totals = []
+    for batch in tqdm(length_sorted(rows, collate, batch_size), desc=description, unit=" batches", leave=False):
+        batch = batch.to(backbone.lm_head.weight.device)
         with backbone.capture() as records:
             backbone.trunk(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        return batch_totals(heads, backbone, records[-1], batch["labels"], batch["attention_mask"])
-
-    totals = sum_totals(totals_of(batch) for batch in batches)
+        totals.append(batch_totals(heads, backbone, records[-1], batch["labels"], batch["attention_mask"]))
     heads.train(was_training)
-    return HeadEvaluation.from_totals(totals)
+    return HeadEvaluation.from_totals(torch.stack(totals).sum(dim=0))
 
 
 def length_sorted(rows: list[dict[str, list[int]]], collate: Callable, batch_size: int) -> DataLoader:
-    """Batches that ``collate`` made, such as int64 ``(batch, tokens)`` under ``input_ids``.
-
-    Longest rows come first: little padding, and an out-of-memory error comes at once.
+    """Batches that ``collate`` made, such as int64 ``(batch, tokens)`` under ``input_ids``, longest
+    rows first: little padding, and too little memory shows at once.
     """
     longest_first = sorted(rows, key=lambda row: -len(row["input_ids"]))
     return DataLoader(longest_first, batch_size=batch_size, collate_fn=collate)
-
-
-def sum_totals(totals: Iterable[Tensor]) -> Tensor:
-    """Sum of one or more `batch_totals`, each float64 ``(heads + 1, 4)``."""
-    return torch.stack(list(totals)).sum(dim=0)
 
 
 def batch_totals(
@@ -122,8 +107,6 @@ def batch_totals(
     """Sums over one batch, from which `HeadEvaluation.from_totals` makes means.
 
     Args:
-        heads: the heads.
-        backbone: parts of their base model.
         captured: record of a forward pass over ``(batch, tokens)``.
         labels: int64 ``(batch, tokens)``, -100 where unsupervised.
         attention_mask: ``(batch, tokens)``, 0 for padding, or None.

@@ -1,7 +1,6 @@
 """Module and Trainer of stage 1: a frozen base model with trainable heads.
 
-The objective is the sum over heads of alpha^(k-1) * CE_k, against the tokens of the text (hard
-targets) or the base model's own distributions (soft targets).
+The objective is the sum over heads of alpha^(k-1) * CE_k.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ..method.progress import RecentLosses
 from ..method.targets import IGNORE_INDEX, Supervision, supervised_count
 from .engine import gather, reshard, scatter, shards_parameters
 from .epoch_order import EpochOrder
-from .head_metrics import HeadEvaluation, batch_totals, length_sorted, sum_totals
+from .head_metrics import HeadEvaluation, batch_totals, length_sorted
 from .settings import Targets
 from .soft_targets import soft_auxiliary_loss
 
@@ -39,14 +38,11 @@ from .soft_targets import soft_auxiliary_loss
 class HeadPretraining(nn.Module):
     """The frozen base model with trainable heads, for ``transformers.Trainer``.
 
-    The base model runs up to its final norm, or, on given hidden states, its last layer alone. Soft
-    targets need its logits at the supervised positions.
+    The base model runs up to its final norm, or, on given hidden states, its last layer alone.
 
     Args:
-        model: the base model.
-        heads: heads for it.
         aux_loss_decay: alpha.
-        targets: ``"hard"`` or ``"soft"``.
+        targets: ``"hard"``, the tokens of the text; or ``"soft"``, the base model's distributions.
         aux_token_fraction: share of the positions that are drawn in each step.
     """
 
@@ -137,13 +133,7 @@ class _TellStep(TrainerCallback):
 
 
 class HeadTrainer(Trainer):
-    """Trainer that evaluates every head and saves the heads instead of the whole model.
-
-    Args:
-        model: the module to train.
-        args: arguments of the run.
-        kwargs: further arguments of Trainer; ``eval_dataset`` is a dict of encoded rows by name.
-    """
+    """Trainer that evaluates every head on a dict of evaluation sets, and saves the heads alone."""
 
     def __init__(self, model: HeadPretraining, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
@@ -158,10 +148,7 @@ class HeadTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).heads
 
     def trained_heads(self) -> AuxiliaryHeads:
-        """The heads with whole parameters, a copy on the CPU if they are sharded.
-
-        All processes call this together.
-        """
+        """The whole heads, on the CPU if they are sharded; all processes call it together."""
         if self.sharded:
             gather(self._heads, self._whole_heads)
         return self._whole_heads
@@ -175,27 +162,20 @@ class HeadTrainer(Trainer):
             for parameter in self._heads.parameters():
                 copy_into(parameter, whole(parameter).to(dtype))
 
+    @torch.no_grad()
     def evaluate_heads(self, description: str) -> dict[str, HeadEvaluation]:
         """Name -> evaluation of every evaluation set; each process takes a share of the rows."""
         evaluations = {}
+        quiet = not self.is_world_process_zero()
         self.model_wrapped.eval()
         for name, rows in self.eval_dataset.items():
             share = rows[self.args.process_index :: self.args.world_size]
             if len(share) * self.args.world_size < len(rows):  # all processes must run equally many batches
-                share = [
-                    *share,
-                    {"input_ids": rows[0]["input_ids"], "labels": [IGNORE_INDEX] * len(rows[0]["labels"])},
-                ]
+                share = [*share, rows[0] | {"labels": [IGNORE_INDEX] * len(rows[0]["labels"])}]
             batches = length_sorted(share, self.data_collator, self.args.per_device_eval_batch_size)
-            bar = tqdm(
-                batches,
-                desc=f"{description}, {name}",
-                unit=" batches",
-                leave=False,
-                disable=not self.is_world_process_zero(),
-            )
-            totals = sum_totals(self._totals(batch) for batch in bar)
-            evaluations[name] = HeadEvaluation.from_totals(self.accelerator.reduce(totals))
+            bar = tqdm(batches, desc=f"{description}, {name}", unit=" batches", leave=False, disable=quiet)
+            totals = [self.model_wrapped(**batch.to(self.args.device))["totals"] for batch in bar]
+            evaluations[name] = HeadEvaluation.from_totals(self.accelerator.reduce(torch.stack(totals).sum(dim=0)))
         if self.sharded:
             reshard(self.model_wrapped)
         return evaluations
@@ -206,14 +186,9 @@ class HeadTrainer(Trainer):
             self._before = self.evaluate_heads("Held-out, before training")
         return self._before
 
-    @torch.no_grad()
-    def _totals(self, batch: Any) -> Tensor:
-        return self.model_wrapped(**batch.to(self.args.device))["totals"]
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log metrics of each head on every set; ``eval_loss`` is the mean objective, nats/token.
-
-        Its targets are hard.
+        """Log metrics of each head on every set, and as ``eval_loss`` the mean objective with hard
+        targets, nats/token.
         """
         metrics = {}
         evaluations = self.evaluate_heads("Held-out")

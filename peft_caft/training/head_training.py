@@ -1,8 +1,4 @@
-"""`train_heads`: one run of stage 1, from data files to heads on disk, evaluated before and after.
-
-The modules it uses: `head_data` reads the files, `head_trainer` holds the module and the Trainer,
-`head_metrics` the evaluation.
-"""
+"""`train_heads`: one run of stage 1, from data files to heads that are evaluated and written."""
 
 from __future__ import annotations
 
@@ -12,15 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..basics.files import json_or_none
@@ -30,7 +18,7 @@ from ..heads.auxiliary_heads import AuxiliaryHeads
 from .arguments import training_settings
 from .data import collator
 from .engine import engine_name, sharding_requested
-from .head_data import DataFile, read_files
+from .head_data import read_files
 from .head_trainer import HeadPretraining, HeadTrainer
 from .hidden_states_cache import cached_rows, with_hidden_states
 from .loading import require_dtype, require_tokenizer_of
@@ -41,7 +29,6 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     """Train heads and write them to ``settings.output``. An interrupted run is resumed.
 
     Args:
-        settings: model, data and heads.
         args: arguments of the Trainer; ``output_dir``, the folder of checkpoints, is set here.
         overwrite: replace a finished run, or an interrupted one with other settings.
 
@@ -99,89 +86,72 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     with folder.held() if is_first else nullcontext():
         with args.main_process_first(local=False):
             resume_from = folder.begin(recorded, overwrite and is_first, random_states(args.world_size))
-        return _train(settings, args, folder, resume_from, model, heads, tokenizer, train, evals)
-
-
-def _train(
-    settings: HeadTrainingSettings,
-    args: TrainingArguments,
-    folder: RunFolder,
-    resume_from: Path | None,
-    model: PreTrainedModel,
-    heads: AuxiliaryHeads,
-    tokenizer: PreTrainedTokenizerBase,
-    train: list[DataFile],
-    evals: list[DataFile],
-) -> dict[str, Any]:
-    """Train, from the last checkpoint if there is one, and write the heads and the summary."""
-    dtype = model.dtype
-    heads.float()  # the optimizer steps in fp32 even where the base model computes in half precision
-    collate: Any = collator(tokenizer)
-    rows: Any = [row for file in train for row in file.encoded.rows]
-    if settings.cache is not None:
-        rows = cached_rows(Path(settings.cache), rows, model, collate, args.distributed_state)
-    patience = settings.early_stopping_patience
-    trainer = HeadTrainer(
-        HeadPretraining(model, heads, settings.aux_loss_decay, settings.targets, settings.aux_token_fraction),
-        args,
-        train_dataset=rows,
-        eval_dataset={file.path.stem: file.encoded.rows for file in evals},
-        data_collator=with_hidden_states(collate),
-        callbacks=None if patience is None else [_EarlyStopping(patience)],
-    )
-    if not trainer.sharded:  # otherwise the Trainer evaluates as soon as the engine can run them
-        trainer.evaluate_before()
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    seconds = time.perf_counter() - started
-    trainer.round_heads(dtype)
-    before, after = trainer.evaluate_before(), trainer.evaluate_heads("Held-out, after training")
-    trained = trainer.trained_heads().to(dtype)
-    trained.config.training = {
-        "data": [file.record() for file in train],
-        "targets": settings.targets,
-        "aux_loss_decay": settings.aux_loss_decay,
-        "aux_token_fraction": settings.aux_token_fraction,
-        "max_length": settings.max_length,
-        "initial_heads": None if settings.init_heads is None else heads.recorded_as(settings.init_heads),
-        # Where a local base model's weights came from, if its folder says so: a conversion may have
-        # rounded them.
-        "base_model_weights": json_or_none(Path(settings.model, "provenance.json")),
-        **training_settings(args),
-        "processes": args.world_size,
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "stopped_early": trainer.state.global_step < trainer.state.max_steps,
-        "seconds": seconds,
-        "evaluations": [
-            {
-                "name": file.path.stem,
-                **{key: value for key, value in file.record().items() if key in ("file", "sha256", "rows")},
-                "before": asdict(before[file.path.stem]),
-                "after": asdict(after[file.path.stem]),
-            }
-            for file in evals
-        ],
-        **provenance(),
-    }
-    summary = trained.config.training | {
-        "peak_memory_mib": peak_memory_mib(),
-        "log_history": trainer.state.log_history,
-    }
-    if args.process_index == 0:
-        trained.save_pretrained(settings.output)
-        folder.finish(summary)
-    return summary
+        dtype = model.dtype
+        heads.float()  # the optimizer steps in fp32 even where the base model computes in half precision
+        collate: Any = collator(tokenizer)
+        rows: Any = [row for file in train for row in file.encoded.rows]
+        if settings.cache is not None:
+            rows = cached_rows(Path(settings.cache), rows, model, collate, args.distributed_state)
+        patience = settings.early_stopping_patience
+        trainer = HeadTrainer(
+            HeadPretraining(model, heads, settings.aux_loss_decay, settings.targets, settings.aux_token_fraction),
+            args,
+            train_dataset=rows,
+            eval_dataset={file.path.stem: file.encoded.rows for file in evals},
+            data_collator=with_hidden_states(collate),
+            callbacks=None if patience is None else [_EarlyStopping(patience)],
+        )
+        if not trainer.sharded:  # otherwise the Trainer evaluates as soon as the engine can run them
+            trainer.evaluate_before()
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        seconds = time.perf_counter() - started
+        trainer.round_heads(dtype)
+        before, after = trainer.evaluate_before(), trainer.evaluate_heads("Held-out, after training")
+        trained = trainer.trained_heads().to(dtype)
+        trained.config.training = {
+            "data": [file.record() for file in train],
+            "targets": settings.targets,
+            "aux_loss_decay": settings.aux_loss_decay,
+            "aux_token_fraction": settings.aux_token_fraction,
+            "max_length": settings.max_length,
+            "initial_heads": None if settings.init_heads is None else heads.recorded_as(settings.init_heads),
+            # Says where a local base model's weights came from: a conversion may have rounded them.
+            "base_model_weights": json_or_none(Path(settings.model, "provenance.json")),
+            **training_settings(args),
+            "processes": args.world_size,
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            "stopped_early": trainer.state.global_step < trainer.state.max_steps,
+            "seconds": seconds,
+            "evaluations": [
+                {
+                    "name": file.path.stem,
+                    **{key: value for key, value in file.record().items() if key in ("file", "sha256", "rows")},
+                    "before": asdict(before[file.path.stem]),
+                    "after": asdict(after[file.path.stem]),
+                }
+                for file in evals
+            ],
+            **provenance(),
+        }
+        summary = trained.config.training | {
+            "peak_memory_mib": peak_memory_mib(),
+            "log_history": trainer.state.log_history,
+        }
+        if is_first:
+            trained.save_pretrained(settings.output)
+            folder.finish(summary)
+        return summary
 
 
 def _prepare_evaluation(settings: HeadTrainingSettings, args: TrainingArguments) -> None:
     if settings.early_stopping_patience is None:
         return
-    if settings.early_stopping_patience < 1 or args.eval_strategy == "no":
+    if args.eval_strategy == "no":
         raise ValueError(
-            f"early_stopping_patience: got {settings.early_stopping_patience} with eval_strategy="
-            f"{str(args.eval_strategy)!r}, expected at least 1 and evaluations during the run. Leave it out, or set "
-            "--eval_strategy steps --eval_steps N."
+            f"early_stopping_patience: got {settings.early_stopping_patience} with eval_strategy='no', expected evaluations during "
+            "the run. Leave it out, or set --eval_strategy steps --eval_steps N."
         )
     args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "eval_loss", False
     args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps

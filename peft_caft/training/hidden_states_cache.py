@@ -3,8 +3,8 @@
 The cache keeps the input of the base model's last layer at every position. From it the last layer,
 the final norm and every kind of head are computed at a thirtieth of the model's cost.
 ``hidden_states.bin`` holds the rows one after the other, ``done.bin`` one byte per batch, 1 once it
-is on disk, and ``cache.json`` says what model and data they belong to. An interrupted run continues
-with the batches that are not marked, with any number of processes.
+is on disk, and ``cache.json`` says what model and data they belong to. Any number of processes may
+continue an interrupted run.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ class CachedRows(torch.utils.data.Dataset):
     """Encoded rows with hidden states, ``(tokens, hidden)``, under the key ``hidden_states``.
 
     Args:
-        rows: rows of `peft_caft.training.data.EncodedData`.
         states: ``(tokens of all rows, hidden)``, uint16 or uint32 with the bits of numbers of
             ``dtype``, mapped from the disk.
-        dtype: dtype of the hidden states.
     """
 
     def __init__(self, rows: list[dict[str, list[int]]], states: np.ndarray, dtype: torch.dtype) -> None:
@@ -72,11 +70,9 @@ def cached_rows(
     """Rows with hidden states from the cache in ``folder``, which is completed first.
 
     Args:
-        folder: folder of the cache, on a disk that all processes share.
-        rows: rows of `peft_caft.training.data.EncodedData`.
+        folder: on a disk that all processes share.
         model: the base model, in evaluation mode.
         collate: makes a batch of int64 tensors ``(batch, tokens)`` of some rows.
-        state: the processes of this run.
 
     Raises:
         ValueError: if the folder holds the cache of another model, other data or another precision.
@@ -125,8 +121,7 @@ def with_hidden_states(collate: Callable) -> Callable:
         if "hidden_states" not in rows[0]:
             return collate(rows)
         states = [row["hidden_states"] for row in rows]
-        plain = [{name: value for name, value in row.items() if name != "hidden_states"} for row in rows]
-        batch = collate(plain)
+        batch = collate([{name: value for name, value in row.items() if name != "hidden_states"} for row in rows])
         batch["hidden_states"] = nn.utils.rnn.pad_sequence(states, batch_first=True)
         return batch
 
@@ -155,8 +150,7 @@ def _prepare(folder: Path, identity: dict[str, Any], size: int, batches: int) ->
     if (recorded := json_or_none(recorded_path)) is not None:
         if different := first_difference(recorded, identity):
             raise ValueError(
-                f"cache: {folder} holds hidden states of something else; {different}. Choose another folder, or remove "
-                "this one."
+                f"cache: {folder} holds hidden states of something else; {different}. Choose another folder, or remove this one."
             )
         if all(p.is_file() and p.stat().st_size == n for p, n in ((states_path, size), (done_path, batches))):
             return

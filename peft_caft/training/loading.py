@@ -23,10 +23,9 @@ def load_for_inference(source: str, dtype: str, adapter: str | None = None, devi
     """A `PreTrainedModel` in evaluation mode; with an adapter, the `PeftModel` that holds both.
 
     Args:
-        source: folder or Hub id.
+        source, adapter: folder or Hub id.
         dtype: ``"auto"`` for the checkpoint's, or the name of a torch dtype.
-        adapter: folder or Hub id.
-        device: device to put it on; None takes the GPU if there is one, else the CPU.
+        device: None takes the GPU if there is one, else the CPU.
     """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     if adapter is not None:
@@ -44,9 +43,7 @@ def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
     if settings.load_in_4bit or settings.load_in_8bit:
         name = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
         if find_spec("bitsandbytes") is None:
-            raise ModuleNotFoundError(
-                f"{name}: needs bitsandbytes, which is not installed. Run: pip install bitsandbytes, or leave the option out."
-            )
+            raise ModuleNotFoundError(f"{name}: needs bitsandbytes. Run: pip install bitsandbytes, or leave it out.")
         computing = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
         quantization = BitsAndBytesConfig(
             load_in_4bit=settings.load_in_4bit,
@@ -67,11 +64,7 @@ def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
 
 
 def require_dtype(model: PreTrainedModel, dtype: str, args: TrainingArguments) -> None:
-    """Check that a model was loaded in the requested dtype; under ZeRO-3 DeepSpeed decides that.
-
-    Raises:
-        ValueError: if it was loaded in another one.
-    """
+    """Raise a ValueError if ZeRO-3 loaded a model in another dtype than the requested one."""
     got = str(model.dtype).removeprefix("torch.")
     if zero_stage(args) == 3 and dtype not in ("auto", got):
         raise ValueError(
@@ -81,11 +74,7 @@ def require_dtype(model: PreTrainedModel, dtype: str, args: TrainingArguments) -
 
 
 def require_tokenizer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the model has an embedding for every token of the tokenizer.
-
-    Raises:
-        ValueError: if a token has none.
-    """
+    """Raise a ValueError unless the model has an embedding for every token of the tokenizer."""
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ValueError(

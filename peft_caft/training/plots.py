@@ -24,11 +24,9 @@ def plot_training(
     pale line shows the logged values, a strong line their running mean.
 
     Args:
-        path: the PNG file to write.
-        runs: name of the run -> ``trainer.state.log_history``. Entries with ``"step"`` (optimizer
-            steps) and ``"loss"`` (nats/token) are drawn; others, such as evaluations, are ignored.
-            Entries of a CAFT run also have ``"caft/gamma"`` (0 to 1), ``"caft/aux_loss"`` and
-            ``"caft/loss_head_2"`` ... (nats/token).
+        runs: name of the run -> ``trainer.state.log_history``, of which entries with ``"step"``
+            (optimizer steps) and ``"loss"`` (nats/token) are drawn. Those of a CAFT run also have
+            ``"caft/gamma"``, ``"caft/aux_loss"`` and ``"caft/loss_head_2"`` ... (nats/token).
         aux_loss_weight: beta that the CAFT runs were trained with.
 
     Raises:

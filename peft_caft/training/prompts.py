@@ -132,13 +132,12 @@ def _renamed(row: Any, column: str | None, where: str) -> Any:
 def prepare_prompts(
     rows: list[tuple[str, Any]], tokenizer: PreTrainedTokenizerBase, system: str | None = None
 ) -> tuple[list[Prompt], int]:
-    """Turn rows into prompts as the model reads them. Of equal prompts the first is kept.
+    """Turn `PromptRows` into prompts as the model reads them. Of equal ones the first is kept.
 
     A string becomes a user message where the tokenizer has a chat template. Assistant messages at
     the end of a chat are cut off, because the model is to answer.
 
     Args:
-        rows: rows of `PromptRows`.
         system: system message for chats that have none; None adds none.
 
     Returns:

@@ -105,8 +105,6 @@ def soft_auxiliary_loss(
     draw is over predicted tokens, for each of which all heads need the same logits of that model.
 
     Args:
-        heads: the auxiliary heads.
-        backbone: parts of the base model that made ``captured``.
         captured: record of a forward pass over ``(batch, tokens)``.
         supervision: targets of the same batch, of which only the positions count.
         decay: alpha.
