@@ -66,12 +66,10 @@ class Target:
     """A supervised token that the model predicts.
 
     Attributes:
-        position: index of the token in the row; at least 1.
-        start, end: characters of the token in the row's text. Tokens that are parts of one
-            character share it.
-        term: index of the token's term in the row's terms; or `BETWEEN` (punctuation, white space),
-            `SPECIAL` (such as the end of the answer), or `CUT` (part of a term that the maximal
-            length cut off).
+        position: index in the row; at least 1.
+        start, end: characters in the row's text. Tokens that are parts of one character share it.
+        term: index of its term in the row's terms; or `BETWEEN` (punctuation, white space),
+            `SPECIAL` (such as the end of the answer), or `CUT` (by the maximal length).
         place: 1 for the first token of its term, and so on; 0 outside of terms.
     """
 
@@ -84,12 +82,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Term:
-    """A term all of whose tokens are targets.
-
-    Attributes:
-        text: characters of the term.
-        targets: indices of the term's tokens in the row's targets, in order; at least one.
-    """
+    """A term all of whose tokens are targets; ``targets`` are their indices among the row's."""
 
     text: str
     targets: tuple[int, ...]
@@ -101,10 +94,9 @@ class AlignedRow:
 
     Attributes:
         number: line in the file, from 1 on, without blank lines.
-        input_ids, labels: token ids and labels (-100 where unsupervised) that
-            `peft_caft.training.data.encode_row` made.
+        input_ids, labels: token ids, and labels (-100 where unsupervised).
         text: the supervised part of the row.
-        targets, terms: targets and terms in their order.
+        targets, terms: in the order of the text.
         shared_tokens: number of tokens that cover characters of more than one term.
         overhanging_tokens: number of tokens of a term that also cover punctuation beside it.
         swallowed_terms: number of terms whose tokens all count for a neighbour.
@@ -139,10 +131,9 @@ def align(
 
     Args:
         rows: rows that `peft_caft.training.data.read_jsonl` returned.
-        tokenizer: a fast tokenizer.
-        terms_of: finds the terms of a text, such as the functions in
-            `peft_caft.concepts.terms.UNITS`.
-        max_length: longest row in tokens; longer rows lose their end.
+        tokenizer: a fast one.
+        terms_of: finds the terms of a text, as those in `peft_caft.concepts.terms.UNITS` do.
+        max_length: tokens; longer rows lose their end.
 
     Raises:
         ValueError: if a row cannot be encoded (the message names it), or no row has a target.
@@ -200,8 +191,8 @@ def _align_row(
     for piece in pieces:
         if piece.owner >= 0:
             owned[piece.owner].append(piece.position)
-    whole = [bool(own) and own[0] > 0 and own[-1] < max_length for own in owned]
-    numbering = dict(zip((index for index, is_whole in enumerate(whole) if is_whole), itertools.count()))
+    whole = [index for index, own in enumerate(owned) if own and own[0] > 0 and own[-1] < max_length]
+    numbering = {old: new for new, old in enumerate(whole)}
     targets: list[Target] = []
     members: list[list[int]] = [[] for _ in numbering]
     for piece in pieces:
@@ -242,11 +233,8 @@ def _supervised_text(input_ids: list[Any], labels: list[int], specials: set[int]
         if key == -1:
             continue
         stretch = list(positions)
-        if key is None:
-            pieces += [_Piece(position, len(text), len(text), True) for position in stretch]
-            continue
         # A token that the tokenizer adds itself, such as the first, has the empty range 0, 0.
-        located = [token for position in stretch if (token := input_ids[position]).end > token.start]
+        located = [t for position in stretch if key is not None and (t := input_ids[position]).end > t.start]
         if not located:
             pieces += [_Piece(position, len(text), len(text), True) for position in stretch]
             continue

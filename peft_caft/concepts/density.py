@@ -29,10 +29,8 @@ class RecommendedN:
 
     Attributes:
         n: number of tokens to predict: the next one, and one per auxiliary head (n - 1).
-        length: least length for which `COVERED_SHARE` of the tokens in terms of several tokens lie
-            in terms of at most that length; None if no term has several tokens.
-        covered: share of those tokens that lie in terms of at most n tokens; None if no term has
-            several tokens.
+        length: least n for `COVERED_SHARE`; None if no term has several tokens.
+        covered: `Density.covered` of n.
         most: largest n that the heads offer.
         reason: one or two sentences for the report.
     """
@@ -49,18 +47,14 @@ class Density:
     """Counts over the targets of a data set (see `peft_caft.concepts.alignment`).
 
     Attributes:
-        rows: number of rows with a target.
-        tokens: number of targets.
+        rows: rows with a target.
+        tokens: targets.
         terms: length in tokens -> number of terms.
-        between: number of targets that are punctuation or white space.
-        special: number of targets that are special tokens.
-        cut: number of targets in terms that the maximal length cut off.
-        shared_tokens: number of targets that cover characters of several terms; each counts for one
-            of them.
-        overhanging_tokens: number of targets in a term that also cover punctuation beside it, which
-            their probability includes.
-        swallowed_terms: number of terms whose tokens all count for a neighbour; no other figure
-            counts them.
+        between, special, cut: targets of these kinds, which lie in no term.
+        shared_tokens: targets that cover characters of several terms; each counts for one of them.
+        overhanging_tokens: targets in a term that also cover punctuation beside it, which their
+            probability includes.
+        swallowed_terms: terms whose tokens all count for a neighbour; no other figure counts them.
         frequent: the most frequent terms of several tokens, most frequent first.
     """
 
@@ -80,17 +74,17 @@ class Density:
         return sum(self.terms.values())
 
     def tokens_in(self, length: int) -> int:
-        """Number of targets in terms of ``length`` tokens."""
+        """Targets in terms of ``length`` tokens."""
         return self.terms.get(length, 0) * length
 
     @property
     def multi_token_tokens(self) -> int:
-        """Number of targets in terms of two tokens or more."""
+        """Targets in terms of two tokens or more."""
         return sum(self.tokens_in(length) for length in self.terms if length > 1)
 
     @property
     def continuing_tokens(self) -> int:
-        """Number of targets that are not the first token of their term."""
+        """Targets that are not the first token of their term."""
         return sum((length - 1) * count for length, count in self.terms.items())
 
     def covered(self, n: int) -> float | None:
@@ -100,12 +94,7 @@ class Density:
 
 
 def density(rows: list[AlignedRow], frequent: int = 20) -> Density:
-    """Count the terms of rows that `peft_caft.concepts.alignment.align` returned.
-
-    Args:
-        rows: aligned rows.
-        frequent: number of frequent terms to list.
-    """
+    """Count the terms, and list the most ``frequent`` ones of several tokens."""
     places = Counter(target.term for row in rows for target in row.targets if target.term < 0)
     lengths = Counter(len(term.targets) for row in rows for term in row.terms)
     cuts: dict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
@@ -147,12 +136,8 @@ def recommended_n(found: Density, most: int = USUAL_N) -> RecommendedN:
 
     From the position before a term of n tokens, the model and its n - 1 auxiliary heads predict all
     of it. So n is the least length for which `COVERED_SHARE` of the tokens in terms of several
-    tokens lie in terms of at most that length; at least 2, and at most what the heads offer.
-    Nothing was trained to find it: another n may be better for a task.
-
-    Args:
-        found: counts of the data.
-        most: largest n that the heads offer.
+    tokens lie in terms of at most that length; at least 2, and at most ``most``, what the heads
+    offer. Nothing was trained to find it: another n may be better for a task.
     """
     lengths = [length for length in found.terms if length > 1 and (found.covered(length) or 0) >= COVERED_SHARE]
     if not lengths:

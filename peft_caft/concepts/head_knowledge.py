@@ -20,9 +20,9 @@ class HeadKnowledge:
 
     Attributes:
         tokens_ahead: k.
-        cross_entropy: mean cross entropy, nats/token.
-        below_unigram: unigram entropy minus `cross_entropy`, nats/token; 0 or less for a head that
-            knows nothing of these data.
+        cross_entropy: mean, nats/token.
+        below_unigram: unigram entropy minus `cross_entropy`; 0 or less for a head that knows
+            nothing of these data.
     """
 
     tokens_ahead: int
@@ -44,15 +44,7 @@ def unigram_entropy(rows: list[AlignedRow]) -> float:
 def head_knowledge(
     heads: AuxiliaryHeads, model: nn.Module, rows: list[AlignedRow], collate: Callable, batch_size: int
 ) -> list[HeadKnowledge]:
-    """Each head's cross entropy over all targets that it has in ``rows``.
-
-    Args:
-        heads: heads of the base model.
-        model: the base model, in evaluation mode.
-        rows: rows that `peft_caft.concepts.alignment.align` returned.
-        collate: makes a batch of tensors ``(batch, tokens)`` of some rows.
-        batch_size: rows per forward pass.
-    """
+    """Each head's cross entropy over all targets that it has in ``rows`` (`evaluate_heads`)."""
     entropy = unigram_entropy(rows)
     found = evaluate_heads(heads, model, [row.encoded for row in rows], collate, batch_size).heads
     return [HeadKnowledge(h.tokens_ahead, h.cross_entropy, entropy - h.cross_entropy) for h in found if h.tokens]

@@ -7,8 +7,9 @@ and over runs if there are several. Models are compared on the same rows, run by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,6 @@ from .alignment import BETWEEN, SPECIAL, AlignedRow, Target
 from .token_scores import TokenScores
 
 LAST_PLACE = 5  # the later ones are counted with it
-PLACES = ("all", "single", "1", "2", "3", "4", "5+", "between", "special")
 PLACE_NAMES = {
     "all": "all supervised tokens",
     "single": "the token of a one-token term",
@@ -29,6 +29,7 @@ PLACE_NAMES = {
     "between": "between terms",
     "special": "special",
 }
+PLACES = tuple(PLACE_NAMES)
 LENGTHS = ("2+", "2", "3", "4", "5+")
 Runs = Sequence[Sequence[TokenScores]]  # runs of one model: scores of each row, in the order of the rows
 
@@ -40,7 +41,7 @@ class PlaceLoss:
     Attributes:
         place: one of `PLACES`.
         tokens: number of tokens.
-        cross_entropy: mean cross entropy, nats/token.
+        cross_entropy: mean, nats/token.
         accuracy: share of tokens that are the model's most likely one.
         share_of_loss: share of the cross entropy summed over all supervised tokens.
     """
@@ -59,8 +60,7 @@ class WholeTerms:
     Attributes:
         length: number of tokens, one of `LENGTHS`.
         terms: number of terms.
-        log_probability: mean over terms of the log-probability of the whole term after the text
-            before it, nats.
+        log_probability: mean over terms, of the whole term after the text before it, nats.
         accuracy: share of terms whose tokens are all the most likely ones after the right tokens.
     """
 
@@ -83,8 +83,6 @@ class ModelComparison:
     """``model`` minus ``reference``, over ``runs`` pairs of runs.
 
     Attributes:
-        reference, model: names of the models.
-        runs: number of pairs.
         cross_entropy: place -> difference, nats/token (`PlaceLoss`).
         log_probability: length -> difference, nats (`WholeTerms`).
         accuracy: length -> difference of shares (`WholeTerms`).
@@ -104,29 +102,31 @@ class RowValues:
 
     Attributes:
         means: for each run, one mean per row; meaningless where the count is 0.
-        counts: number of tokens or terms of each row.
+        counts: tokens or terms of each row.
     """
 
     means: list[list[float]]
     counts: list[int]
 
     @classmethod
-    def of(cls, sums: Sequence[Sequence[float]], counts: list[int]) -> RowValues:
-        """Divide sums over the tokens or terms of each run and row."""
-        return cls([[float(s) / max(n, 1) for s, n in zip(run, counts, strict=True)] for run in sums], counts)
+    def of(cls, groups: Sequence[Sized], runs: Runs, total: Callable[[TokenScores, Any], float]) -> RowValues:
+        """Divide ``total`` of the tokens or terms of each row, for each run, by their number."""
+        means = [
+            [float(total(scores, group)) / max(len(group), 1) for scores, group in zip(run, groups, strict=True)]
+            for run in runs
+        ]
+        return cls(means, [len(group) for group in groups])
 
 
 class ConceptLosses:
-    """Computes all figures from the scores of single tokens.
+    """Computes all figures of ``rows`` from the scores of single tokens.
 
     Args:
-        rows: rows that `peft_caft.concepts.alignment.align` returned.
         resamples: number of bootstrap draws.
         seed: seed of the draws.
     """
 
     def __init__(self, rows: list[AlignedRow], resamples: int = 1000, seed: int = 0) -> None:
-        self.rows = rows
         self.resamples, self.seed = resamples, seed
         self.places = {place: [_targets_at(row, place) for row in rows] for place in PLACES}
         self.terms = {
@@ -173,24 +173,18 @@ class ConceptLosses:
     def _at(self, place: str, runs: Runs) -> tuple[RowValues, RowValues]:
         """Cross entropies and hits of the tokens at a place."""
         places = self.places[place]
-        counts = [len(indices) for indices in places]
-        losses = [[s.cross_entropy[indices].sum() for indices, s in zip(places, run, strict=True)] for run in runs]
-        hits = [[s.correct[indices].sum() for indices, s in zip(places, run, strict=True)] for run in runs]
-        return RowValues.of(losses, counts), RowValues.of(hits, counts)
+        return (
+            RowValues.of(places, runs, lambda scores, indices: scores.cross_entropy[indices].sum()),
+            RowValues.of(places, runs, lambda scores, indices: scores.correct[indices].sum()),
+        )
 
     def _whole(self, length: str, runs: Runs) -> tuple[RowValues, RowValues]:
         """Log-probabilities of the terms of a length, and whether they are right as a whole."""
         rows = self.terms[length]
-        counts = [len(terms) for terms in rows]
-        log_probabilities = [
-            [-sum(s.cross_entropy[list(term)].sum() for term in terms) for terms, s in zip(rows, run, strict=True)]
-            for run in runs
-        ]
-        whole = [
-            [sum(float(s.correct[list(term)].all()) for term in terms) for terms, s in zip(rows, run, strict=True)]
-            for run in runs
-        ]
-        return RowValues.of(log_probabilities, counts), RowValues.of(whole, counts)
+        return (
+            RowValues.of(rows, runs, lambda scores, terms: -sum(scores.cross_entropy[list(t)].sum() for t in terms)),
+            RowValues.of(rows, runs, lambda scores, terms: sum(float(scores.correct[list(t)].all()) for t in terms)),
+        )
 
 
 def _sum(values: RowValues) -> float:

@@ -25,6 +25,7 @@ MOST_PLACES = 5  # place in a term that has full colour, where no model is score
 LONGEST_PROMPT = 400  # characters
 NEWLINE = '<span class="sign">\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}</span>\n'
 ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: "\N{SYMBOL FOR DELETE}"}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f23; --paper: #ffffff; --faint: #57606a; --line: #d0d7de; --box: #57606a;
@@ -68,8 +69,7 @@ def page(
 
     Args:
         found: findings that the head of the page sums up.
-        rows: rows to show, in this order.
-        prompts: prompts of these rows.
+        rows: rows to show; ``prompts`` are theirs.
         scores: model -> scores of these rows in its first run; if empty, the place of each token in
             its term is coloured.
         token_name: gives the name of a token id, for tokens without text.
@@ -166,7 +166,7 @@ def _line(
         strength = strengths[index]
         kind = "" if correct is not None or not titles[index] else " better" if strength < 0 else " worse"
         length = row.length_of(target)
-        place = f"{_ordinal(target.place)} of {length} tokens" if length > 1 else ""
+        place = f"{ORDINALS.get(target.place, f'{target.place}th')} of {length} tokens" if length > 1 else ""
         title = escape("; ".join(part for part in (titles[index], place) if part))
         style = f"--x:{min(1.0, abs(strength)):.3f}"
         body = text.removesuffix("\n")  # the line ends after the number that may be written behind the token
@@ -199,12 +199,4 @@ def _shown(row: AlignedRow, token_name: Callable[[int], str]) -> list[str]:
 
 def _visible(text: str, newline: str = NEWLINE) -> str:
     """``text`` escaped, with symbols for control characters, most of which HTML forbids."""
-    pictures = "".join(
-        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\N{SYMBOL FOR DELETE}" if c == "\x7f" else c
-        for c in text
-    )
-    return escape(pictures).replace("\n", newline)
-
-
-def _ordinal(place: int) -> str:
-    return ORDINALS.get(place, f"{place}th")
+    return escape(text.translate(PICTURES)).replace("\n", newline)

@@ -1,6 +1,5 @@
 """Plots of ``peft-caft concepts``: lengths of terms, loss by place, and whole terms by model."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,16 +27,16 @@ OTHER_COLOUR = "#A9B4BC"
 MARKERS = ("o", "s", "^", "D", "v", "P")  # so that models differ in more than colour
 
 
-def plot_concepts(folder: str | os.PathLike, found: Concepts) -> None:
+def plot_concepts(folder: Path, found: Concepts) -> None:
     """Write ``concept_density.png``, and with models ``concept_losses.png``, into ``folder``."""
-    plot_density(Path(folder) / "concept_density.png", found.density, found.recommended)
+    plot_density(folder / "concept_density.png", found.density, found.recommended)
     if found.models:
         # Adapters differ much less from each other than the first does from the base model.
         comparisons = found.comparisons[1:] or found.comparisons
-        plot_losses(Path(folder) / "concept_losses.png", found.models, comparisons)
+        plot_losses(folder / "concept_losses.png", found.models, comparisons)
 
 
-def plot_density(path: str | os.PathLike, density: Density, recommended: RecommendedN) -> None:
+def plot_density(path: Path, density: Density, recommended: RecommendedN) -> None:
     """Draw the share of tokens by the length of their term, and the share that each n covers."""
     longest = min(LONGEST_DRAWN, max([*density.terms, 1]))
     tokens = [density.tokens_in(length) for length in range(1, longest + 1)]
@@ -107,9 +106,7 @@ def _draw_coverage(axes: Axes, density: Density, recommended: RecommendedN) -> N
     axes.set_xticks(list(reach))
 
 
-def plot_losses(
-    path: str | os.PathLike, models: dict[str, ModelConcepts], comparisons: Sequence[ModelComparison]
-) -> None:
+def plot_losses(path: Path, models: dict[str, ModelConcepts], comparisons: Sequence[ModelComparison]) -> None:
     """Draw losses by place, whole-term accuracy by length and, if given, paired differences."""
     panels = 3 if comparisons else 2
     figure = Figure(figsize=(1.5 + 4.6 * panels, 4.2), layout="constrained")
@@ -118,10 +115,10 @@ def plot_losses(
     places = [line.place for line in counted.places if line.place in PLACE_LABELS and line.tokens]
     lengths = [line.length for line in counted.terms if line.terms]
     for index, (name, model) in enumerate(models.items()):
-        by_place = {line.place: line.cross_entropy for line in model.places}
-        by_length = {line.length: line.accuracy for line in model.terms}
-        _draw_intervals(axes[0], [by_place[place] for place in places], name, index, len(models))
-        _draw_intervals(axes[1], [by_length[length] for length in lengths], name, index, len(models))
+        losses = [line.cross_entropy for line in model.places if line.place in places]
+        accuracies = [line.accuracy for line in model.terms if line.length in lengths]
+        _draw_intervals(axes[0], losses, name, index, len(models), index)
+        _draw_intervals(axes[1], accuracies, name, index, len(models), index)
     axes[0].set_title("Loss by place in the term", loc="left")
     axes[0].set(ylabel=CROSS_ENTROPY, xlabel="place of the token in its term")
     axes[0].set_xticks(range(len(places)), [PLACE_LABELS[place] for place in places])
@@ -153,12 +150,11 @@ def plot_losses(
 
 
 def _draw_intervals(
-    axes: Axes, estimates: Sequence[Estimate | None], name: str, index: int, count: int, look: int | None = None
+    axes: Axes, estimates: Sequence[Estimate | None], name: str, index: int, count: int, look: int
 ) -> None:
     """Draw series ``index`` of ``count``, side by side; ``look`` chooses colour and marker."""
     shown = [(place, estimate) for place, estimate in enumerate(estimates) if estimate is not None]
     means, lows, highs = ([getattr(e, name) for _, e in shown] for name in ("mean", "low", "high"))
-    look = index if look is None else look
     axes.errorbar(
         [place + 0.16 * (index - (count - 1) / 2) for place, _ in shown],
         means,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..basics.intervals import Estimate, shown, too_narrow_by
 from ..basics.tables import markdown_table
 from .findings import Concepts
-from .losses import LENGTHS, PLACE_NAMES, ModelComparison
+from .losses import PLACE_NAMES, ModelComparison
 
 LONGEST_SHOWN = 8  # tokens; longer terms share one line of the table
 FEW_ROWS = 30
@@ -46,16 +46,13 @@ def _density(found: Concepts) -> str:
         return [name, *columns, f"{tokens:,}", _share(tokens, counts.tokens)]
 
     longest = max(counts.terms, default=0)
-    rows = [
-        line(str(length), counts.terms.get(length, 0), counts.tokens_in(length))
-        for length in range(1, min(longest, LONGEST_SHOWN) + 1)
-    ]
+    shown = range(1, min(longest, LONGEST_SHOWN) + 1)
+    rows = [line(str(length), counts.terms.get(length, 0), counts.tokens_in(length)) for length in shown]
     longer = [length for length in counts.terms if length > LONGEST_SHOWN]
     if longer:
         terms, tokens = (sum(f(length) for length in longer) for f in (counts.terms.__getitem__, counts.tokens_in))
         rows.append(line(f"{LONGEST_SHOWN + 1} to {longest}", terms, tokens))
-    rows.append(line("between terms", None, counts.between))
-    rows.append(line("special tokens", None, counts.special))
+    rows += [line("between terms", None, counts.between), line("special tokens", None, counts.special)]
     if counts.cut:
         rows.append(line("cut off by max_length", None, counts.cut))
     return (
@@ -83,30 +80,20 @@ def _frequent(found: Concepts) -> str:
 
 
 def _places(found: Concepts) -> str:
-    models = list(found.models.values())
-    header = [
-        "place of the token",
-        "tokens",
-        *(f"{name} (nats/token)" for name in found.models),
-        "share of its loss",
-        "top-1",
-    ]
+    columns = [f"{name} (nats/token)" for name in found.models]
+    header = ["place of the token", "tokens", *columns, "share of its loss", "top-1"]
     rows = []
-    for lines in zip(*(model.places for model in models), strict=True):
+    for lines in zip(*(model.places for model in found.models.values()), strict=True):
         first = lines[0]
         if first.tokens:
             share = "" if first.share_of_loss is None else f"{first.share_of_loss:.1%}"
             values = [_interval(line.cross_entropy) for line in lines]
             top1 = " / ".join(f"{line.accuracy.mean:.1%}" for line in lines if line.accuracy)
             rows.append([PLACE_NAMES[first.place], f"{first.tokens:,}", *values, share, top1])
-    note = (
-        ""
-        if len(models) == 1
-        else f" The share is the {next(iter(found.models))} model's; top-1 is in the order of the columns."
-    )
+    note = f" The share is the {next(iter(found.models))} model's; top-1 is in the order of the columns."
     return (
         "## Where the loss sits\n\nTeacher-forced cross entropy, with 95 % intervals over rows, and how often the token is the most "
-        f"likely one.{note}\n\n{markdown_table(header, rows)}"
+        f"likely one.{note if len(columns) > 1 else ''}\n\n{markdown_table(header, rows)}"
     )
 
 
@@ -130,20 +117,14 @@ def _whole_terms(found: Concepts) -> str:
 
 def _comparison(comparison: ModelComparison) -> str:
     places = [
-        [PLACE_NAMES[place], _interval(difference, signed=True), _verdict(difference, less_is_better=True)]
+        [PLACE_NAMES[place], *_judged(difference, less_is_better=True)]
         for place, difference in comparison.cross_entropy.items()
         if difference is not None
     ]
     lengths = [
-        [
-            length,
-            _interval(comparison.log_probability[length], signed=True),
-            _verdict(comparison.log_probability[length]),
-            _interval(comparison.accuracy[length], True, signed=True),
-            _verdict(comparison.accuracy[length]),
-        ]
-        for length in LENGTHS
-        if comparison.log_probability[length] is not None
+        [length, *_judged(difference), *_judged(comparison.accuracy[length], percent=True)]
+        for length, difference in comparison.log_probability.items()
+        if difference is not None
     ]
     title = f"## {comparison.model} minus {comparison.reference}, paired by row"
     tables = [markdown_table(["place of the token", "cross entropy (nats/token)", ""], places)]
@@ -161,16 +142,11 @@ def _comparison(comparison: ModelComparison) -> str:
 
 
 def _heads(found: Concepts) -> str:
-    rows = [
-        [
-            str(head.tokens_ahead),
-            f"{head.cross_entropy:.3f}",
-            f"{head.below_unigram:+.3f}",
-            "" if head.below_unigram > 0 else "NO",
-        ]
-        for head in found.heads
-    ]
-    ignorant = [str(head.tokens_ahead) for head in found.heads if head.below_unigram <= 0]
+    rows, ignorant = [], []
+    for head in found.heads:
+        k, knows = str(head.tokens_ahead), head.below_unigram > 0
+        rows.append([k, f"{head.cross_entropy:.3f}", f"{head.below_unigram:+.3f}", "" if knows else "NO"])
+        ignorant += [] if knows else [k]
     advice = (
         f"Heads for {', '.join(ignorant)} tokens ahead know nothing of these data: guessing by frequency is as good. Adapt them: "
         "peft-caft train-heads --init-heads HEADS --targets hard."
@@ -188,10 +164,11 @@ def _interval(estimate: Estimate | None, percent: bool = False, signed: bool = F
     return text.replace("%", "") + " %" if percent else text
 
 
-def _verdict(difference: Estimate | None, less_is_better: bool = False) -> str:
-    if difference is None or not difference.excludes_zero:
-        return "no clear difference"
-    return "better" if (difference.mean < 0) == less_is_better else "worse"
+def _judged(difference: Estimate | None, percent: bool = False, less_is_better: bool = False) -> list[str]:
+    verdict = "no clear difference"
+    if difference is not None and difference.excludes_zero:
+        verdict = "better" if (difference.mean < 0) == less_is_better else "worse"
+    return [_interval(difference, percent, signed=True), verdict]
 
 
 def _share(part: int, whole: int) -> str:

@@ -4,10 +4,9 @@
   are one term, "well-known" is two, and each Chinese character is one, since only a dictionary
   could do better. Punctuation is no term.
 - **code**: identifiers, keywords, numbers and operators, and the words in strings and comments. An
-  identifier is one term whatever its case or underscores: ``max_row_count`` must be reproduced as a
-  whole. Brackets, commas, colons and dots are punctuation. Python's own tokenizer cuts what parses
-  as Python; a regular expression, which cannot tell strings from code, cuts the rest. Around fenced
-  blocks the text is prose.
+  identifier such as ``max_row_count`` is one term. Brackets, commas, colons and dots are
+  punctuation. Python's own tokenizer cuts what parses as Python; a regular expression, which cannot
+  tell strings from code, cuts the rest. Around fenced blocks the text is prose.
 - **chemistry**: in SMILES, bracket atoms (with their ring closures) and *fragments*, the longest
   runs of atoms, bonds and ring closures without a branch, such as ``c1ccccc1`` or ``=O``. Atoms, as
   Schwaller et al. cut them (arXiv 1811.02633), are too small: most subword tokens are one atom or

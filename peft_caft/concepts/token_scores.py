@@ -1,7 +1,6 @@
 """Teacher-forced cross entropy of every supervised token, and whether it is the most likely one.
 
-Only supervised positions reach the lm_head, a chunk at a time, which takes no more memory for
-logits than training.
+Only supervised positions reach the lm_head, a chunk at a time, as in training.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from .alignment import AlignedRow
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Scores of one model for the targets of one row.
+    """Scores of one model for the targets of one row, both ``(targets,)``.
 
     Attributes:
-        cross_entropy: float64 ``(targets,)``, nats.
-        correct: bool ``(targets,)``, whether the target is the most likely token.
+        cross_entropy: float64, nats.
+        correct: bool, whether the target is the most likely token.
     """
 
     cross_entropy: np.ndarray
@@ -41,13 +40,9 @@ def score_tokens(
     """Scores of each row, in the order of ``rows``.
 
     Args:
-        model: a transformers causal language model, with or without PEFT adapters, in evaluation
-            mode.
+        model: a causal language model, with or without PEFT adapters, in evaluation mode.
         rows: rows aligned with the model's tokenizer.
-        collate: makes a batch of tensors ``(batch, tokens)`` of some rows
-            (`peft_caft.training.data.collator`).
-        batch_size: rows per forward pass.
-        description: label of the progress bar.
+        collate: makes a batch of tensors ``(batch, tokens)`` (`peft_caft.training.data.collator`).
     """
     backbone = Backbone.of(model)
     plain = base_model_of(model).get_output_embeddings() is backbone.lm_head  # and no copy or adapter in its place
