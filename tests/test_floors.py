@@ -69,13 +69,12 @@ for code in map(eval, sys.stdin):
 @pytest.fixture(scope="module")
 def loaded_after_peft() -> Iterator[Callable[[str], set[str]]]:
     """As `loaded_by`, in a process forked from one that has imported PEFT, which takes seconds, and nothing of this package."""
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as peft:
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
         def loaded(code: str) -> set[str]:
-            print(repr(code), file=peft.stdin, flush=True)
-            answer, *names = peft.stdout.readline().split()
+            print(repr(code), file=process.stdin, flush=True)
+            answer, *names = process.stdout.readline().split()
             assert answer == "LOADED", "the traceback is on stderr"
             return set(names)
 
