@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -15,13 +16,30 @@ from peft_caft.method.callback import objective_of
 
 from ..reference import shifted_cross_entropy
 from ..support import architectures
-from ..support.architectures import ARCHITECTURES, TARGETS, attentions_of
+from ..support.architectures import ARCHITECTURES, ATTENTIONS, TARGETS, attentions_of
 from ..support.places import ROOT
 from ..support.tiny_models import VOCABULARY, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*heads is None", "ignore:.*tie_word_embeddings:UserWarning")
 BETA, ALPHA, HEADS = 0.7, 0.8, 3
-CELLS = [(name, attention) for name in ARCHITECTURES for attention in attentions_of(name)]
+
+
+def every_cell(head_types: tuple[str, ...] = HEAD_TYPES, attentions: tuple[str, ...] = ATTENTIONS):
+    """Cells in an order in which tests that take the same model run one after the other."""
+    cells = [
+        (name, attention, head_type)
+        for name in ARCHITECTURES
+        for attention in attentions_of(name)
+        for head_type in head_types
+        if attention in attentions
+    ]
+    return pytest.mark.parametrize(("architecture", "attention", "head_type"), cells, scope="module")
+
+
+@pytest.fixture(scope="module")
+def model(architecture, attention, head_type):
+    """Its tests only switch between training and evaluation."""
+    return caft(architecture, attention, head_type=head_type)
 
 
 def caft(architecture: str, attention: str = "eager", **fields):
@@ -77,19 +95,21 @@ class Instead(nn.Module):
         return (hidden_states, None, None) if self.returns_tuple else hidden_states
 
 
-def head_logits(model, head: nn.Sequential, **inputs) -> torch.Tensor:
-    """What the model predicts with a head in the place of its last layer: its own norm, lm_head and factors come after it."""
+def all_logits(model, heads, **inputs) -> list[torch.Tensor]:
+    """The model's own, and what it predicts with each head in the place of its last layer: its norm, lm_head and factors come after it."""
     base = base_of(model)
     layers = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == 3)
     last, outputs = layers[-1], []
     hook = last.register_forward_hook(lambda module, args, output: outputs.append(output))
-    base(**inputs, use_cache=False)
+    logits = [base(**inputs, use_cache=False).logits]
     hook.remove()
-    layers[-1] = Instead(last, head, isinstance(outputs[0], tuple))
     try:
-        return base(**inputs, use_cache=False).logits
+        for head in heads:
+            layers[-1] = Instead(last, head, isinstance(outputs[0], tuple))
+            logits.append(base(**inputs, use_cache=False).logits)
     finally:
         layers[-1] = last
+    return logits
 
 
 def base_of(model):
@@ -98,9 +118,9 @@ def base_of(model):
 
 def reference_loss(model) -> torch.Tensor:
     heads, count = objective_of(model).heads_for_training().heads, (labels()[:, 1:] != -100).sum()
-    total = shifted_cross_entropy(base_of(model)(input_ids=tokens()).logits, labels(), 1)
-    for k, head in enumerate(heads, start=2):
-        logits = head_logits(model, head, input_ids=tokens())
+    own, *of_heads = all_logits(model, heads, input_ids=tokens())
+    total = shifted_cross_entropy(own, labels(), 1)
+    for k, logits in enumerate(of_heads, start=2):
         total = total + BETA * ALPHA ** (k - 1) * shifted_cross_entropy(logits, labels(), k)
     return total / count
 
@@ -116,10 +136,9 @@ def full(architecture: str, head_type: str):
     return model
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-@pytest.mark.parametrize(("architecture", "attention"), CELLS)
-def test_loss_and_gradients_equal_the_reference(architecture, attention, head_type):
-    require_reference(caft(architecture, attention, head_type=head_type))
+@every_cell()
+def test_loss_and_gradients_equal_the_reference(model):
+    require_reference(model.train())
 
 
 @pytest.mark.parametrize("head_type", HEAD_TYPES)
@@ -142,11 +161,9 @@ def require_reference(model) -> None:
             assert (own - expected).norm() <= 1e-5 * expected.norm() + 1e-7 * largest, name
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-@pytest.mark.parametrize(("architecture", "attention"), CELLS)
-def test_no_token_is_seen_by_those_before_it(architecture, attention, head_type):
-    model = caft(architecture, attention, head_type=head_type).eval()
-    heads, changed = model.auxiliary_heads["default"], tokens().clone()
+@every_cell()
+def test_no_token_is_seen_by_those_before_it(model):
+    heads, changed = model.eval().auxiliary_heads["default"], tokens().clone()
     changed[:, 8] = (changed[:, 8] + 1) % (VOCABULARY - 2)
     with torch.no_grad():
         before, after = heads.logits(model, tokens()), heads.logits(model, changed)
@@ -155,54 +172,49 @@ def test_no_token_is_seen_by_those_before_it(architecture, attention, head_type)
         assert not torch.allclose(first[:, 8:], second[:, 8:], rtol=1e-3)
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_files_and_merged_model_are_those_of_lora(architecture, head_type, tmp_path):
-    model = caft(architecture, head_type=head_type)
-    heads = model.auxiliary_heads["default"]
+@every_cell(attentions=("eager",))
+def test_files_and_merged_model_are_those_of_lora(model, architecture, tmp_path):
+    heads, plain = model.auxiliary_heads["default"], architectures.make(architecture)
+    names = plain.state_dict().keys()
     heads.save_pretrained(tmp_path / "heads")
     model.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
-        expected = model.eval()(input_ids=tokens()).logits
-        lora = PeftModel.from_pretrained(architectures.make(architecture), tmp_path / "adapter")
-        assert type(lora.peft_config["default"]) is LoraConfig
-        torch.testing.assert_close(lora(input_ids=tokens()).logits, expected, rtol=1e-5, atol=1e-5)
-        loaded = AuxiliaryHeads.from_pretrained(tmp_path / "heads", base_model=architectures.make(architecture))
+        loaded = AuxiliaryHeads.from_pretrained(tmp_path / "heads", base_model=plain)
         for name, tensor in heads.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor), name
-        merged = model.merge_and_unload()
+        expected = model.eval()(input_ids=tokens()).logits
+        lora = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+        assert type(lora.peft_config["default"]) is LoraConfig
+        torch.testing.assert_close(lora(input_ids=tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+        merged = copy.deepcopy(model).merge_and_unload()
         torch.testing.assert_close(merged(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
-    assert type(merged) is type(architectures.make(architecture))
-    assert merged.state_dict().keys() == architectures.make(architecture).state_dict().keys()
+    assert type(merged) is type(plain)
+    assert merged.state_dict().keys() == names
 
 
-def runs_for_supervised_positions(architecture: str, attention: str) -> bool:
-    model = caft(architecture, attention, head_type="decoder_layer")
-    model(input_ids=tokens(), labels=labels())
-    return bool(model.auxiliary_heads["default"].heads[0]._at_rows.works)
-
-
-def leaves_out_logits(architecture: str) -> bool:
-    return caft(architecture)(input_ids=tokens(), labels=labels()).logits is None
-
-
-def table() -> str:
-    """What README shows: every cell is tested above, or seen here."""
-    lines = [
-        "| architecture | attention | residual heads | decoder-layer heads | no logits in training | queries of supervised tokens alone |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in ARCHITECTURES:
-        alone = [a for a in attentions_of(name) if runs_for_supervised_positions(name, a)]
-        queries = "yes" if len(alone) == len(attentions_of(name)) else ", ".join(alone) or "all tokens"
-        attention = "none" if "Mamba" in name else ", ".join(attentions_of(name))
-        logits = "yes" if leaves_out_logits(name) else "computed"
-        lines.append(f"| {name} | {attention} | yes | yes | {logits} | {queries} |")
-    return "\n".join(lines)
-
-
-def test_readme_has_the_table():
+def readme_table() -> dict[str, list[str]]:
+    """Architecture -> attention, residual heads, decoder-layer heads, no logits in training, queries of supervised tokens alone."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"<!-- architectures -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
-    assert shown == table()
+    (table,) = re.findall(r"<!-- architectures -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    return {name: cells for name, *cells in rows}
+
+
+@every_cell(head_types=("decoder_layer",))
+def test_readme_says_what_training_computes(model, architecture, attention):
+    logits, queries = readme_table()[architecture][3:]
+    output = model.train()(input_ids=tokens(), labels=labels())
+    assert logits == ("yes" if output.logits is None else "computed")
+    assert queries in ("yes", "all tokens", *attentions_of(architecture))
+    alone = model.auxiliary_heads["default"].heads[0]._at_rows.works
+    assert bool(alone) == (queries in ("yes", attention))
+
+
+def test_readme_has_every_architecture_and_attention():
+    """Both kinds of heads are tested above."""
+    expected = {
+        name: ["none" if "Mamba" in name else ", ".join(attentions_of(name)), "yes", "yes"] for name in ARCHITECTURES
+    }
+    assert {name: cells[:3] for name, cells in readme_table().items()} == expected
+    assert list(readme_table()) == list(ARCHITECTURES)
