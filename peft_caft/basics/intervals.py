@@ -132,9 +132,7 @@ def too_narrow_by(seeds: int) -> float:
 
 def _table(values: Sequence[Values], weights: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
     """Values and weights, both 0 where a value is undefined, and both fp64 ``(seeds, rows)``."""
-    table = np.array([[np.nan if v is None else v for v in line] for line in values], dtype=np.float64).reshape(
-        len(values), -1
-    )
+    table = np.array(values, dtype=np.float64).reshape(len(values), -1)  # None becomes NaN
     weight = np.ones(table.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
     if weight.shape != (table.shape[1],) or (weight < 0).any():
         raise ValueError(

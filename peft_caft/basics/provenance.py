@@ -77,11 +77,10 @@ def machine() -> str:
     """System, cores and GPUs in words, such as "Linux x86_64, 2 x AMD EPYC"."""
     import torch
 
-    parts = [f"{platform.system()} {platform.machine()}"]
     cpuinfo = Path("/proc/cpuinfo")
     models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
     processor = models[0].partition(":")[2].strip() if models else "cores"
-    parts.append(f"{os.cpu_count()} x {processor}")
+    parts = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} x {processor}"]
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     return ", ".join(parts)

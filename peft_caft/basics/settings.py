@@ -18,10 +18,7 @@ def setting(help: str, default: Any = MISSING, *, group: str = RUN, default_fact
         group: one of `GROUPS`.
         default_factory: makes a default that can be changed, such as ``list``.
     """
-    metadata = {"help": help, "group": group}
-    if default_factory is not MISSING:
-        return field(default_factory=default_factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, default_factory=default_factory, metadata={"help": help, "group": group})
 
 
 def same_setting(cls: type, name: str, **changes: Any) -> Any:

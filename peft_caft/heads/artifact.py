@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,10 @@ def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weight
 def _finish_interrupted_save(folder: Path) -> None:
     """Complete an interrupted save, before the next one overwrites its pending configuration."""
     pending, weights = folder / PENDING_CONFIG_NAME, folder / WEIGHTS_NAME
-    if not pending.is_file() or not weights.is_file():
-        return
-    try:
-        belongs = HeadsConfig.from_file(pending).weights_sha256 == file_sha256(weights)
-    except ValueError:  # another version of this package wrote it; the save that starts now replaces it
-        return
-    if belongs:
-        os.replace(pending, folder / CONFIG_NAME)
+    if pending.is_file() and weights.is_file():
+        with suppress(ValueError):  # another version of this package wrote it; the save that starts now replaces it
+            if HeadsConfig.from_file(pending).weights_sha256 == file_sha256(weights):
+                os.replace(pending, folder / CONFIG_NAME)
 
 
 @dataclass(frozen=True)

@@ -95,11 +95,7 @@ def _refuse_other_objectives(args: TrainingArguments) -> None:
 
 
 def objective_of(model: nn.Module) -> AuxiliaryObjective:
-    """The CAFT tuner in a model, or what `prepare_full_fine_tuning` attached to it.
-
-    Raises:
-        TypeError: if there is none.
-    """
+    """The CAFT tuner in a model, or what `prepare_full_fine_tuning` attached; else a TypeError."""
     for module in model.modules():
         if isinstance(module, AuxiliaryObjective):
             return module

@@ -30,8 +30,7 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
         L = CE_1 + beta * gamma(s) * sum_{k=2..n} alpha^(k-1) * CE_k
 
     where CE_k is the cross entropy of the head that predicts token t+k from the hidden state at t,
-    and CE_1 the model's own next-token loss. Only ``CAUSAL_LM`` models have such a loss, so
-    ``task_type`` is set to it.
+    and CE_1 the model's own next-token loss. ``task_type`` is always ``CAUSAL_LM``.
 
     On disk a CAFT adapter is a plain LoRA adapter (``adapter_config.json`` says ``LORA``), which
     loads without this package. The fields of the objective lie beside it in ``caft_config.json``.
@@ -93,7 +92,7 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
         Args:
             pretrained_model_name_or_path: folder, or repository id on the Hub.
             subfolder: folder inside it.
-            kwargs: arguments of ``huggingface_hub.hf_hub_download`` (``revision``, ``token``, ...).
+            kwargs: arguments of ``hf_hub_download`` (``revision``, ``token``, ...).
 
         Raises:
             FileNotFoundError: if there is no ``caft_config.json``, as in a plain LoRA adapter.
@@ -121,14 +120,18 @@ def caft_field_names() -> list[str]:
 
 def _read_caft_config(source: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
     folder = Path(source, subfolder or "")
-    path = folder / CAFT_CONFIG_NAME
+    path, reason = folder / CAFT_CONFIG_NAME, None
     if not folder.is_dir():
         try:
             path = Path(hf_hub_download(source, CAFT_CONFIG_NAME, subfolder=subfolder, **hub_kwargs))
         except (EntryNotFoundError, HFValidationError) as error:
-            raise _not_a_caft_adapter(source) from error
+            reason = error
     if not path.is_file():
-        raise _not_a_caft_adapter(source)
+        raise FileNotFoundError(
+            f"{CAFT_CONFIG_NAME} not found in {source!r}: this is not a CAFT adapter, or a plain LoRA one. To go on "
+            "training a LoRA adapter with CAFT, pass a CAFTConfig with the same r, lora_alpha and target_modules as "
+            "`config` to PeftModel.from_pretrained(..., is_trainable=True)."
+        ) from reason
     try:
         caft = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(caft, dict):
@@ -141,15 +144,6 @@ def _read_caft_config(source: str, subfolder: str | None, hub_kwargs: dict[str, 
             f"format_version in {path}: got {version!r}, expected {CAFT_CONFIG_FORMAT_VERSION}. The adapter was "
             "written by another version of peft-caft; install that version."
         )
-    unknown = sorted(set(caft) - set(caft_field_names()))
-    if unknown:
+    if unknown := sorted(set(caft) - set(caft_field_names())):
         raise ValueError(f"{path}: unknown field(s) {', '.join(unknown)}; known: {', '.join(caft_field_names())}.")
     return caft
-
-
-def _not_a_caft_adapter(source: str) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{CAFT_CONFIG_NAME} not found in {source!r}: this is not a CAFT adapter, or a plain LoRA one. To go on "
-        "training a LoRA adapter with CAFT, pass a CAFTConfig with the same r, lora_alpha and target_modules as "
-        "`config` to PeftModel.from_pretrained(..., is_trainable=True)."
-    )

@@ -36,10 +36,7 @@ def make_heads(config: ObjectiveConfig, model: nn.Module) -> AuxiliaryHeads:
 
 
 def add_lora(heads: AuxiliaryHeads, config: CAFTConfig, adapter_name: str) -> None:
-    """Put LoRA of the adapter's rank into every linear layer of the heads.
-
-    The global random state stays as it is.
-    """
+    """Put LoRA of the adapter's rank into every linear layer of the heads."""
     targets = [name for name, module in heads.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     lora = LoraConfig(
         r=config.r,

@@ -54,9 +54,8 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
     """The objective that `prepare_full_fine_tuning` attaches to a model.
 
     It is a submodule of the model, works by hooks on its forward, and has no part in its state
-    dict: class, weights and ``save_pretrained`` of the model stay plain. In training mode, with
-    labels and gradients, the model's loss includes the auxiliary loss, and its outputs hold no
-    logits unless the call asks for them, as `CAFTModel.forward` explains.
+    dict: class, weights and ``save_pretrained`` of the model stay plain. `CAFTModel.forward`
+    explains when loss and outputs differ from the model's own.
 
     Attributes:
         config: the given configuration, with what the heads are.

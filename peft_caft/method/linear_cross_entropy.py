@@ -28,8 +28,7 @@ def linear_cross_entropy(
         targets: int64 ``(rows,)``, all of them valid token ids.
         unembedding: the layer; its weight and bias are constants unless they require a gradient.
         weights: fp32 ``(rows,)``, factor of each row in the sum; all 1 if None. In half precision
-            they are applied before dL/dlogits is rounded, and should be about 1 in size (see
-            `split_factor`).
+            they should be about 1 in size (see `split_factor`).
 
     Returns:
         sum over rows of weight * cross entropy, scalar, differentiable in ``hidden`` and the layer,
@@ -131,7 +130,7 @@ class _LayerGradient:
 
         Args:
             grad_linear: dL/dlogits before scale and cap, ``(rows, vocabulary)``.
-            states: hidden states ``(rows, hidden)`` in the same dtype.
+            states: ``(rows, hidden)`` in the same dtype.
             weights: factors of the rows, fp32 ``(rows, 1)``, or None.
         """
         if weights is not None:

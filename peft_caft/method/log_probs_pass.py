@@ -24,11 +24,6 @@ from .linear_cross_entropy import linear_cross_entropy
 from .supervised_pass import SupervisedPass
 
 
-def asks_for_log_probs(kwargs: dict[str, Any]) -> bool:
-    """Whether the caller computes its loss from log-probabilities."""
-    return bool(kwargs.get("fused_lm_head"))
-
-
 @dataclass
 class LogProbsPass(SupervisedPass):
     """A forward pass of the base model that returned log-probabilities.
@@ -65,10 +60,7 @@ class LogProbsPass(SupervisedPass):
 
 
 def log_probs_pass(backbone: Backbone, kwargs: dict[str, Any]) -> Generator[dict[str, Any], Any, LogProbsPass]:
-    """A call of the base model for a caller that wants log-probabilities.
-
-    It yields the keyword arguments, is sent the outputs, and returns the pass.
-    """
+    """A call of the base model: yields keyword arguments, is sent outputs, and returns the pass."""
     with backbone.capture() as records:
         outputs = yield kwargs
     one = torch.ones((), device=outputs.log_probs.device)

@@ -25,8 +25,8 @@ class AuxiliaryLoss:
     Attributes:
         total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar with graph,
             fp32, nats.
-        sums: sum of cross entropies of each head, fp32 scalars without graph, nats; estimates if
-            positions are drawn. ``sums[i]`` belongs to the head that predicts i + 2 tokens ahead.
+        sums: sum of cross entropies of head i + 2, fp32 scalars without graph, nats; estimates if
+            positions are drawn.
         counts: number of supervised positions of each head, before any draw.
     """
 
@@ -48,9 +48,8 @@ def auxiliary_loss(
 ) -> AuxiliaryLoss:
     """Cross entropies of all heads on one batch.
 
-    Only rows with a target reach a residual head and the unembedding; all rows reach a decoder
-    layer as keys and values. Frozen heads are differentiated here, one after the other, so that
-    only the gradients of their input and of a trained final norm or unembedding are kept.
+    Frozen heads are differentiated here, one after the other, so that only the gradients of their
+    input and of a trained final norm or unembedding are kept.
 
     Args:
         heads: the auxiliary heads.
@@ -58,10 +57,9 @@ def auxiliary_loss(
         captured: record of a forward pass over ``(batch, tokens)``.
         supervision: targets of the same batch.
         decay: alpha.
-        weight: factor of the sum, fp32 scalar; in the objective beta * gamma over the number of
-            next-token targets.
-        fast_paths: False computes the same plainly: all logits of a head, decoder layers for all
-            positions, and gradients by autograd in the backward pass.
+        weight: factor of the sum, fp32 scalar: beta * gamma over the number of next-token targets.
+        fast_paths: False computes the same plainly, as `AuxiliaryObjective.fast_paths_enabled`
+            says.
     """
     unembedding = backbone.unembedding(captured)
     weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=supervision.labels.device))
@@ -83,10 +81,8 @@ def auxiliary_loss(
         loss, losses = cross_entropy(states, torch.cat([targets[i] for i in group]), unembedding, weights)
         sums += [part.sum() / supervision.fraction for part in losses.split(sizes)]
         if at_once:
-            group_grads = torch.autograd.grad(loss, [leaf, *shared])
-            grads = (
-                [grad.add_(more) for grad, more in zip(grads, group_grads, strict=True)] if grads else [*group_grads]
-            )
+            more = torch.autograd.grad(loss, [leaf, *shared])
+            grads = [grad.add_(new) for grad, new in zip(grads, more, strict=True)] if grads else [*more]
             loss = loss.detach()
         total = total + loss
     total = _Differentiated.apply(total, grads, hidden, *shared) if at_once else total
@@ -94,9 +90,7 @@ def auxiliary_loss(
 
 
 def _computed_together(heads: AuxiliaryHeads, rows: Sequence[Tensor], weight: Tensor) -> list[list[int]]:
-    """Indices of heads in groups: decoder layers one by one, to save memory; residual heads until
-    they fill two chunks of logits, to make products large.
-    """
+    """Indices of heads: decoder layers one by one, residual heads until they fill two chunks."""
     groups: list[list[int]] = []
     together = 2 * chunk_size_on(weight.device).enough(weight.shape[0]) if heads.config.head_type == "residual" else 0
     for index in range(len(rows)):
@@ -108,11 +102,8 @@ def _computed_together(heads: AuxiliaryHeads, rows: Sequence[Tensor], weight: Te
 
 
 def _can_be_differentiated_at_once(heads: AuxiliaryHeads, captured: Captured, hidden: Tensor) -> bool:
-    """Whether the heads and the arguments of their layers are constants, and the hidden states not.
-
-    Sharded heads need whole backward passes.
-    """
-    if is_sharded(heads):
+    """Whether the heads and the arguments of their layers are constants, and ``hidden`` is not."""
+    if is_sharded(heads):  # which needs whole backward passes
         return False
     arguments = (*captured.layer_args, *captured.layer_kwargs.values())
     flat = [part for value in arguments for part in (value if isinstance(value, tuple) else (value,))]

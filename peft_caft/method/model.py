@@ -145,9 +145,8 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
         """The base model's forward; in training with ``labels`` the auxiliary loss is in its loss.
 
         Then the output holds no logits, unless the call asks for them, for instance with
-        ``logits_to_keep=0``, transformers' value for all tokens. In evaluation nothing differs from
-        the base model. If TRL's SFTTrainer asks for log-probabilities, they carry the auxiliary
-        gradient (see `peft_caft.method.log_probs_pass`).
+        ``logits_to_keep=0``, transformers' value for all tokens. If TRL's SFTTrainer asks for
+        log-probabilities, they carry the auxiliary gradient (`peft_caft.method.log_probs_pass`).
 
         Args:
             args, kwargs: arguments of the base model. ``labels`` is int64 ``(batch, tokens)``,
@@ -183,11 +182,9 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
     def _output_is_the_base_models(self) -> bool:
         """Whether the base model's own norm and lm_head run, so that its logits can be compared."""
         assert self._backbone is not None
-        own = {id(self._backbone.lm_head), id(self._backbone.final_norm)}
-        replaced = self.model.get_output_embeddings()
-        return id(replaced) in own and all(
-            id(self._backbone.final_norm) != id(getattr(module, "original_module", None))
-            for module in self.model.modules()
+        lm_head, norm = self._backbone.lm_head, self._backbone.final_norm
+        return self.model.get_output_embeddings() is lm_head and all(
+            getattr(module, "original_module", None) is not norm for module in self.model.modules()
         )
 
     # Saving: the heads are an artifact of their own.

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
@@ -41,14 +40,14 @@ class NextToken(SupervisedPass):
 
     @torch.no_grad()
     def verify(self, backbone: Backbone) -> None:
-        """Call `Backbone.verify` with the logits of the first row's last token."""
+        """Compare the logits of the first row's last token."""
         unembedding = backbone.unembedding(self.captured)
         states = self.captured.last_hidden_state[:1, -1:].to(unembedding.weight.dtype)
         logits = _loss_and_logits(self.outputs)[1]
         backbone.verify(self.captured, "logits", unembedding.logits(states), logits[:1, -1:])
 
     def with_auxiliary(self, total: Tensor) -> Any:
-        """Outputs with ``total``, fp32 scalar, nats, in the loss; logits are complete or None."""
+        """Outputs with ``total`` in the loss; logits are complete or None."""
         loss = self.loss + total.to(self.loss.device)
         if not isinstance(self.outputs, ModelOutput):
             return (loss, *self.outputs[1:])
@@ -59,13 +58,11 @@ class NextToken(SupervisedPass):
 def next_token_pass(
     backbone: Backbone, kwargs: dict[str, Any], leave_out_logits: bool = True
 ) -> Generator[dict[str, Any], Any, NextToken]:
-    """A call of the base model with labels.
+    """A call of the base model: yields keyword arguments, is sent outputs, and returns the pass.
 
-    It yields keyword arguments and is sent the outputs, twice if the model needs its logits, and
-    returns the pass.
+    It does so twice if the model needs its logits.
 
     Args:
-        backbone: parts of the model.
         kwargs: keyword arguments of its forward, with ``labels``, int64 ``(batch, tokens)``,
             unshifted, -100 where unsupervised.
         leave_out_logits: False lets the model compute its logits and its loss itself.
@@ -101,6 +98,7 @@ def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
     another loss than transformers' usual one, or an lm_head that is trained or has an adapter.
     """
     model = backbone.model
+    parameters = inspect.signature(model.forward).parameters
     return (
         not backbone.logits_needed
         and "logits_to_keep" not in kwargs
@@ -108,13 +106,9 @@ def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
         and getattr(model.config, "return_dict", True)
         and model.loss_function is ForCausalLMLoss
         and model.get_output_embeddings() is backbone.lm_head
-        and _takes_loss_arguments(model)
+        and "logits_to_keep" in parameters
+        and any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # which take num_items_in_batch
     )
-
-
-def _takes_loss_arguments(model: PreTrainedModel) -> bool:
-    parameters = inspect.signature(model.forward).parameters
-    return "logits_to_keep" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -143,10 +137,7 @@ def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -
 
 @torch.no_grad()
 def _refuse_shifted_labels(backbone: Backbone, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Raise a TypeError if the model expects shifted labels, as XLNet does.
-
-    Its loss then is the mean cross entropy between logits and labels of the same positions.
-    """
+    """Raise a TypeError if logits are compared with labels of the same position, as in XLNet."""
     backbone.shift_verified = True
     rows = zip(logits, labels.to(logits.device), strict=True)
     total = sum(nn.functional.cross_entropy(row.float(), own, reduction="sum") for row, own in rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
-from .log_probs_pass import asks_for_log_probs, log_probs_pass
+from .log_probs_pass import log_probs_pass
 from .loss import auxiliary_loss
 from .next_token_pass import next_token_pass
 from .objective_config import ObjectiveConfig
@@ -60,7 +60,7 @@ class AuxiliaryObjective:
 
         Args:
             step: s, number of optimizer steps done so far.
-            total_steps: S, number of optimizer steps of the run; None takes the configuration's.
+            total_steps: S, that of the whole run; None takes the configuration's.
 
         Raises:
             ValueError: if S is unknown or not positive, or s is negative.
@@ -85,27 +85,17 @@ class AuxiliaryObjective:
         # .data, since module.to(bfloat16) may have cast the buffer, and gamma needs its digits.
         self.gamma.data = torch.full_like(self.gamma, self._progress.gamma(config), dtype=torch.float32)
 
-    @contextmanager
-    def auxiliary_loss_enabled(self, enabled: bool) -> Iterator[None]:
+    def auxiliary_loss_enabled(self, enabled: bool) -> AbstractContextManager[None]:
         """Within the block, compute the auxiliary loss or not."""
-        before, self._auxiliary_loss_enabled = self._auxiliary_loss_enabled, enabled
-        try:
-            yield
-        finally:
-            self._auxiliary_loss_enabled = before
+        return _switched(self, "_auxiliary_loss_enabled", enabled)
 
-    @contextmanager
-    def fast_paths_enabled(self, enabled: bool) -> Iterator[None]:
-        """Within the block, compute the losses fast and in little memory, or plainly, to compare.
+    def fast_paths_enabled(self, enabled: bool) -> AbstractContextManager[None]:
+        """Within the block, compute the losses fast, or plainly, to compare.
 
         Plainly, the model computes all its logits and its own loss, heads compute all logits at
         once and decoder layers for all positions, and autograd computes all gradients.
         """
-        before, self._fast_paths_enabled = self._fast_paths_enabled, enabled
-        try:
-            yield
-        finally:
-            self._fast_paths_enabled = before
+        return _switched(self, "_fast_paths_enabled", enabled)
 
     def _wants_auxiliary_loss(self) -> bool:
         return self.training and torch.is_grad_enabled() and self._auxiliary_loss_enabled
@@ -132,7 +122,7 @@ class AuxiliaryObjective:
     ) -> TrainingPass:
         assert self._backbone is not None
         own: SupervisedPass
-        if asks_for_log_probs(kwargs):
+        if kwargs.get("fused_lm_head"):  # TRL's SFTTrainer computes its loss from log-probabilities
             own = yield from log_probs_pass(self._backbone, kwargs)
         else:
             own = yield from next_token_pass(self._backbone, kwargs, self._fast_paths_enabled)
@@ -156,6 +146,16 @@ class AuxiliaryObjective:
         )
         self._progress.auxiliary_loss_computed(auxiliary, own.supervised)
         return own.with_auxiliary(auxiliary.total)
+
+
+@contextmanager
+def _switched(objective: AuxiliaryObjective, name: str, enabled: bool) -> Iterator[None]:
+    before = getattr(objective, name)
+    setattr(objective, name, enabled)
+    try:
+        yield
+    finally:
+        setattr(objective, name, before)
 
 
 @torch.compiler.disable(recursive=False)  # the base model that it calls is compiled

@@ -36,8 +36,8 @@ class RecentLosses:
 
         Args:
             decay: alpha.
-            reduce: function that sums a tensor over the processes, which then call this together;
-                None for the losses of this process.
+            reduce: sums a tensor over the processes, which then call this together; None for the
+                losses of this process.
 
         Returns:
             ``loss_head_k``: mean cross entropy over the positions that supervise head k;
@@ -66,7 +66,7 @@ class Progress:
 
     Attributes:
         step: number of optimizer steps done.
-        total_steps: number of optimizer steps of the run; None takes the configuration's.
+        total_steps: that of the run; None takes the configuration's.
         told: whether `set` was ever called.
         forwards_since_told: number of training forwards since then.
         computed: number of them whose auxiliary loss was computed, or is 0 by its weight.
@@ -102,11 +102,7 @@ class Progress:
         self.forwards_since_told += 1
 
     def gamma(self, config: ObjectiveConfig) -> float:
-        """gamma(s) of the configured schedule.
-
-        Raises:
-            ValueError: if it needs the number of steps and nobody has told it.
-        """
+        """gamma(s) of the schedule; a ValueError if it needs a number of steps that nobody told."""
         total_steps = config.total_steps if self.total_steps is None else self.total_steps
         if config.aux_loss_schedule == "constant":
             return 1.0

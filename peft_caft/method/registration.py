@@ -15,12 +15,10 @@ def peft_type() -> PeftType:
     """The ``PeftType.CAFT`` member, added to the enum on the first call."""
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
-        member._name_ = NAME
-        member._value_ = NAME
+        member._name_ = member._value_ = NAME
         member._sort_order_ = len(PeftType.__members__)
-        PeftType._member_map_[NAME] = member
+        PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
         PeftType._member_names_.append(NAME)
-        PeftType._value2member_map_[NAME] = member
         type.__setattr__(PeftType, NAME, member)
     return PeftType.__members__[NAME]
 

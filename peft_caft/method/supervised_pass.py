@@ -16,8 +16,6 @@ from ..heads.watched_pass import Captured
 class SupervisedPass(ABC):
     """A forward pass of the base model with labels, to which the auxiliary loss is added.
 
-    `NextToken` is one that returns a loss, `LogProbsPass` one that returns log-probabilities.
-
     Attributes:
         outputs: the model's outputs.
         captured: record of the pass for the heads.
@@ -32,17 +30,11 @@ class SupervisedPass(ABC):
 
     @abstractmethod
     def verify(self, backbone: Backbone) -> None:
-        """Call `Backbone.verify` with what the model returned.
-
-        Raises:
-            TypeError: if the model computes something else after its layers than ``backbone`` does.
-        """
+        """Call `Backbone.verify`, which may raise a TypeError, with what the model returned."""
 
     @abstractmethod
     def with_auxiliary(self, total: Tensor) -> Any:
-        """The model's outputs with the auxiliary loss in them.
+        """The model's outputs with ``total``, the weighted auxiliary losses, in them.
 
-        Args:
-            total: weighted sum of the auxiliary losses over ``divisor``; fp32 scalar with graph,
-                nats.
+        ``total`` is divided by ``divisor``; fp32 scalar with graph, nats.
         """

@@ -11,10 +11,7 @@ IGNORE_INDEX = -100
 
 
 def supervised_rows(
-    labels: Tensor,
-    tokens_ahead: int,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    labels: Tensor, tokens_ahead: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Positions that have a target ``tokens_ahead`` = k tokens ahead, and the targets.
 
@@ -32,9 +29,6 @@ def supervised_rows(
         positions, and the target token ids, int64 ``(supervised,)``.
     """
     tokens = labels.shape[1]
-    if tokens <= tokens_ahead:
-        empty = labels.new_empty(0)
-        return empty, empty
     targets = labels[:, tokens_ahead:]
     valid = targets != IGNORE_INDEX
     if attention_mask is not None and attention_mask.shape == labels.shape:
@@ -48,10 +42,7 @@ def supervised_rows(
 
 
 def supervised_count(labels: Tensor) -> Tensor:
-    """Number of next-token targets, int64 scalar, of labels ``(batch, tokens)``.
-
-    A label in the first column is none, since no position is before it.
-    """
+    """Number of next-token targets, int64 scalar, of labels ``(batch, tokens)``."""
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
@@ -63,7 +54,7 @@ class Supervision:
         labels, attention_mask, position_ids: arguments of `supervised_rows`.
         fraction: p in (0, 1]. Each position takes part with probability p and weighs 1/p, which
             leaves the expectation of loss and gradient unchanged.
-        seed: seed of that draw, on which no other random number depends.
+        seed: seed of that draw.
     """
 
     labels: Tensor
