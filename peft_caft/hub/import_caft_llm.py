@@ -6,12 +6,11 @@ residual blocks with a bias, all others to a ``LlamaDecoderLayer``. The file doe
 heads read:
 
 - The code that trains heads alone, and writes such a file, feeds them the input of the base model's
-  last layer (``hidden_states[-2]``).
-- Its fine-tuning (stage 2) feeds the same heads the last hidden state, which is one layer further
-  and normed. They predict much worse from it than from what they were trained on.
+  last layer (``hidden_states[-2]``): the default here, ``last_layer_input``.
+- Its fine-tuning (stage 2) feeds the same heads the last hidden state, one layer further and
+  normed, from which they predict much worse: ``last_hidden_state`` here.
 
-So ``last_layer_input`` is the default here, and ``last_hidden_state`` repeats that package's stage
-2. Neither has the final norm between head and unembedding.
+Neither has the final norm between head and unembedding.
 """
 
 from __future__ import annotations
@@ -60,9 +59,8 @@ def import_heads(
         source: the file, or a Hub repository that holds a ``heads.pth``.
         model: the base model that the heads were trained for, folder or Hub id.
         output: folder to make.
-        head_input: ``"last_layer_input"`` or ``"last_hidden_state"``, which the heads read.
+        head_input: what the heads read.
         base_model_id: Hub id to record as the base model, where ``model`` is a local copy.
-        license: Hub identifier such as ``"apache-2.0"``.
         revision: branch, tag or commit of ``source`` on the Hub.
 
     Returns:
@@ -94,10 +92,7 @@ def import_heads(
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a ``heads.pth`` without executing anything in it.
-
-    Returns:
-        caft-llm's name -> tensor, on the CPU.
+    """Read a ``heads.pth``, name -> tensor on the CPU, without executing anything in it.
 
     Raises:
         ValueError: if the file holds anything else than finite floating-point tensors.
@@ -138,9 +133,8 @@ def heads_of(
     """Heads of this package with the weights of caft-llm's.
 
     Args:
-        state: caft-llm's name -> tensor, from `read_state_dict`; all tensors are used.
+        state: result of `read_state_dict`; all tensors are used.
         model: the base model that the heads were trained for.
-        head_input: input of the heads, as in `import_heads`.
 
     Raises:
         ValueError: if names or shapes do not fit such heads for this base model.
@@ -211,8 +205,7 @@ def _counts(state: dict[str, Tensor]) -> tuple[int, int]:
 def _require_alike(backbone: Backbone, is_residual: bool) -> None:
     """Refuse base models for which the weights mean something else here than in caft-llm.
 
-    Its decoder-layer heads are Llama layers. Layers of other models (Mistral, Gemma) may have the
-    same names and shapes but compute something else. It ignores a factor or soft cap on the logits.
+    Layers of other models than Llama may have the same names and shapes but compute something else.
     """
     layer = type(backbone.last_layer).__name__
     if not is_residual and type(backbone.last_layer) is not LlamaDecoderLayer:

@@ -1,7 +1,6 @@
 """``peft-caft inspect``: describes heads or an adapter, and checks whether they fit a base model.
 
-Only the headers of the artifact's safetensors files are read, and only the unembedding of the base
-model, whose shapes come from its configuration.
+Of the weights it reads the headers of the artifact's files, and the base model's unembedding.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ class Inspection:
 
     Attributes:
         facts: label -> fact, in the order in which a person would ask.
-        training: provenance of heads, lines of Markdown.
-        evaluations: figures of heads before and after training, from their configuration.
         record: the configurations of the artifact.
         misfit: why it does not fit the base model; None if it fits, or if no model was given.
+        training: provenance of heads, lines of Markdown.
+        evaluations: figures of heads before and after training, from their configuration.
     """
 
     facts: dict[str, str]
+    record: dict[str, Any]
+    misfit: str | None
     training: list[str] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    record: dict[str, Any] = field(default_factory=dict)
-    misfit: str | None = None
 
     def text(self) -> str:
         """Text for a terminal, which is also valid Markdown."""
@@ -82,20 +81,17 @@ class Tensors:
                 f"{path}: damaged or truncated, not a readable safetensors file ({error}). Download or save it again."
             ) from error
 
-    def facts(self) -> dict[str, str]:
+    def text(self) -> str:
         count = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         dtypes = ", ".join(sorted(self.dtypes))
-        return {
-            "parameters": f"{count:,} in {len(self.shapes)} tensors, {dtypes}, {self.size / 2**20:,.1f} MiB on disk"
-        }
+        return f"{count:,} in {len(self.shapes)} tensors, {dtypes}, {self.size / 2**20:,.1f} MiB on disk"
 
 
 def inspect(artifact: str, model: str | None = None, revision: str | None = None) -> Inspection:
     """Describe heads or an adapter, and compare it with a base model if one is given.
 
     Args:
-        artifact: folder, or repository id on the Hub.
-        model: base model, folder or Hub id.
+        artifact: folder or Hub id, like ``model``.
         revision: branch, tag or commit of the artifact on the Hub.
 
     Raises:
@@ -112,13 +108,18 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
     if adapter_config is not None:
         if not Path(artifact).is_dir():
             revision = adapter_config.parent.name  # the cache keeps a file under snapshots/COMMIT
-        return _inspect_adapter(artifact, adapter_config, model, revision)
-    if _file(artifact, CONFIG_NAME, revision) is None:
+        found = _inspect_adapter(artifact, adapter_config, model, revision)
+    elif _file(artifact, CONFIG_NAME, revision) is not None:
+        found = _inspect_heads(artifact, model, revision)
+    else:
         raise FileNotFoundError(
             f"artifact: neither {ADAPTER_CONFIG_NAME} nor {CONFIG_NAME} in {artifact!r}, expected a folder or repository of "
             "heads (peft-caft train-heads) or of an adapter (peft-caft train)."
         )
-    return _inspect_heads(artifact, model, revision)
+    if model is not None:
+        verdict = "yes" if found.misfit is None else f"NO. {found.misfit}"
+        found.facts["fits the model"] = f"{Path(model).name}: {verdict}"
+    return found
 
 
 def _file(source: str, name: str, revision: str | None) -> Path | None:
@@ -143,7 +144,7 @@ def _inspect_heads(source: str, model: str | None, revision: str | None) -> Insp
         "kind": f"{config.num_heads} auxiliary heads, for 2 to {config.num_heads + 1} tokens ahead",
         "each head": f"{config.head_num_layers} x {config.head_type}{bias}, reads {config.head_input}, "
         f"{'with' if config.final_norm else 'without'} the base model's final norm after it",
-        **tensors.facts(),
+        "parameters": tensors.text(),
         "weights": "sha256 not recorded" if config.weights_sha256 is None else "sha256 as recorded in config.json",
         "base model": f"{config.base_model_name_or_path or 'unknown'}, revision {config.base_model_revision or 'unknown'}, "
         f"{config.base_model_class or 'class unknown'}, hidden size {config.hidden_size:,}, vocabulary "
@@ -155,13 +156,9 @@ def _inspect_heads(source: str, model: str | None, revision: str | None) -> Insp
         facts["from"] = f"{files.repo_id} at commit {files.commit}"
     if not config.training:
         facts["training"] = "none: these heads know nothing of the base model yet"
+    record = json.loads(config.to_json())
     misfit = None if model is None else _misfit_of_heads(config, tensors, model, source)
-    return _judged(
-        Inspection(
-            facts, training_lines(config.training), evaluations_of(config), json.loads(config.to_json()), misfit
-        ),
-        model,
-    )
+    return Inspection(facts, record, misfit, training_lines(config.training), evaluations_of(config))
 
 
 def _inspect_adapter(source: str, config_path: Path, model: str | None, revision: str | None) -> Inspection:
@@ -186,7 +183,7 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
     facts = {
         "kind": f"LoRA adapter, trained with {'CAFT' if is_caft else 'something else than CAFT'}; plain PEFT loads it",
         "LoRA": f"rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}, on {targets}",
-        **tensors.facts(),
+        "parameters": tensors.text(),
         "base model": f"{lora.base_model_name_or_path or 'unknown'}, revision {lora.revision or 'unknown'}",
     }
     record = {"adapter_config": adapter}
@@ -200,15 +197,7 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
         }
         record["caft_config"] = read_json(Path(folder, CAFT_CONFIG_NAME))
     misfit = None if model is None else _misfit_of_adapter(lora, tensors, model)
-    return _judged(Inspection(facts, record=record, misfit=misfit), model)
-
-
-def _judged(found: Inspection, model: str | None) -> Inspection:
-    if model is not None:
-        found.facts["fits the model"] = f"{Path(model).name}: " + (
-            "yes" if found.misfit is None else f"NO. {found.misfit}"
-        )
-    return found
+    return Inspection(facts, record, misfit)
 
 
 def _misfit_of_heads(config: HeadsConfig, tensors: Tensors, model: str, source: str) -> str | None:
@@ -244,9 +233,7 @@ def _unembedding(model: str, base: PreTrainedModel) -> Tensor:
     unembedding = base.get_output_embeddings().weight
     names = [name for name, p in base.named_parameters(remove_duplicate=False) if p is unembedding]  # two where tied
     index = cached_file(model, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    files = dict.fromkeys(names, "model.safetensors")
-    if index is not None:
-        files = read_json(index)["weight_map"]
+    files = dict.fromkeys(names, "model.safetensors") if index is None else read_json(index)["weight_map"]
     for name in names:
         path = cached_file(model, files[name], _raise_exceptions_for_missing_entries=False) if name in files else None
         if path is None:

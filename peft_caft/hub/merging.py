@@ -12,15 +12,13 @@ from ..basics.files import new_folder, read_json
 
 
 def merge(adapter: str, output: str, model: str | None = None, dtype: str = "auto") -> None:
-    """Merge a LoRA (or CAFT) adapter into its base model and save the result with the tokenizer.
-
-    The folder appears whole or not at all.
+    """Merge an adapter into its base model, and save it with the tokenizer, whole or not at all.
 
     Args:
-        adapter: folder of the adapter.
-        output: folder to make; it must not exist.
+        adapter: folder of a LoRA or CAFT adapter.
+        output: folder to make.
         model: base model, folder or Hub id; None takes the one that the adapter names.
-        dtype: dtype of the merged model; ``"auto"`` takes the base model's.
+        dtype: ``"auto"`` takes the base model's.
 
     Raises:
         FileNotFoundError: if ``adapter`` holds no adapter.

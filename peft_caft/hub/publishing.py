@@ -1,9 +1,8 @@
 """Publishes heads and adapters on the Hub; an adapter names its heads by repository and commit.
 
-Everything is published in one commit on top of the state that was checked, so that a reader finds
-the old files or the new ones, and a push that someone else made meanwhile is never overwritten
-unseen. Only files of known names are uploaded, since a run's folder also holds checkpoints, pickled
-arguments and paths of this machine.
+One commit on top of the state that was checked: a reader finds the old files or the new ones, and
+no push made meanwhile is overwritten unseen. Only files of known names are uploaded, since a run's
+folder also holds checkpoints, pickled arguments and paths of this machine.
 """
 
 from __future__ import annotations
@@ -50,14 +49,11 @@ def push(
     """Publish a folder of heads or of an adapter, whichever it is.
 
     Args:
-        folder: folder of heads or of an adapter.
-        to: repository and commit.
         heads: ``"org/name"`` or ``"org/name@revision"`` of an adapter's heads, if it was trained
             with a local folder of heads.
         base_model: Hub id of the base model, if the folder names a local one.
         license: Hub identifier such as ``"apache-2.0"``.
-        force: replace whatever the repository holds, and accept other heads than those that the
-            adapter was trained with.
+        force: replace whatever the repository holds, and accept other heads than the adapter's.
 
     Raises:
         FileNotFoundError: if the folder holds neither, or there is no such repository.

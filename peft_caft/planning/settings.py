@@ -15,8 +15,7 @@ class PlanSettings:
     """What to plan; each field is an option of ``peft-caft plan``.
 
     Raises:
-        ValueError: if a field is out of range; the message names it, what came and what was
-            expected.
+        ValueError: if a field is out of range.
     """
 
     model: str = setting("Base model: folder, config.json or Hub id. No weights are read.", group=DATA)
