@@ -41,7 +41,7 @@ def evaluations_of(config: HeadsConfig) -> list[dict[str, Any]]:
 
 
 def heads_card(config: HeadsConfig, repo_id: str | None = None, has_plot: bool = False) -> str:
-    """The card in Markdown with the Hub's metadata, for a repository, or a folder if it is None."""
+    """The card in Markdown with the Hub's metadata; it is for a folder if ``repo_id`` is None."""
     base = config.base_model_name_or_path or "(unnamed base model)"
     n = config.num_heads + 1
     metadata = {"base_model": base, "base_model_relation": "adapter"} if "/" in base else {}

@@ -43,7 +43,7 @@ def supervised_rows(
 
 def supervised_count(labels: Tensor) -> Tensor:
     """Number of next-token targets, int64 scalar, of labels ``(batch, tokens)``."""
-    return (labels[:, 1:] != IGNORE_INDEX).sum()
+    return (labels[:, 1:] != IGNORE_INDEX).sum()  # no position is before the first label
 
 
 @dataclass(frozen=True)
