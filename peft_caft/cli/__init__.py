@@ -1,6 +1,4 @@
-"""The command line ``peft-caft``. Rule: the only room that knows typer; each command calls one
-function of a room below.
-"""
+"""The command line. Rule: only this room knows typer, and a command calls one function below."""
 
 from .app import main
 

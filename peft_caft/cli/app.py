@@ -1,7 +1,6 @@
-"""The command line ``peft-caft``: its commands in the order in which a user needs them.
+"""The commands of ``peft-caft`` in the order in which a user needs them.
 
-Rooms are imported inside the commands, and settings import no torch, so that ``--help`` comes at
-once.
+Rooms are imported inside the commands, and settings import no torch: ``--help`` comes at once.
 """
 
 from __future__ import annotations

@@ -30,10 +30,7 @@ def compare_command(
     plan: Annotated[str, typer.Argument(help="YAML file with the plan, such as examples/molecules/compare.yaml.")],
     output: Annotated[str, typer.Option(help="Folder to write. An interrupted comparison in it is resumed.")],
     scale: Annotated[str | None, typer.Option(help="One of the plan's scales, such as smoke, cpu or gpu.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Base model, folder or Hub id, in place of the plan's."),
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, folder or Hub id, in place of the plan's.")] = None,
     heads: Annotated[
         str | None,
         typer.Option(
@@ -42,9 +39,7 @@ def compare_command(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Folder that the task's file built, in place of the plan's. [default: built into --output]",
-        ),
+        typer.Option(help="Folder that the task's file built, in place of the plan's. [default: built into --output]"),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the folder's comparison, start anew.")

@@ -1,6 +1,4 @@
-"""Commands that make, describe and publish artifacts: ``merge``, ``inspect``, ``push``,
-``import-heads``.
-"""
+"""Commands that make, describe and publish: ``merge``, ``inspect``, ``push``, ``import-heads``."""
 
 from __future__ import annotations
 
@@ -76,8 +74,7 @@ def import_heads_command(
         ),
     ] = "last_layer_input",
     base_model_id: Annotated[
-        str | None,
-        typer.Option(help="Hub id to record as the base model, where --model is a local copy."),
+        str | None, typer.Option(help="Hub id to record as the base model, where --model is a local copy.")
     ] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the heads, such as apache-2.0.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the heads on the Hub.")] = None,
@@ -99,8 +96,7 @@ def import_heads_command(
 def inspect_command(
     artifact: Annotated[str, typer.Argument(help="Heads or an adapter: folder or Hub id.")],
     model: Annotated[
-        str | None,
-        typer.Option(help="Base model to compare with, folder or Hub id; exit code 1 if it does not fit."),
+        str | None, typer.Option(help="Base model to compare with, folder or Hub id; exit code 1 if it does not fit.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the artifact on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole configuration.")] = False,

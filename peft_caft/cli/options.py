@@ -19,11 +19,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that
 
 
 def with_settings(cls: type, leave_out: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make each field of ``cls`` an option of a command, whose function gets them as ``settings``.
+    """Make each `setting` of ``cls`` an option of a command, whose function gets ``settings``.
 
-    Args:
-        cls: a dataclass whose fields `basics.settings.setting` made.
-        leave_out: fields that keep their defaults.
+    Fields to ``leave_out`` keep their defaults.
     """
     fields = [field for field in dataclasses.fields(cls) if field.name not in leave_out]
     hints = get_type_hints(cls)
@@ -38,8 +36,7 @@ def with_settings(cls: type, leave_out: tuple[str, ...] = ()) -> Callable[[Calla
                     raise ValueError(
                         f"--{name.replace('_', '-')}: got an empty text, expected a value. Leave it out, or give one."
                     )
-            settings = cls(**given)
-            function(settings=settings, **values)
+            function(settings=cls(**given), **values)
 
         own = inspect.signature(function, eval_str=True).parameters.values()
         keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != "settings"]
@@ -86,10 +83,8 @@ class Command(TyperCommand):
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *GROUPS)}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
-                is_argument = parameter.param_type_name == "argument"
-                sections["Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or RUN].append(
-                    record
-                )
+                group = getattr(parameter, "rich_help_panel", None) or RUN
+                sections["Arguments" if parameter.param_type_name == "argument" else group].append(record)
         grouped = any(records for title, records in sections.items() if title not in ("Arguments", RUN))
         for title, records in sections.items():
             if records:
@@ -103,9 +98,5 @@ class Commands(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(
-                [
-                    (name, " ".join((command.help or "").split("\n\n")[0].split()))
-                    for name, command in self.commands.items()
-                ]
-            )
+            helps = {name: (command.help or "").split("\n\n")[0] for name, command in self.commands.items()}
+            formatter.write_dl([(name, " ".join(first.split())) for name, first in helps.items()])

@@ -16,8 +16,7 @@ from .options import with_settings
 def plan_command(
     settings: PlanSettings,
     json: Annotated[
-        Path | None,
-        typer.Option(help="JSON file to write everything to, sizes in bytes.", rich_help_panel=REPORT),
+        Path | None, typer.Option(help="JSON file to write everything to, sizes in bytes.", rich_help_panel=REPORT)
     ] = None,
 ) -> None:
     """Say what training would take: parameters, operations, memory and communication per GPU, for

@@ -119,10 +119,7 @@ def density(rows: list[AlignedRow], frequent: int = 20) -> Density:
 
 
 def pieces(row: AlignedRow, targets: tuple[int, ...]) -> list[str]:
-    """Texts of neighbouring tokens, which together are their text once.
-
-    A character that is cut into several tokens is shown at the first of them.
-    """
+    """Texts of neighbouring tokens; a character of several tokens is at the first of them."""
     shown, end = [], -1
     for target in (row.targets[index] for index in targets):
         text = row.text[max(target.start, end) : target.end]

@@ -33,8 +33,7 @@ class HeadKnowledge:
 def unigram_entropy(rows: list[AlignedRow]) -> float:
     """Entropy of the targets' frequencies, nats/token: the least that blind guessing costs.
 
-    Few rows have less entropy than the language they come from, so a head that beats it does know
-    something.
+    Few rows have less of it than their language, so a head that beats it does know something.
     """
     counts = Counter(row.input_ids[target.position] for row in rows for target in row.targets)
     total = counts.total()

@@ -40,7 +40,6 @@ class PlaceLoss:
 
     Attributes:
         place: one of `PLACES`.
-        tokens: number of tokens.
         cross_entropy: mean, nats/token.
         accuracy: share of tokens that are the model's most likely one.
         share_of_loss: share of the cross entropy summed over all supervised tokens.
@@ -59,7 +58,6 @@ class WholeTerms:
 
     Attributes:
         length: number of tokens, one of `LENGTHS`.
-        terms: number of terms.
         log_probability: mean over terms, of the whole term after the text before it, nats.
         accuracy: share of terms whose tokens are all the most likely ones after the right tokens.
     """

@@ -1,8 +1,7 @@
 """Terms of a text by the rules of its language, whatever a tokenizer makes of them.
 
 - **prose**: words, by Unicode's default word boundaries (UAX #29): "don't", "3.14" and "snake_case"
-  are one term, "well-known" is two, and each Chinese character is one, since only a dictionary
-  could do better. Punctuation is no term.
+  are one term, "well-known" is two, and each Chinese character is one. Punctuation is no term.
 - **code**: identifiers, keywords, numbers and operators, and the words in strings and comments. An
   identifier such as ``max_row_count`` is one term. Brackets, commas, colons and dots are
   punctuation. Python's own tokenizer cuts what parses as Python; a regular expression, which cannot

@@ -1,8 +1,7 @@
 """Chemical name -> SMILES: a real task with long concepts (a ring is many tokens), and its metrics.
 
 The pairs come from the wwPDB chemical component dictionary inside the PyPI package biotite: each
-component has a name, atoms, bonds and coordinates, from which RDKit writes the SMILES. Only
-components first dated before 2024 are used; the later ones stay unseen.
+component has a name, atoms, bonds and coordinates, from which RDKit writes the SMILES.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from rdkit.Chem import rdFingerprintGenerator
 from ..basics.files import default_cache_dir, write_jsonl
 from ..evaluation.task import chat
 
-FIRST_UNUSED_YEAR = 2024
+FIRST_UNUSED_YEAR = 2024  # later components stay unseen
 MAX_SMILES_LENGTH = 80  # characters
 MAX_NAME_LENGTH = 150  # characters
 CACHE_VERSION = 1  # raise it when the rules below change, so that no older cache is read
@@ -61,12 +60,10 @@ class Score:
 
 
 def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
-    """Return every usable (name, SMILES) pair, both unique, sorted by year and component.
+    """All usable pairs, with unique names and SMILES, sorted by year and component.
 
-    The first call reads the dictionary (about half a minute) and caches the pairs as JSONL.
-
-    Args:
-        cache_dir: folder of the cache; `default_cache_dir()` if None.
+    The first call reads the dictionary (about half a minute) and caches the pairs in ``cache_dir``,
+    or in `default_cache_dir`.
 
     Raises:
         ModuleNotFoundError: if biotite, which brings the dictionary, is not installed.
@@ -90,10 +87,9 @@ def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
 
 
 def split_of(molecule: Molecule) -> str:
-    """Return the split of a molecule: ``"train"`` (90 %), ``"dev"`` or ``"test"`` (5 % each).
+    """``"train"`` (90 %), ``"dev"`` or ``"test"`` (5 % each).
 
-    A hash of the SMILES *without* stereochemistry decides. So stereoisomers, which differ by a few
-    characters in name and SMILES, are in one split.
+    A hash of the SMILES *without* stereochemistry decides, so that stereoisomers are in one split.
     """
     flat = Chem.MolToSmiles(Chem.MolFromSmiles(molecule.smiles), isomericSmiles=False)
     percentile = int.from_bytes(hashlib.sha256(flat.encode()).digest()[:8], "big") % 100
@@ -101,39 +97,27 @@ def split_of(molecule: Molecule) -> str:
 
 
 def messages(molecule: Molecule) -> dict[str, Any]:
-    """Return ``{"messages": [system, user, assistant]}``: the name, answered with the SMILES.
+    """``{"messages": [system, user, assistant]}``: the name, answered with the SMILES.
 
-    A chat, since the auxiliary heads of an instruct model were trained on its chat answers, and the
-    template supplies the end-of-turn token. The short system message replaces the default one of
-    SmolLM2's template, which is longer and says nothing about the task.
+    A chat, as the heads of an instruct model were trained on, and the template ends the turn. The
+    system message replaces SmolLM2's default one, which is longer and says nothing about the task.
     """
     return chat(SYSTEM_PROMPT, molecule.name, molecule.smiles)
 
 
 def completion(molecule: Molecule) -> dict[str, str]:
-    """Return ``{"prompt", "completion"}`` for a base model that has no chat template."""
+    """``{"prompt", "completion"}`` for a base model that has no chat template."""
     return {"prompt": f"{SYSTEM_PROMPT}\n{molecule.name}\n", "completion": molecule.smiles}
 
 
-def write_dataset(
-    folder: Path, cache_dir: Path | None = None, row: Callable[[Molecule], dict[str, Any]] = messages
-) -> dict[str, int]:
-    """Write ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` into ``folder``.
+def write_dataset(folder: Path, row: Callable[[Molecule], dict[str, Any]] = messages) -> dict[str, int]:
+    """Write ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``; returns split -> number of rows.
 
     A hash of the component gives the rows a fixed random order, so the first N are a fair sample.
-
-    Args:
-        folder: folder to write to.
-        cache_dir: folder of the cache; `default_cache_dir()` if None.
-        row: `messages` or `completion`.
-
-    Returns:
-        split -> number of rows.
+    ``row`` is `messages` or `completion`.
     """
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for molecule in sorted(
-        component_molecules(cache_dir), key=lambda m: hashlib.sha256(m.component.encode()).digest()
-    ):
+    for molecule in sorted(component_molecules(), key=lambda m: hashlib.sha256(m.component.encode()).digest()):
         rows[split_of(molecule)].append(row(molecule))
     for split, own in rows.items():
         write_jsonl(Path(folder) / f"{split}.jsonl", own)
@@ -141,7 +125,7 @@ def write_dataset(
 
 
 def canonical_smiles(smiles: str) -> str | None:
-    """Return RDKit's canonical form of a SMILES (outer white space is ignored); None if invalid."""
+    """RDKit's canonical form of a SMILES (outer white space is ignored); None if invalid."""
     smiles = smiles.strip()
     # RDKit reads "CCO is ethanol" as CCO with a title, and "" as a molecule without atoms.
     if not smiles or any(character.isspace() for character in smiles):
@@ -180,12 +164,11 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> Score:
 
 
 def clean_name(name: str, component: str) -> str | None:
-    """Return a component's name in one common style, or None if it is useless.
+    """A component's name in one common style, or None if it is useless.
 
     Markup becomes plain text: ``~{N}`` and ``N~2~`` lose their tildes, ``$l^{4}`` becomes
-    ``lambda4``. Old names, all in capitals, become lower case. A name is useless if it is too long,
-    the component's own id, a code without any word, or broken over two lines, which hides whether a
-    space stood there.
+    ``lambda4``. Old names, all in capitals, become lower case. Useless is what is too long, the
+    component's own id, a code without any word, or broken over two lines, perhaps at a space.
     """
     name = name.strip().strip("\"'").replace('"', "''")
     name = re.sub(r"\$l\^\{(\d)\}", r"lambda\1", re.sub(r"~\{(\w+)\}", r"\1", name)).replace("~", "")
@@ -234,19 +217,15 @@ def _read_dictionary() -> Iterator[Molecule]:
             continue
         rows = atom_rows.get(component, nothing)
         names, elements, charges = (column[rows].tolist() for column in atoms)
-        smiles = _smiles(
-            names,
-            elements,
-            charges,
-            bonds=zip(*(column[bond_rows.get(component, nothing)].tolist() for column in bonds), strict=True),
-            coordinates=ideal[rows] if np.isfinite(ideal[rows]).all() else measured[rows],
-        )
+        own_bonds = zip(*(column[bond_rows.get(component, nothing)].tolist() for column in bonds), strict=True)
+        positions = ideal[rows] if np.isfinite(ideal[rows]).all() else measured[rows]
+        smiles = _smiles(names, elements, charges, own_bonds, positions)
         if smiles is not None:
             yield Molecule(name, smiles, component, year)
 
 
 def _rows_of_each(owners: np.ndarray) -> dict[str, slice]:
-    """Map each component to its rows, which lie together in the dictionary."""
+    """Component -> its rows, which lie together in the dictionary."""
     starts = np.flatnonzero(np.append(True, owners[1:] != owners[:-1]))
     bounds = [*starts.tolist(), len(owners)]
     return {owners[start].item(): slice(start, stop) for start, stop in itertools.pairwise(bounds)}
@@ -259,15 +238,12 @@ def _smiles(
     bonds: Iterable[tuple[str, str, str]],
     coordinates: np.ndarray,
 ) -> str | None:
-    """Return a component's canonical SMILES; None if it is too long, incomplete or not organic.
+    """A component's canonical SMILES; None if it is too long, incomplete or not organic.
 
     Args:
-        names: unique name of each atom, hydrogens included.
-        elements: symbol of each atom, in capitals.
-        charges: formal charge of each atom.
+        names, elements, charges: of each atom, hydrogens included; symbols are in capitals.
         bonds: (atom name, atom name, bond order) of each bond.
-        coordinates: float array of shape ``(atoms, 3)`` in angstrom, NaN where unknown; they hold
-            the stereochemistry.
+        coordinates: float ``(atoms, 3)`` in angstrom, NaN where unknown; for the stereochemistry.
     """
     heavy = [row for row, element in enumerate(elements) if element not in HYDROGENS]
     if not heavy or len(heavy) > MAX_SMILES_LENGTH or not all(elements[row] in ELEMENTS for row in heavy):

@@ -53,8 +53,7 @@ def demo(output_dir: Path, smoke: bool = False, seed: int = 0, overwrite: bool =
     Args:
         output_dir: folder for data, heads, adapters, merged models, ``report.md`` and plots.
         smoke: take a few steps of everything.
-        seed: seed of initialisation and order of data.
-        overwrite: start anew.
+        seed: of initialisation and order of data.
 
     Raises:
         ModuleNotFoundError: if a package of the ``demo`` extra is missing; the message says how to
@@ -86,20 +85,17 @@ def _run(output_dir: Path, scale: Scale, seed: int) -> dict[str, Any]:
     data = _write_data(output_dir / "data", scale)
     published = published_heads()
     if published is None:
-        what, why = "Stage 1", "Train heads that predict 2 to 5 tokens ahead, the base model frozen."
+        _say(3, "Stage 1", "Train heads that predict 2 to 5 tokens ahead, the base model frozen.")
     else:
-        what, why = "Stage 1, adaptation", f"Heads of {published.name}, made once for this model, see the task's data."
-    _say(3, what, why)
+        _say(3, "Stage 1, adaptation", f"Heads of {published.name}, made once for this model, see the task's data.")
+    init = [] if published is None else ["--init-heads", str(published)]
     heads = _command(
         output_dir / "heads",
         ["train-heads", "--model", model, "--data", data["heads"], "--eval-data", data["dev"]],
         scale,
         seed,
         # Hard targets: the base model itself knows next to nothing of the task.
-        [
-            *(["--init-heads", str(published)] if published else []),
-            *("--targets", "hard", "--learning_rate", "1e-3", "--warmup_steps", "5"),
-        ],
+        [*init, "--targets", "hard", "--learning_rate", "1e-3", "--warmup_steps", "5"],
     )
     runs = {}
     for number, method, why in (
@@ -260,7 +256,6 @@ def _report(results: dict[str, Any]) -> str:
             row("trainable parameters", lambda r: f"{r['trainable_parameters']:,}"),
         ],
     )
-    versions = listed(results["versions"])
     started_from = "fresh heads" if heads["initial_heads"] is None else f"from {heads['initial_heads']}"
     memory = f"{heads['peak_memory_mib']:,.0f} MiB" if heads["peak_memory_mib"] else "unknown"
     return "\n".join(
@@ -281,7 +276,7 @@ def _report(results: dict[str, Any]) -> str:
             "",
             "Times are of one run on a shared machine. Plots: training.png, heads.png.",
             "",
-            f"Seed {results['seed']}, {results['scale']}, {results['machine']}, {versions}, commit "
+            f"Seed {results['seed']}, {results['scale']}, {results['machine']}, {listed(results['versions'])}, commit "
             f"{results['git_commit']}. The whole demo took {results['demo_seconds']:.0f} s.",
             "",
         ]

@@ -58,7 +58,6 @@ def import_heads(
     Args:
         source: the file, or a Hub repository that holds a ``heads.pth``.
         model: the base model that the heads were trained for, folder or Hub id.
-        output: folder to make.
         head_input: what the heads read.
         base_model_id: Hub id to record as the base model, where ``model`` is a local copy.
         revision: branch, tag or commit of ``source`` on the Hub.

@@ -8,18 +8,17 @@ part; to sum them everywhere, twice that. So nothing depends on the batch. Assum
 - ZeRO-2 sums them like DDP (DeepSpeed's ``use_multi_rank_bucket_allreduce``, the default), keeps a
   part, and gathers the updated adapter.
 - FSDP: FSDP2 as accelerate 1.15 wraps a model and as `examples/accelerate/fsdp2.yaml` sets it, with
-  ``reshard_after_forward``. Each decoder layer, also one that is a head, the embedding and the
-  lm_head are units. The root unit is the rest, with residual heads and the final norm. Every unit
-  is gathered in the forward pass. Layers and the embedding (fetched ahead though nothing needs it)
-  are gathered again in the backward pass, with and without gradient checkpointing, which computes a
-  layer again while it is whole. Embedding and lm_head that share a weight are one unit, gathered
-  once. Each parameter is cut along its first dimension and filled up to a multiple of N: a LoRA of
-  rank r < N is sent as one of rank N. Gradients are summed in parts. Not counted: where accelerate
-  finds the final norm, as in GPT-2, the norm is in the lm_head's unit, which CAFT gathers again.
+  ``reshard_after_forward``. Units are each decoder layer, also one that is a head, the embedding,
+  the lm_head (one unit if they share a weight), and the rest. Every unit is gathered in the forward
+  pass; layers and the embedding (fetched ahead though nothing needs it) again in the backward pass,
+  where gradient checkpointing computes a layer again while it is whole. Each parameter is cut along
+  its first dimension and filled up to a multiple of N: a LoRA of rank r < N is sent as one of rank
+  N. Gradients are summed in parts. Not counted: where accelerate finds the final norm, as in GPT-2,
+  it is in the lm_head's unit, which CAFT gathers again.
 - ZeRO-3: every parameter is gathered forward, and all but the embedding backward. CAFT's losses use
-  the lm_head outside of its module, and gather it once more. This is an upper limit: DeepSpeed
-  keeps what it needs again within 10^9 parameters (``stage3_max_reuse_distance``), so checkpointing
-  adds nothing, and it does not divide small parameters.
+  the lm_head outside of its module, and gather it once more. An upper limit: DeepSpeed keeps what
+  it needs again within 10^9 parameters (``stage3_max_reuse_distance``), with checkpointing too, and
+  does not divide small parameters.
 - Base model and heads travel in their dtype, adapters and gradients in fp32 (under DeepSpeed with
   its ``bf16`` and ``fp16`` off). QLoRA sends the packed 4 bits. Not counted: buffers, the gradient
   norm and other single numbers.

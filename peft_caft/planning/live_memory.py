@@ -34,8 +34,7 @@ NUMBER_OF = torch.ops.aten._local_scalar_dense.default
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside the block, until they are freed.
 
-    It does not see memory that an operation allocates and frees within itself, nor what the
-    allocator keeps or rounds up.
+    Not seen: what an operation frees within itself, and what the allocator keeps or rounds up.
 
     Attributes:
         kind_of: names the kind of a new tensor.

@@ -4,10 +4,9 @@ Assumptions, all about parameters:
 
 - Adapters are fp32, as PEFT makes them, and so are their gradients. AdamW keeps two fp32 values for
   each. Heads are frozen.
-- QLoRA: bitsandbytes stores the linear layers in NF4 with double quantisation. Embeddings, lm_head,
-  norms and heads keep the model's dtype (`layer_copy` dequantises the layer that a head copies),
-  and so do the experts of a mixture, which transformers keeps in one tensor of three dimensions.
-  One matrix at a time is dequantised.
+- QLoRA: bitsandbytes stores the linear layers in NF4 with double quantisation, and dequantises one
+  matrix at a time. Embeddings, lm_head, norms and heads keep the model's dtype, and so do the
+  experts of a mixture, which transformers keeps in one tensor of three dimensions.
 - DDP: everything is whole. The buckets that are sent hold a copy of the gradients (torch's
   ``gradient_as_bucket_view=False``).
 - ZeRO-2: parameters are whole, gradients and optimizer states are divided evenly.

@@ -1,7 +1,7 @@
 """Memory of one training step of LoRA or CAFT, from a model's configuration alone.
 
-The step itself runs on tensors without data (`Simulation`), with all the code of transformers, PEFT
-and this package. So nothing is assumed about an architecture, and a change of that code shows here.
+The real code of transformers, PEFT and this package runs on tensors without data (`Simulation`): so
+nothing is assumed about an architecture, and a change of that code shows here.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ class StepMemory(Parts):
     """Bytes at the peak of a training step, without parameters, gradients and optimizer.
 
     Attributes:
-        activations: what the base model's layers and adapters keep for the backward pass or work
-            with.
+        activations: what layers and adapters keep for the backward pass or work with.
         head_activations: tensors of the auxiliary heads, with dL/dh of their losses.
         loss: logits, log-probabilities and their gradients.
     """

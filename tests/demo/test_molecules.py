@@ -191,7 +191,7 @@ def test_stereoisomers_are_in_the_same_split():
 
 
 def test_dataset_files_are_chats_whose_answer_is_the_smiles(tmp_path, monkeypatch):
-    monkeypatch.setattr(molecules, "component_molecules", lambda cache_dir: MOLECULES)
+    monkeypatch.setattr(molecules, "component_molecules", lambda: MOLECULES)
     sizes = write_dataset(tmp_path / "data")
     smiles_of = {molecule.name: molecule.smiles for molecule in MOLECULES}
     seen = []
@@ -209,7 +209,7 @@ def test_dataset_files_are_chats_whose_answer_is_the_smiles(tmp_path, monkeypatc
 
 
 def test_rows_for_a_model_without_chat_template_end_in_the_smiles_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(molecules, "component_molecules", lambda cache_dir: MOLECULES)
+    monkeypatch.setattr(molecules, "component_molecules", lambda: MOLECULES)
     sizes = write_dataset(tmp_path, row=completion)
     rows = [row for split in sizes for row in read_jsonl(tmp_path / f"{split}.jsonl")]
     assert {row["completion"] for row in rows} == {m.smiles for m in MOLECULES}
@@ -218,7 +218,7 @@ def test_rows_for_a_model_without_chat_template_end_in_the_smiles_too(tmp_path, 
 
 def test_dataset_does_not_depend_on_the_order_of_the_pairs(tmp_path, monkeypatch):
     for folder, pairs in (("a", MOLECULES), ("b", MOLECULES[::-1])):
-        monkeypatch.setattr(molecules, "component_molecules", lambda cache_dir, pairs=pairs: pairs)
+        monkeypatch.setattr(molecules, "component_molecules", lambda pairs=pairs: pairs)
         write_dataset(tmp_path / folder)
     for split in ("train", "dev", "test"):
         assert (tmp_path / "a" / f"{split}.jsonl").read_bytes() == (tmp_path / "b" / f"{split}.jsonl").read_bytes()
