@@ -47,8 +47,7 @@ class Density:
     """Counts over the targets of a data set (see `peft_caft.concepts.alignment`).
 
     Attributes:
-        rows: rows with a target.
-        tokens: targets.
+        rows, tokens: rows with a target, and targets.
         terms: length in tokens -> number of terms.
         between, special, cut: targets of these kinds, which lie in no term.
         shared_tokens: targets that cover characters of several terms; each counts for one of them.

@@ -1,9 +1,8 @@
 """``concepts.html``: the tokens of real answers, coloured by cross entropy, in one offline file.
 
 No value is shown by colour alone: the bar under a token says the same, a check box writes the
-numbers out, and the box around a term is dashed where the model gets a token wrong. The colours are
-OKLCH, in which equal steps look equal; their lightness carries the value, so that colour-blind eyes
-and grey prints lose nothing.
+numbers out, and the box around a term is dashed where the model gets a token wrong. In OKLCH equal
+steps look equal, and lightness carries the value: colour-blind eyes and grey prints lose nothing.
 """
 
 from __future__ import annotations
