@@ -5,29 +5,38 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import runpy
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate.utils.other import get_free_port
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
-from peft_caft.cli.app import main
+from .places import EXAMPLES
 
 SERVER = multiprocessing.get_context("forkserver")
-COMMANDS = ("training.distillation", "training.head_training", "training.fine_tuning", "evaluation.comparison")
-SERVER.set_forkserver_preload([*(f"peft_caft.{name}" for name in COMMANDS), __name__])
+COMMANDS = ("cli", "training.distillation", "training.head_training", "training.fine_tuning", "evaluation.comparison")
+LATE = ("heads.plots", "evaluation.comparison_plots")  # what commands import when they need it
+SERVER.set_forkserver_preload(
+    [
+        *(f"peft_caft.{name}" for name in (*COMMANDS, *LATE)),
+        *("transformers.models.llama.modeling_llama", "typer._adapters", "pytest"),
+        *(__name__, f"{__package__}.fork_server"),
+    ]
+)
 
 
 def run_command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """What the console script does, with its output in ``log``."""
+    """What ``python -m peft_caft.cli`` does, with its output in ``log``."""
     gc.freeze()  # else every collection walks through what the server imported
     os.environ.update(environment)
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = arguments
-    main()
+    runpy.run_module("peft_caft.cli", run_name="__main__", alter_sys=True)
 
 
 def start(arguments: list[str], log: Path, **environment: str) -> multiprocessing.Process:
@@ -48,11 +57,24 @@ def output_of(process: multiprocessing.Process, log: Path, expect: int = 0) -> s
     return output
 
 
-def in_two_processes(arguments: list[str], folder: Path) -> list[str]:
-    """The outputs of two processes with the environment that ``accelerate launch --config_file ddp.yaml`` makes for them."""
-    port, logs = str(get_free_port()), [folder / "rank0.log", folder / "rank1.log"]
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "no"}
-    processes = [start(arguments, log, RANK=str(i), LOCAL_RANK=str(i), **together) for i, log in enumerate(logs)]
+def launched(config: str) -> dict[str, str]:
+    """The environment that ``accelerate launch --config_file CONFIG`` makes for all of its processes."""
+    options = ["--config_file", str(EXAMPLES / "accelerate" / config), "--main_process_port", "0", "a program"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
+    environment = prepare_multi_gpu_env(arguments)
+    together = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": arguments.master_port,
+        "WORLD_SIZE": arguments.nproc_per_node,
+    }
+    return environment | together
+
+
+def in_two_processes(config: str, arguments: list[str], folder: Path) -> list[str]:
+    """The outputs of two processes as ``accelerate launch --config_file CONFIG -m peft_caft.cli`` starts them."""
+    environment, logs = launched(config), [folder / "rank0.log", folder / "rank1.log"]
+    assert environment["WORLD_SIZE"] == "2"
+    processes = [start(arguments, log, RANK=str(i), LOCAL_RANK=str(i), **environment) for i, log in enumerate(logs)]
     return [output_of(process, log) for process, log in zip(processes, logs, strict=True)]
 
 

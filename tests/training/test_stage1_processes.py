@@ -17,10 +17,11 @@ from peft_caft.training.engine import sharding_requested
 from peft_caft.training.head_trainer import HeadPretraining
 from peft_caft.training.hidden_states_cache import cached_rows
 
+from ..support.forked_command import in_two_processes
 from ..support.processes import FSDP_ON_CPU, finish, in_one_process, kill_when, start, summary
 from ..support.tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
 
-# 24 steps of 12 rows in two epochs; the rows are grouped by length, in one order for any number of processes.
+# 12 steps of 12 rows in two epochs; the rows are grouped by length, in one order for any number of processes.
 OPTIONS = [
     *("--max-length", "64", "--num_train_epochs", "2", "--learning_rate", "1e-2", "--logging_steps", "1"),
     *("--save_steps", "4", "--eval_steps", "8", "--use_cpu", "true"),
@@ -30,7 +31,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    return {"model": save_checkpoint(folder / "model"), "data": write_chats(folder / "data.jsonl", 160)}
+    return {"model": save_checkpoint(folder / "model"), "data": write_chats(folder / "data.jsonl", 80)}
 
 
 def command(files: dict[str, str], output: Path, *options: str) -> list[str]:
@@ -65,7 +66,8 @@ def one_process(files, tmp_path_factory):
 
 
 def test_two_processes_train_as_one_does(files, one_process, tmp_path):
-    output = finish(start("ddp.yaml", command(files, tmp_path / "heads", "--per_device_train_batch_size", "6")))
+    two = ["peft-caft", *command(files, tmp_path / "heads", "--per_device_train_batch_size", "6")]
+    output = "".join(in_two_processes("ddp.yaml", two, tmp_path))
     assert summary(tmp_path / "heads")["processes"] == 2
     require_same_training(one_process, tmp_path / "heads", tolerance=1e-5)
     # Rank 0 alone speaks.
@@ -73,7 +75,7 @@ def test_two_processes_train_as_one_does(files, one_process, tmp_path):
         assert output.count(line) == 1, output
     bars = {"Loading weights": 1, "Tokenizing": 2, "Held-out, before training, data": 1}
     assert {name: output.count(f"{name}:   0%|") for name in bars} == bars
-    assert output.count(" 0/24 [00:00<?") == 1
+    assert output.count(" 0/12 [00:00<?") == 1
     assert "Warning" not in output
 
 
@@ -82,7 +84,7 @@ def test_two_processes_fill_one_cache_and_take_up_what_was_killed(files, one_pro
     options = ["--cache", str(tmp_path / "cache"), "--per_device_train_batch_size"]
     heads = tmp_path / "heads"
     two = command(files, heads, *options, "6")
-    kill_when((heads / "checkpoints" / "checkpoint-16" / "trainer_state.json").exists, start("ddp.yaml", two))
+    kill_when((heads / "checkpoints" / "checkpoint-8" / "trainer_state.json").exists, start("ddp.yaml", two))
     assert set((tmp_path / "cache" / "done.bin").read_bytes()) == {1}
     with pytest.raises(AssertionError, match="processes: got 1, expected 2 to resume it"):
         in_one_process(two)
