@@ -1,8 +1,6 @@
-"""Concept-aware fine-tuning (CAFT, arXiv 2506.07833): multi-token fine-tuning of language models as
-a PEFT method.
+"""Concept-aware fine-tuning (CAFT, arXiv 2506.07833): multi-token fine-tuning as a PEFT method.
 
-Names load on first use (PEP 562), so that ``import peft_caft`` and ``peft-caft --help`` import no
-torch.
+Names load on first use (PEP 562), so that ``import peft_caft`` imports no torch.
 """
 
 from __future__ import annotations

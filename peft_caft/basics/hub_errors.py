@@ -29,8 +29,7 @@ def explained(field: str, repo_id: str, revision: str | None = None, action: str
         action: permission that the token needs, ``"read"`` or ``"write to"``.
 
     Raises:
-        FileNotFoundError: if the repository, revision or file is missing, private, or not cached
-            while offline.
+        FileNotFoundError: if the repository, revision or file is missing, private or not cached.
         PermissionError: if the token is missing or unknown, or does not allow this.
         ConnectionError: if the Hub cannot be reached or fails, or the connection breaks off.
     """

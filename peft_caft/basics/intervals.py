@@ -59,7 +59,7 @@ def mean_estimate(
     """The mean of one run's values with its interval; None if no value is defined.
 
     Values that are all 0 or 1, without weights, get Wilson's interval: the bootstrap's has no width
-    where all rows agree, as at 0 of 164.
+    where all rows agree.
 
     Args:
         values: one value v per row.

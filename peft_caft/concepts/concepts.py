@@ -47,8 +47,7 @@ def concepts(settings: ConceptsSettings) -> Concepts:
     scores, heads = _score(settings, rows, tokenizer) if settings.loss else ({}, [])
     losses = ConceptLosses(rows, settings.resamples, settings.seed)
     found_density = density(rows)
-    # The first adapter, for example LoRA, is compared with the base model; the others, for example
-    # CAFT, with the first.
+    # The first adapter is compared with the base model, the others with the first.
     adapters = list(settings.adapters)
     pairs = [(BASE, name) for name in adapters[:1]] + [(adapters[0], name) for name in adapters[1:]]
     found = Concepts(

@@ -51,8 +51,7 @@ class Density:
         terms: length in tokens -> number of terms.
         between, special, cut: targets of these kinds, which lie in no term.
         shared_tokens: targets that cover characters of several terms; each counts for one of them.
-        overhanging_tokens: targets in a term that also cover punctuation beside it, which their
-            probability includes.
+        overhanging_tokens: targets in a term that also cover punctuation beside it.
         swallowed_terms: terms whose tokens all count for a neighbour; no other figure counts them.
         frequent: the most frequent terms of several tokens, most frequent first.
     """

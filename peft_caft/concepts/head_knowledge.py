@@ -21,8 +21,7 @@ class HeadKnowledge:
     Attributes:
         tokens_ahead: k.
         cross_entropy: mean, nats/token.
-        below_unigram: unigram entropy minus `cross_entropy`; 0 or less for a head that knows
-            nothing of these data.
+        below_unigram: unigram entropy minus `cross_entropy`; at most 0 if a head knows nothing.
     """
 
     tokens_ahead: int

@@ -69,8 +69,7 @@ def page(
     Args:
         found: findings that the head of the page sums up.
         rows: rows to show; ``prompts`` are theirs.
-        scores: model -> scores of these rows in its first run; if empty, the place of each token in
-            its term is coloured.
+        scores: model -> scores of these rows in its first run; empty to colour the place in a term.
         token_name: gives the name of a token id, for tokens without text.
     """
     pairs = [(comparison.reference, comparison.model) for comparison in found.comparisons]

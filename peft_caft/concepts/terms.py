@@ -97,8 +97,7 @@ def guess_unit(texts: Sequence[str]) -> str:
     """Guess the unit: chemistry or code if more than half of the answers look like it, else prose.
 
     Chemistry: most characters are in SMILES of some structure, or there is a locant, as in
-    ``2-methyl``. Code: a fenced block, Python that does something, or a third of the lines look
-    like code.
+    ``2-methyl``. Code: a fenced block, Python that does something, or a third of code-like lines.
     """
     votes = [(_looks_like_chemistry(text), _looks_like_code(text)) for text in texts]
     if sum(chemistry for chemistry, _ in votes) * 2 > len(votes):
@@ -160,8 +159,7 @@ def _python_terms(text: str) -> Iterator[Span]:
             if token.string not in DELIMITERS:
                 yield start, end
         elif token.type not in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
-            # Strings, parts of f-strings and comments: their prefix (r"...") and escapes (\n) are
-            # no words.
+            # Strings and comments, whose prefix (r"...") and escapes (\n) are no words.
             source = text[start:end]
             prefix = re.match(r"[A-Za-z]*(?=['\"])", source)
             skipped = prefix.end() if prefix else 0

@@ -31,8 +31,7 @@ SYSTEM_PROMPT = "Write the SMILES of the named molecule."
 # No metals: the dictionary draws coordination as covalent bonds, on which SMILES readers disagree.
 ELEMENTS = {"B": 5, "C": 6, "N": 7, "O": 8, "F": 9, "SI": 14, "P": 15, "S": 16, "CL": 17, "SE": 34, "BR": 35, "I": 53}
 HYDROGENS = {"H", "D"}
-# These keep their capitals where the rest of a name becomes lower case: (2R,3aS) and (E), locants
-# such as N-, S- or L-, and 2H.
+# These keep their capitals: (2R,3aS) and (E), locants such as N-, S- or L-, and 2H.
 CAPITALS = re.compile(
     r"(?<=\()\d*'*[a-d]?[rsez](?:,\d*'*[a-d]?[rsez])*(?=\))|(?<![a-z])[nosdlr](?=\d*[-,'])|(?<=\d)h(?![a-z])"
 )
@@ -62,8 +61,7 @@ class Score:
 def component_molecules(cache_dir: Path | None = None) -> list[Molecule]:
     """All usable pairs, with unique names and SMILES, sorted by year and component.
 
-    The first call reads the dictionary (about half a minute) and caches the pairs in ``cache_dir``,
-    or in `default_cache_dir`.
+    The first call reads the dictionary (about half a minute) and caches the pairs.
 
     Raises:
         ModuleNotFoundError: if biotite, which brings the dictionary, is not installed.
@@ -114,7 +112,6 @@ def write_dataset(folder: Path, row: Callable[[Molecule], dict[str, Any]] = mess
     """Write ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``; returns split -> number of rows.
 
     A hash of the component gives the rows a fixed random order, so the first N are a fair sample.
-    ``row`` is `messages` or `completion`.
     """
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for molecule in sorted(component_molecules(), key=lambda m: hashlib.sha256(m.component.encode()).digest()):
@@ -261,8 +258,7 @@ def _smiles(
     with rdBase.BlockLogs():
         if Chem.SanitizeMol(molecule, catchErrors=True) != Chem.SanitizeFlags.SANITIZE_NONE:
             return None
-    # RDKit fills free valences with hydrogens: another number of them means missing atoms or
-    # radicals.
+    # RDKit fills free valences with hydrogens: another number of them means missing atoms.
     if sum(atom.GetTotalNumHs() for atom in molecule.GetAtoms()) != len(elements) - len(heavy):
         return None
     conformer = Chem.Conformer(len(heavy))

@@ -56,8 +56,7 @@ def demo(output_dir: Path, smoke: bool = False, seed: int = 0, overwrite: bool =
         seed: of initialisation and order of data.
 
     Raises:
-        ModuleNotFoundError: if a package of the ``demo`` extra is missing; the message says how to
-            install it.
+        ModuleNotFoundError: if a package of the ``demo`` extra is missing.
         FileExistsError: if the folder holds another demo.
         ChildProcessError: if a step failed.
     """

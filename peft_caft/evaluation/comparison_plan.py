@@ -63,8 +63,7 @@ class Arm:
         training: fields of TrainingArguments.
         learning_rates: rates to choose from on dev.
         flops_of: arm whose operations this one may spend, by training for more steps.
-        adapt_heads: TrainingArguments of an earlier stage that trains heads on the task's data;
-            None skips the stage.
+        adapt_heads: TrainingArguments of an earlier stage that trains heads on the data, or None.
     """
 
     name: str

@@ -18,8 +18,7 @@ def equal_flops(plan: ComparisonPlan, arm: Arm, train: Path) -> float:
     """Operations per token of a CAFT arm divided by LoRA's, both with supervised logits alone.
 
     transformers computes all logits for LoRA. They are not counted, because skipping them is no
-    merit of CAFT; so LoRA gets more steps rather than fewer. Training the heads along costs more
-    than is counted here.
+    merit of CAFT; so LoRA gets more steps rather than fewer.
     """
     settings = FineTuningSettings(model=plan.model, data=str(train), output="", **arm.settings)
     rows = read_jsonl(train, plan.sizes["train"])

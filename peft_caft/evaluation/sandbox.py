@@ -3,8 +3,7 @@
 The program runs in its own Python process, with an empty working folder, a bare environment, no
 standard input, and limits on processor time, wall time, memory, output size and open files. On
 Linux (x86-64, arm64) the system call filter of `seccomp` also keeps it from starting processes,
-sending signals, opening sockets, and changing files other than its output. Its process group is
-killed at the end.
+sending signals, opening sockets, and changing other files than its output.
 
 What this does not protect against: the program can *read* every file that you can read, and a fault
 of the kernel or of Python may let it out. Where the system call filter is missing (macOS, other
@@ -63,8 +62,7 @@ class Outcome:
 
     Attributes:
         passed: whether it ran to its end without an exception and without ending itself.
-        reason: ``"passed"``, ``"failed"``, or the limit that it exceeded: ``"timeout"``,
-            ``"memory"`` or ``"output"``.
+        reason: ``"passed"``, ``"failed"``, ``"timeout"``, ``"memory"`` or ``"output"``.
         output: the last 2,000 characters that it wrote.
     """
 

@@ -43,8 +43,7 @@ class Metric:
     Attributes:
         meaning: description for the report.
         unit: ``"share"`` is shown in per cent.
-        per_token: whether rows are weighted by the tokens of their reference, so that the mean is
-            one over tokens.
+        per_token: whether rows are weighted by the tokens of their reference.
     """
 
     name: str

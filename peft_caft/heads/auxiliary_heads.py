@@ -48,8 +48,7 @@ class ResidualHead(nn.Sequential):
 
         Args:
             hidden: hidden states that the head reads, ``(batch, tokens, hidden)``.
-            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens``
-                positions.
+            rows: int64 ``(selected,)``, ascending indices into the ``batch * tokens`` positions.
             captured: arguments of the base model's last layer; residual blocks need none.
             skip_queries: allow decoder layers to compute the selected positions alone.
 
@@ -218,8 +217,7 @@ class AuxiliaryHeads(PretrainedHeads):
             position_ids: int64 ``(batch, tokens)``.
 
         Returns:
-            one ``(batch, tokens, vocabulary)`` tensor per head, fp32 or better; entry i predicts
-            token t + i + 2.
+            one fp32 ``(batch, tokens, vocabulary)`` per head; entry i predicts token t + i + 2.
 
         Raises:
             ValueError: if the heads were made for another base model.

@@ -117,8 +117,7 @@ class Backbone(LayerStack):
         """The lm_head, with the factor (Cohere, Granite) or soft cap (Gemma 2) on its logits.
 
         It is a constant unless the lm_head is trained, and has the dtype of autocast where that is
-        on. ``captured`` keeps it for the pass: casting the weight copies it, and so does gathering
-        it from all processes under ZeRO-3.
+        on. ``captured`` keeps it for the pass: casting or gathering copies the weight.
         """
         if captured is not None and captured.unembedding is not None:
             return captured.unembedding

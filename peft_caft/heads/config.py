@@ -137,8 +137,7 @@ class HeadsConfig:
 def fingerprint(unembedding: Tensor) -> list[float] | None:
     """Sixteen numbers of about 1 that tell one unembedding from another, in whatever dtype.
 
-    Each is the cosine between one of sixteen evenly spaced rows and a fixed wave: unlike a hash, it
-    survives rounding to fp16 or bf16.
+    Each is the cosine between one row and a fixed wave: unlike a hash, it survives rounding.
 
     Args:
         unembedding: ``(vocabulary, hidden)``, any floating dtype.

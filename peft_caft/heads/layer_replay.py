@@ -46,8 +46,7 @@ class LayerAtRows:
         Args:
             layer: the decoder layer.
             hidden: its input, ``(batch, tokens, hidden)``.
-            rows: int64 ``(selected,)``, ascending indices into the flattened ``batch * tokens``
-                positions.
+            rows: int64 ``(selected,)``, ascending indices into the ``batch * tokens`` positions.
             captured: arguments with which the base model called its last layer.
 
         Returns:

@@ -90,8 +90,7 @@ class PretrainedHeads(nn.Module, ABC):
             FileNotFoundError: if there are no heads, or none at this revision.
             PermissionError: if the token may not read them.
             ConnectionError: if the Hub cannot be reached and the cache does not hold them.
-            ValueError: if they are damaged, have an unknown type or version, or were made for
-                another base model.
+            ValueError: if they are damaged, unknown, or were made for another base model.
             TypeError: if ``base_model`` is not a decoder-only causal language model.
         """
         source = os.fspath(pretrained_model_name_or_path)

@@ -45,7 +45,7 @@ def push_heads(
     config = find_heads(str(source), "folder").read_config()
     written = heads_card(config, has_plot=(source / PLOT_NAME).exists())
     if base_model is not None:
-        config = dataclasses.replace(config, base_model_name_or_path=require_hub_id("base_model", base_model, "It"))
+        config = dataclasses.replace(config, base_model_name_or_path=require_hub_id("base_model", base_model))
     config = dataclasses.replace(config, license=license or config.license)
     repository = Repository.open(to)
     if not force:
@@ -65,7 +65,7 @@ def push_heads(
         )
 
 
-def require_hub_id(name: str, value: str, advice: str) -> str:
+def require_hub_id(name: str, value: str, advice: str = "Give the model's id on the Hub, with --base-model.") -> str:
     """Return ``value``, which is published, if it can be a repository id and is no local folder.
 
     Raises:

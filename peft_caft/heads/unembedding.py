@@ -207,8 +207,7 @@ def target_scores(states: Tensor, targets: Tensor, unembedding: Unembedding, top
         top: number of the most likely tokens that are compared; at most the vocabulary.
 
     Returns:
-        cross entropies, fp32 ``(rows,)``, nats; and whether the i-th most likely token is the
-        target, bool ``(rows, top)``.
+        cross entropies, fp32 ``(rows,)``, nats; and hits of the ``top``, bool ``(rows, top)``.
     """
     top = min(top, len(unembedding.weight))
     cross_entropies = [states.new_zeros(0, dtype=torch.float32)]

@@ -26,8 +26,7 @@ class Captured:
             hidden)`` in the model's dtype, with their graph.
         last_hidden_state: hidden states after the final norm, same shape.
         last_layer_output: hidden states between the two, same shape.
-        layer_args, layer_kwargs: further arguments of the last layer (mask, position embeddings,
-            ...), without the cache.
+        layer_args, layer_kwargs: further arguments of the last layer (mask, ...), but no cache.
         unembedding: lm_head of this pass, which `Backbone.unembedding` keeps here.
     """
 
@@ -97,8 +96,7 @@ class LayerStack:
         """Inside the block, only the last layer runs, on ``hidden``.
 
         Args:
-            hidden: ``Captured.last_layer_input`` of an earlier pass over the same tokens; None
-                changes nothing.
+            hidden: ``Captured.last_layer_input`` of an earlier pass over the same tokens, or None.
         """
         if hidden is None:
             yield

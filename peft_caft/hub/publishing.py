@@ -49,8 +49,7 @@ def push(
     """Publish a folder of heads or of an adapter, whichever it is.
 
     Args:
-        heads: ``"org/name"`` or ``"org/name@revision"`` of an adapter's heads, if it was trained
-            with a local folder of heads.
+        heads: ``"org/name"`` or ``"org/name@revision"`` of the heads, if a folder was used.
         base_model: Hub id of the base model, if the folder names a local one.
         license: Hub identifier such as ``"apache-2.0"``.
         force: replace whatever the repository holds, and accept other heads than the adapter's.
@@ -86,9 +85,7 @@ def _push_adapter(
     is_caft = (source / CAFT_CONFIG_NAME).is_file()
     config = (CAFTConfig if is_caft else LoraConfig).from_pretrained(str(source))
     base = base_model or config.base_model_name_or_path or ""
-    config.base_model_name_or_path = require_hub_id(
-        "base_model", base, "Give the model's id on the Hub with --base-model (base_model=). The adapter"
-    )
+    config.base_model_name_or_path = require_hub_id("base_model", base)
     if isinstance(config, CAFTConfig):
         _name_heads(config, heads, to.token, force)
     elif heads is not None:

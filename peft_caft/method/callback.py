@@ -27,11 +27,9 @@ class CAFTCallback(TrainerCallback):
     parameters in every checkpoint and restores them when a run is resumed.
 
     Raises:
-        RuntimeError: if a training step ends without an auxiliary loss, or the checkpoint to resume
-            from lacks the trained heads.
+        RuntimeError: if a training step has no auxiliary loss, or a checkpoint no trained heads.
         TypeError: if the model has no CAFT adapter.
-        ValueError: if TRL is too old or uses another loss than the next-token loss, or FSDP1 shards
-            the model.
+        ValueError: if TRL is too old or uses another loss, or FSDP1 shards the model.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[CAFTCallback()])

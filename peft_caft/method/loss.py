@@ -23,10 +23,8 @@ class AuxiliaryLoss:
     """The auxiliary loss of one batch, and its parts.
 
     Attributes:
-        total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar with graph,
-            fp32, nats.
-        sums: sum of cross entropies of head i + 2, fp32 scalars without graph, nats; estimates if
-            positions are drawn.
+        total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar, fp32, nats.
+        sums: sum of cross entropies of head i + 2, fp32 scalars, nats; estimates after a draw.
         counts: number of supervised positions of each head, before any draw.
     """
 
@@ -58,8 +56,7 @@ def auxiliary_loss(
         supervision: targets of the same batch.
         decay: alpha.
         weight: factor of the sum, fp32 scalar: beta * gamma over the number of next-token targets.
-        fast_paths: False computes the same plainly, as `AuxiliaryObjective.fast_paths_enabled`
-            says.
+        fast_paths: False computes the same plainly; see `AuxiliaryObjective.fast_paths_enabled`.
     """
     unembedding = backbone.unembedding(captured)
     weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=supervision.labels.device))

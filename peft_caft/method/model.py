@@ -149,8 +149,7 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
         log-probabilities, they carry the auxiliary gradient (`peft_caft.method.log_probs_pass`).
 
         Args:
-            args, kwargs: arguments of the base model. ``labels`` is int64 ``(batch, tokens)``,
-                unshifted, -100 where unsupervised.
+            args, kwargs: arguments of the base model; ``labels``: int64 ``(batch, tokens)``.
 
         Returns:
             the base model's output; the loss is an fp32 scalar in nats, 0 without any target.

@@ -63,8 +63,7 @@ def next_token_pass(
     It does so twice if the model needs its logits.
 
     Args:
-        kwargs: keyword arguments of its forward, with ``labels``, int64 ``(batch, tokens)``,
-            unshifted, -100 where unsupervised.
+        kwargs: keyword arguments of its forward, with ``labels``: int64 ``(batch, tokens)``.
         leave_out_logits: False lets the model compute its logits and its loss itself.
 
     Raises:

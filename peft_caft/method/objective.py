@@ -21,8 +21,7 @@ from .targets import Supervision
 
 HEADS_PREFIX = "auxiliary_heads."
 
-# Yields the keyword arguments for the base model, is sent what it returned, and returns the outputs
-# for the caller.
+# Yields keyword arguments for the base model, is sent what it returned, and returns the outputs.
 TrainingPass = Generator[dict[str, Any], Any, Any]
 
 

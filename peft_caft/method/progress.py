@@ -36,8 +36,7 @@ class RecentLosses:
 
         Args:
             decay: alpha.
-            reduce: sums a tensor over the processes, which then call this together; None for the
-                losses of this process.
+            reduce: sums a tensor over the processes, which then call this together, or None.
 
         Returns:
             ``loss_head_k``: mean cross entropy over the positions that supervise head k;

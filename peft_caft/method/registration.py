@@ -1,8 +1,7 @@
 """Makes ``CAFT`` a PEFT method: the one place where a table of another library is extended.
 
 ``register_peft_method`` (huggingface/peft#2282, unchanged in 0.21) refuses a name that the enum
-``PeftType`` lacks, so the member is added by hand, once. ``PeftType`` is a ``str``, hence
-``str.__new__``.
+``PeftType`` lacks, so the member is added by hand, once. It is a ``str``.
 """
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING

@@ -20,8 +20,7 @@ part; to sum them everywhere, twice that. So nothing depends on the batch. Assum
   it needs again within 10^9 parameters (``stage3_max_reuse_distance``), with checkpointing too, and
   does not divide small parameters.
 - Base model and heads travel in their dtype, adapters and gradients in fp32 (under DeepSpeed with
-  its ``bf16`` and ``fp16`` off). QLoRA sends the packed 4 bits. Not counted: buffers, the gradient
-  norm and other single numbers.
+  its ``bf16`` and ``fp16`` off). QLoRA sends packed bits. Buffers and single numbers do not count.
 
 `benchmarks/scale.py` and `tests/planning/test_communication.py` compare this with the collectives
 that torch and accelerate call.

@@ -110,8 +110,7 @@ def lora_step(
     """A step of LoRA.
 
     Args:
-        keys: mean number of keys that a query meets; half the length of a row where the causal mask
-            saves work.
+        keys: mean number of keys that a query meets; half of a row if the causal mask saves work.
         supervised: share of the tokens whose logits are computed; 1 for transformers' loss.
         gradient_checkpointing: run every layer forward once more.
     """
@@ -141,8 +140,7 @@ def caft_step(
         num_heads: number of heads, n - 1.
         supervised: s, share of the tokens that have a label.
         aux_token_fraction: p, share of the supervised tokens that the heads see.
-        head_num_layers: blocks or layers of a head; in a stack of layers all but the last need
-            every token.
+        head_num_layers: blocks or layers of a head; of layers, all but the last need every token.
     """
     require_choice("head_type", head_type, HEAD_TYPES)
     require_token_fraction(aux_token_fraction)

@@ -132,8 +132,7 @@ class DeviceMemory(Parts):
     Attributes:
         weights: parameters of the base model.
         adapter: parameters of LoRA.
-        gradients: of LoRA, counted as always there, which they are under gradient accumulation;
-            under DDP also their copy in buckets.
+        gradients: of LoRA, counted as always there; under DDP also their copy in buckets.
         optimizer: AdamW's two states of each LoRA parameter.
         heads: parameters of the auxiliary heads.
         working_weights: what is whole for a moment: gathered parameters, a dequantised matrix.

@@ -46,8 +46,7 @@ def trainer_arguments(
 
     Raises:
         FileNotFoundError: if there is no such YAML file.
-        ValueError: if TrainingArguments lacks an option or YAML key or refuses its value, or the
-            command would overwrite it.
+        ValueError: if TrainingArguments lacks or refuses a field, or the command sets it itself.
     """
     own = _yaml(yaml_file)
     given = [*own, *(_name(word) for word in options or [] if word.startswith("--"))]

@@ -4,8 +4,7 @@ A row has one of three forms:
 
 - ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}``:
   the tokenizer's chat template is applied, and the loss is on what the assistant says;
-- ``{"prompt": "...", "completion": "..."}``: plain text, the loss is on the completion and the end
-  of text;
+- ``{"prompt": "...", "completion": "..."}``: plain text, the loss is on the completion and its end;
 - ``{"text": "..."}``: the loss is on every token.
 
 ``"complete": false`` says that the row's last answer was cut off when it was generated, so that its
@@ -36,8 +35,7 @@ class EncodedData:
     """Rows ready for a trainer.
 
     Attributes:
-        rows: ``{"input_ids": list[int], "labels": list[int]}``; labels are unshifted, and -100
-            where unsupervised.
+        rows: ``{"input_ids": list[int], "labels": list[int]}``; unshifted, -100 if unsupervised.
         truncated: number of rows that were cut to the maximal length.
         dropped: number of rows that were left out, without a supervised token.
     """
@@ -172,8 +170,7 @@ def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple
     if "text" in row:
         input_ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
         return input_ids, list(input_ids)
-    # Prompt and answer are tokenized separately, because at inference the prompt's tokens are fixed
-    # before the first token of the answer.
+    # Prompt and answer are tokenized apart, since at inference the prompt's tokens are fixed first.
     prompt = tokenizer(row["prompt"])["input_ids"]
     answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
     if complete:

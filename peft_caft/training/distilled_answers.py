@@ -43,8 +43,7 @@ class AnswerReader:
             to leave it out: that of `rejection`, or ``"untrainable"`` if it changes how the chat
             template shows the prompt; ``same_tokens``, whether training sees the model's own.
         """
-        # Training would read a special token within the answer as another turn, so the answer ends
-        # before it.
+        # Training would read a special token as another turn, so the answer ends before it.
         end = position_of_first(ids, self._ends)
         complete = end < len(ids) and ids[end] in self.stop_token_ids
         kept = ids[:end]

@@ -43,8 +43,7 @@ def sharding_requested(args: TrainingArguments, cache: str | None) -> bool:
     """Whether the engine shards the models of stage 1 over processes.
 
     Raises:
-        ValueError: if it does so in a way, or with a cache of hidden states, that stage 1 does not
-            support.
+        ValueError: if stage 1 does not support the settings of the engine.
     """
     if not divides_parameters(args):
         return False

@@ -125,8 +125,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         initial = folder.checkpoints / "initial_adapter" if settings.changes_base_weights else None
         if initial is not None and is_first:
             model.save_pretrained(initial)
-        # trainer.evaluate() before training would make accelerate take the model for wrapped, and
-        # each process would train by itself.
+        # After trainer.evaluate() accelerate would take the model for wrapped, and leave out DDP.
         args.eval_on_start = held_out is not None and resume_from is None
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = Trainer(

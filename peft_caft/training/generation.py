@@ -61,9 +61,7 @@ class Backend(Protocol):
 
 
 def batches_by_length(requests: Iterable[Request], length: Callable[[Request], int], size: int) -> list[list[Request]]:
-    """Batches of requests, longest first, ties in their order: little padding, and too little
-    memory shows at once.
-    """
+    """Batches of requests, longest first, ties in their order: too little memory shows at once."""
     ordered = sorted(requests, key=lambda request: -length(request))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
@@ -87,8 +85,7 @@ def answer_batches(
     Args:
         batches: requests in the order of `batches_by_length`.
         finished: numbers of the batches in ``parts`` before any process began to write.
-        answers: takes a batch and a seed; returns one result per request (JSON values) and the
-            number of generated tokens.
+        answers: takes a batch and a seed; returns results and the number of generated tokens.
         rank: number of this process among ``processes``.
     """
     others = list(range(1, len(batches)))

@@ -60,8 +60,7 @@ def read_files(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a line is no row, there is too little to hold out, or two held-out files have
-            the same name.
+        ValueError: if a line is no row, too few rows are left, or two held-out files share a name.
     """
     train = [RawFile.read(path, max_rows) for path in data]
     if eval_data:

@@ -95,8 +95,7 @@ class HeadPretraining(nn.Module):
         Args:
             input_ids, labels: int64 ``(batch, tokens)``; labels are -100 where unsupervised.
             attention_mask: ``(batch, tokens)``, 0 for padding.
-            hidden_states: input of the base model's last layer in an earlier pass, ``(batch,
-                tokens, hidden)``.
+            hidden_states: ``(batch, tokens, hidden)``, input of the last layer in an earlier pass.
             num_items_in_batch: divisor of the loss; None takes the next-token targets of the batch.
 
         Returns:
@@ -187,9 +186,7 @@ class HeadTrainer(Trainer):
         return self._before
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log metrics of each head on every set, and as ``eval_loss`` the mean objective with hard
-        targets, nats/token.
-        """
+        """Log the heads' metrics on every set; ``eval_loss`` is the mean hard loss, nats/token."""
         metrics = {}
         evaluations = self.evaluate_heads("Held-out")
         for name, evaluation in evaluations.items():
@@ -264,8 +261,7 @@ class HeadTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # Trainer would load the checkpoint before the untrained heads are evaluated, and expect the
-        # frozen base model in it.
+        # Trainer would load it before the untrained heads are evaluated, and expect a base model.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.evaluate_before()
         deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)

@@ -38,8 +38,7 @@ class CachedRows(torch.utils.data.Dataset):
     """Encoded rows with hidden states, ``(tokens, hidden)``, under the key ``hidden_states``.
 
     Args:
-        states: ``(tokens of all rows, hidden)``, uint16 or uint32 with the bits of numbers of
-            ``dtype``, mapped from the disk.
+        states: ``(tokens of all rows, hidden)``, the bits of ``dtype`` as uint16 or uint32, mapped.
     """
 
     def __init__(self, rows: list[dict[str, list[int]]], states: np.ndarray, dtype: torch.dtype) -> None:

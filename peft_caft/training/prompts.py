@@ -144,8 +144,7 @@ def prepare_prompts(
         the prompts, and the number of duplicates that were left out.
 
     Raises:
-        ValueError: if a row has another form, naming it, or there is no chat template for a chat or
-            the system message.
+        ValueError: if a row has another form, or there is no chat template for a chat.
     """
     has_template = tokenizer.chat_template is not None
     if system is not None and not has_template:

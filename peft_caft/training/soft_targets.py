@@ -31,8 +31,7 @@ def soft_cross_entropy(
     Args:
         states: ``(rows_i, hidden)`` of each head, any floating dtype; logits are computed in the
             dtype of the weight or of autocast.
-        rows: int64 ``(rows_i,)`` of each head, ascending: the row of ``teacher_states`` that each
-            state has to match.
+        rows: int64 ``(rows_i,)`` of each head, ascending: each state's row of ``teacher_states``.
         teacher_states: final hidden states of the teacher, ``(teacher_rows, hidden)``, any floating
             dtype; they get no gradient.
         unembedding: frozen layer of both sides.
