@@ -217,7 +217,7 @@ def test_first_rows_and_sampled_answers(files, plain, tmp_path):
     evaluated(files, tmp_path / "first", "--max-rows", "8")
     assert [r["answer"] for r in lines(tmp_path / "first")] == [r["answer"] for r in lines(plain[0])[:8]]
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        evaluated(files, tmp_path / name, "--temperature", "1.0", "--seed", seed)
+        evaluated(files, tmp_path / name, "--max-rows", "8", "--temperature", "1.0", "--seed", seed)
     a, b, c = ([r["answer"] for r in lines(tmp_path / name)] for name in "abc")
     assert a == b != c
 
