@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -38,6 +39,15 @@ def caft(architecture: str = "llama", seed: int = 0, **fields):
     return model
 
 
+@cache
+def shared(architecture: str = "llama", head_type: str = "decoder_layer"):
+    """For tests that leave the model as it is."""
+    return caft(architecture, head_type=head_type)
+
+
+SMALL = {"head_type": "residual", "num_auxiliary_heads": 2, "target_modules": ["q_proj"]}  # where no layer matters
+
+
 def gradients(model, loss) -> dict[str, torch.Tensor]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
@@ -64,10 +74,19 @@ def assert_equal_to_reference(model, labels, inputs, reference_inputs=None, gamm
         assert (got[name] - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-7 * largest, name
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_and_lora_gradients_equal_the_reference(architecture, head_type, n):
+def test_loss_and_lora_gradients_equal_the_reference(architecture, head_type):
+    assert_equal_to_reference(shared(architecture, head_type), tokens(), {"input_ids": tokens()})
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6])
+@pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name != "llama")],
+)
+def test_any_number_of_heads_equals_the_reference(architecture, head_type, n):
     model = caft(architecture, head_type=head_type, num_auxiliary_heads=n - 1)
     assert_equal_to_reference(model, tokens(), {"input_ids": tokens()})
 
@@ -99,7 +118,7 @@ def test_frozen_heads_and_base_get_no_gradient_while_every_lora_weight_does():
 
 @pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
 def test_gradient_is_the_slope_of_the_loss(head_type):
-    model = caft("gemma2", head_type=head_type).double()
+    model = caft("gemma2", head_type=head_type, num_auxiliary_heads=2).double()
     batch = {"input_ids": tokens(), "labels": tokens()}
     found = gradients(model, model(**batch).loss)
     for name, parameter in [(n, p) for n, p in model.named_parameters() if p.requires_grad and "layers.1" in n]:
@@ -117,7 +136,7 @@ def test_prompt_masked_by_minus_100_supervises_only_the_answer():
     labels = tokens().clone()
     labels[:, :6] = -100
     labels[1, 9] = -100
-    assert_equal_to_reference(caft(), labels, {"input_ids": tokens()})
+    assert_equal_to_reference(shared(), labels, {"input_ids": tokens()})
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -130,7 +149,7 @@ def test_padding_is_neither_context_nor_target(architecture, head_type, side):
     labels[1, padding] = -100
     allowed = torch.stack([attention_mask.bool()] * 6)
     inputs = {"input_ids": tokens(), "attention_mask": attention_mask}
-    assert_equal_to_reference(caft(architecture, head_type=head_type), labels, inputs, mask=allowed)
+    assert_equal_to_reference(shared(architecture, head_type), labels, inputs, mask=allowed)
 
 
 @pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
@@ -145,22 +164,21 @@ def test_packing_never_crosses_documents(architecture, head_type):
             allowed[k, 0, max(start, start + length - k) : start + length] = False
     # With a cache, as by default, transformers does not look for documents in position_ids.
     inputs = {"input_ids": tokens(1), "position_ids": position_ids}
-    model = caft(architecture, head_type=head_type)
+    model = shared(architecture, head_type)
     assert_equal_to_reference(model, labels, {**inputs, "use_cache": False}, reference_inputs=inputs, mask=allowed)
 
 
 @pytest.mark.parametrize("count", [77, torch.tensor(77)], ids=["int", "tensor"])
 def test_all_terms_are_divided_by_num_items_in_batch(count):
     inputs = {"input_ids": tokens()}
-    model = caft()
     assert_equal_to_reference(
-        model, tokens(), {**inputs, "num_items_in_batch": count}, reference_inputs=inputs, divisor=77.0
+        shared(), tokens(), {**inputs, "num_items_in_batch": count}, reference_inputs=inputs, divisor=77.0
     )
 
 
 def test_changed_document_leaves_the_others_loss_unchanged():
     """The same promise as packing's, without the reference: what each document adds is what it adds alone."""
-    model = caft()
+    model = shared()
     ids, count = tokens(1), torch.tensor(12)
     position_ids = torch.cat([torch.arange(6), torch.arange(8)])[None]
     labels = ids.clone()
@@ -183,13 +201,13 @@ def test_changed_document_leaves_the_others_loss_unchanged():
     ],
 )
 def test_schedule_weighs_the_auxiliary_loss(schedule, gamma):
-    model = caft(aux_loss_schedule=schedule)
+    model = caft(aux_loss_schedule=schedule, **SMALL)
     model.set_training_progress(3, 10)
     assert_equal_to_reference(model, tokens(), {"input_ids": tokens()}, gamma=gamma)
 
 
 def test_tuple_outputs_carry_the_same_loss():
-    model, batch = caft(), {"input_ids": tokens(), "labels": tokens()}
+    model, batch = shared(), {"input_ids": tokens(), "labels": tokens()}
     torch.testing.assert_close(model(**batch, return_dict=False)[0], model(**batch).loss, rtol=1e-6, atol=0)
 
 
@@ -224,21 +242,21 @@ def test_batch_without_supervised_token_reaches_a_trained_lm_head_with_zero_grad
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
 def test_sequence_shorter_than_n_trains_on_the_heads_that_have_a_target(length):
-    model, ids = caft(), tokens(2, length)
+    model, ids = shared(), tokens(2, length)
     loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
     assert torch.isfinite(loss)
+    gradients(model, loss)
     if length > 1:
-        assert_equal_to_reference(caft(), ids, {"input_ids": ids})
+        assert_equal_to_reference(model, ids, {"input_ids": ids})
 
 
 def test_sampled_positions_leave_the_expected_loss_unchanged():
-    full, sampled = caft(), caft(aux_token_fraction=0.3)
+    full, sampled = caft(**SMALL), caft(**SMALL, aux_token_fraction=0.3)
     batch = {"input_ids": tokens(), "labels": tokens()}
     expected = float(full(**batch).loss.detach())
     state = torch.get_rng_state()
     with torch.enable_grad():
-        losses = torch.tensor([float(sampled(**batch).loss.detach()) for _ in range(150)])
+        losses = torch.tensor([float(sampled(**batch).loss.detach()) for _ in range(100)])
     assert torch.equal(state, torch.get_rng_state())
     standard_error = float(losses.std()) / math.sqrt(len(losses))
     assert standard_error > 0
@@ -246,7 +264,7 @@ def test_sampled_positions_leave_the_expected_loss_unchanged():
 
 
 def test_sampling_repeats_after_a_resume():
-    model, batch = caft(aux_token_fraction=0.3), {"input_ids": tokens(), "labels": tokens()}
+    model, batch = caft(**SMALL, aux_token_fraction=0.3), {"input_ids": tokens(), "labels": tokens()}
     losses = []
     for step in (4, 5, 4):
         model.set_training_progress(step, 10)
@@ -256,7 +274,7 @@ def test_sampling_repeats_after_a_resume():
 
 
 def test_total_steps_alone_counts_training_forwards():
-    model = caft(aux_loss_schedule="linear_decay", total_steps=4)
+    model = caft(**SMALL, aux_loss_schedule="linear_decay", total_steps=4)
     gammas = []
     for _ in range(6):
         model(input_ids=tokens(), labels=tokens())
@@ -265,13 +283,13 @@ def test_total_steps_alone_counts_training_forwards():
 
 
 def test_schedule_that_knows_nothing_of_the_run_is_an_error():
-    model = caft(aux_loss_schedule="reflected_sine")
+    model = caft(**SMALL, aux_loss_schedule="reflected_sine")
     with pytest.raises(ValueError, match=r"CAFTCallback.*set_training_progress.*constant"):
         model(input_ids=tokens(), labels=tokens())
 
 
 def test_architecture_that_changes_its_logits_otherwise_is_refused():
-    model = caft()
+    model = caft(**SMALL)
     head = model.get_base_model().lm_head
     head.register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(TypeError, match="LlamaForCausalLM does more between its last layer and its logits"):
@@ -285,17 +303,11 @@ class DoubledLogits(LlamaForCausalLM):
         return outputs
 
 
-def test_subclass_that_changes_its_logits_is_refused_by_name():
-    model = get_peft_model(DoubledLogits(CONFIGS["llama"]()), CAFTConfig(aux_loss_schedule="constant")).train()
-    with pytest.raises(TypeError, match="DoubledLogits does more between its last layer and its logits"):
-        model(input_ids=tokens(), labels=tokens())
-
-
-def test_refused_architecture_stays_refused():
+def test_subclass_that_changes_its_logits_is_refused_by_name_again_and_again():
     """Running the cell of a notebook again must not train."""
     model = get_peft_model(DoubledLogits(CONFIGS["llama"]()), CAFTConfig(aux_loss_schedule="constant")).train()
     for _ in range(2):
-        with pytest.raises(TypeError, match="DoubledLogits"):
+        with pytest.raises(TypeError, match="DoubledLogits does more between its last layer and its logits"):
             model(input_ids=tokens(), labels=tokens())
 
 
@@ -308,14 +320,14 @@ def test_tuple_outputs_of_a_mixture_with_router_loss_carry_the_same_loss():
 
 
 def test_gamma_keeps_its_digits_in_half_precision():
-    model = caft(aux_loss_schedule="linear").to(torch.bfloat16)
+    model = caft(**SMALL, aux_loss_schedule="linear").to(torch.bfloat16)
     model.set_training_progress(1, 1000)
     assert float(model.gamma) == pytest.approx(0.001, rel=1e-6)
 
 
 def test_reference_itself_is_wrong_about_a_wrong_model():
     """The comparison can fail: another head, or a shift by one, moves the reference far beyond the tolerance."""
-    model = caft()
+    model = shared()
     heads = list(model.auxiliary_heads["default"].heads)
     arguments = {"beta": BETA, "gamma": 1.0, "alpha": ALPHA, "input_ids": tokens()}
     loss = reference_loss(model.get_base_model(), heads, tokens(), **arguments)

@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures in README's table, three layers each, made from configurations."""
+"""Tiny random models of the architectures in README's table, two layers each, made from configurations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Pret
 
 from .tiny_models import CONFIGS, LLAMA_LIKE, PECULIAR, VOCABULARY
 
+LAYERS = 2
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK = {
     **LLAMA_LIKE,
@@ -116,6 +117,12 @@ def attentions_of(architecture: str) -> tuple[str, ...]:
 def make(architecture: str, attention: str = "eager") -> PreTrainedModel:
     """In fp32, with vectors that are no ones and zeros, so that leaving a norm or bias out shows."""
     config = ARCHITECTURES[architecture]()
+    text = config.get_text_config()
+    text.num_hidden_layers = LAYERS
+    if vars(text).get(
+        "layer_types"
+    ):  # the last ones, so that heads are copies of the layer that is not plain attention
+        text.layer_types = text.layer_types[-LAYERS:]
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
