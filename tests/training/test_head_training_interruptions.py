@@ -21,13 +21,14 @@ from peft_caft.training.hidden_states_cache import cached_rows
 from ..support.forked_command import finish, kill_when
 from ..support.tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
 
-# Two epochs of six steps, so that interruptions fall into a later epoch too.
+# Two epochs of three steps, so that interruptions fall into a later epoch too.
 OPTIONS = [
-    *("--max-length", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "60"),
-    *("--learning_rate", "1e-2", "--eval_steps", "6", "--logging_steps", "6", "--use_cpu", "true"),
+    *("--max-length", "64", "--num_train_epochs", "2", "--per_device_train_batch_size", "120"),
+    *("--per_device_eval_batch_size", "40", "--eval_steps", "3", "--logging_steps", "3"),
+    *("--learning_rate", "1e-2", "--use_cpu", "true"),
     *("--aux-token-fraction", "0.5"),  # the positions drawn after an interruption must be those of the whole run
 ]
-STEPS = 12
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def files(tmp_path_factory):
 
 def command(files: dict[str, str], folder: Path, *options: str) -> list[str]:
     places = ["--model", files["model"], "--data", files["data"], "--output", str(folder / "heads")]
-    saves = () if "--early-stopping-patience" in options else ("--save_steps", "2")  # it saves when it evaluates
+    saves = () if "--early-stopping-patience" in options else ("--save_steps", "1")  # it saves when it evaluates
     return ["peft-caft", "train-heads", *places, "--cache", str(folder / "cache"), *OPTIONS, *saves, *options]
 
 
@@ -78,10 +79,10 @@ def some_batches_done(folder: Path) -> bool:
 CHECKPOINT = "heads/checkpoints/checkpoint-"
 MOMENTS = {
     "cache half full": some_batches_done,
-    "between checkpoints": f"{CHECKPOINT}4/trainer_state.json",
-    "heads of a checkpoint half written": f"{CHECKPOINT}6/.model.safetensors.*.tmp",
-    "no optimizer in a checkpoint": f"{CHECKPOINT}8/README.md",
-    "no trainer state in a checkpoint": f"{CHECKPOINT}10/optimizer.pt",
+    "between checkpoints": f"{CHECKPOINT}2/trainer_state.json",
+    "heads of a checkpoint half written": f"{CHECKPOINT}3/.model.safetensors.*.tmp",
+    "no optimizer in a checkpoint": f"{CHECKPOINT}4/README.md",
+    "no trainer state in a checkpoint": f"{CHECKPOINT}5/optimizer.pt",
     "last checkpoint whole": f"{CHECKPOINT}{STEPS}/trainer_state.json",
     "weights of the artifact half written": "heads/.model.safetensors.*.tmp",
     "artifact without its configuration": "heads/model.safetensors",
@@ -109,7 +110,7 @@ def test_killed_and_run_again_ends_as_if_never_killed(moment, files, uninterrupt
     assert json.loads((tmp_path / "heads" / "summary.json").read_text())["steps"] == STEPS
 
 
-EARLY = ("--eval_steps", "2", "--learning_rate", "0.5", "--warmup_steps", "0", "--num_train_epochs", "4")
+EARLY = ("--eval_steps", "1", "--learning_rate", "0.5", "--warmup_steps", "0", "--num_train_epochs", "4")
 
 
 def stopped(folder: Path) -> bool:
@@ -140,7 +141,7 @@ def test_early_stopping_keeps_the_best_heads_and_survives_an_interruption(moment
     assert sum(0.8 ** (h["tokens_ahead"] - 1) * h["cross_entropy"] for h in after) == pytest.approx(min(losses))
 
     arguments = command(files, cut, *options)
-    before_the_stop = cut / f"{CHECKPOINT}{2 * (len(losses) - 1)}" / "trainer_state.json"
+    before_the_stop = cut / f"{CHECKPOINT}{len(losses) - 1}" / "trainer_state.json"
     kill_when(before_the_stop.exists if moment == "before the stop" else lambda: stopped(cut), arguments, cut / "log")
     finish(arguments, cut / "log")
     again = json.loads((cut / "heads" / "summary.json").read_text())

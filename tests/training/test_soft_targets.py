@@ -142,14 +142,14 @@ def test_drawn_positions_leave_the_expected_gradient_unchanged(loss_of):
 
     state = torch.get_rng_state()
     exact = gradient()
-    drawn = torch.stack([gradient(fraction=0.25, seed=seed) for seed in range(600)])
+    drawn = torch.stack([gradient(fraction=0.25, seed=seed) for seed in range(300)])
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(drawn[3], gradient(fraction=0.25, seed=3))
     off = drawn.mean(dim=0) - exact
     standard_error = drawn.std(dim=0) / len(drawn) ** 0.5
     # The squared deviation of each entry is its squared standard error on average, if the estimate has no bias.
     ratio = float(off.square().sum() / standard_error.square().sum())
-    assert 0.2 < ratio < 3
+    assert 0.4 < ratio < 2
     assert (drawn - exact).norm(dim=1).mean() > 0.1 * exact.norm()  # it is an estimate at all
 
 
