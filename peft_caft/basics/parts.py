@@ -1,8 +1,7 @@
 """Finished batches of `distill` and `evaluate`, kept so that a kill costs only those in work.
 
 A hidden folder beside the output holds ``settings.json`` and, for each process, ``part-RANK.jsonl``
-with one line per finished batch. A resumed run makes the batch of a line without its end again, and
-may have another number of processes.
+with one line per finished batch. A resumed run may have another number of processes.
 """
 
 from __future__ import annotations

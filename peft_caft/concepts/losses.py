@@ -1,8 +1,7 @@
 """Where a model's loss sits in terms, how well it knows whole ones, and how two models differ.
 
 A model is one run or several, each from a seed of its own. Intervals are bootstrapped over rows,
-and over runs if there are several. Models are compared on the same rows, run by run
-(`peft_caft.basics.intervals`).
+and over runs if there are several. Models are compared on the same rows, run by run.
 """
 
 from __future__ import annotations

@@ -53,7 +53,12 @@ def plot_density(path: Path, density: Density, recommended: RecommendedN) -> Non
         left.bar(places[:longest], shares[:longest], color=RUN_COLOURS[0]),
         left.bar(places[longest:], shares[longest:], color=OTHER_COLOUR, hatch="//", edgecolor="white"),
     ):
-        left.bar_label(drawn, fmt=_percent, fontsize=7.5, padding=1.5)
+        left.bar_label(
+            drawn,
+            fmt=lambda share: f"{share:.0%}" if share >= 0.005 or not share else "<1%",
+            fontsize=7.5,
+            padding=1.5,
+        )
     left.set_title("Supervised tokens by the length of their term", loc="left")
     left.set(xlabel="tokens in the term", ylabel="share of the supervised tokens")
     left.set_xticks(places, [*labels, *others], fontsize=9)
@@ -63,10 +68,6 @@ def plot_density(path: Path, density: Density, recommended: RecommendedN) -> Non
     tidy_axes(left, grid="y")
     _draw_coverage(right, density, recommended)
     save_figure(figure, path)
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.005 or not share else "<1%"
 
 
 def _draw_coverage(axes: Axes, density: Density, recommended: RecommendedN) -> None:

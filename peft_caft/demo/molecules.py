@@ -170,14 +170,10 @@ def clean_name(name: str, component: str) -> str | None:
     name = name.strip().strip("\"'").replace('"', "''")
     name = re.sub(r"\$l\^\{(\d)\}", r"lambda\1", re.sub(r"~\{(\w+)\}", r"\1", name)).replace("~", "")
     if name == name.upper():
-        name = CAPITALS.sub(_capitalise_last_letters, name.lower())
+        name = CAPITALS.sub(lambda found: ",".join(d[:-1] + d[-1].upper() for d in found[0].split(",")), name.lower())
     has_word = re.search("[A-Za-z]{4}", name)
     usable = has_word and name.isascii() and name.isprintable() and len(name) <= MAX_NAME_LENGTH
     return name if usable and name.upper() != component.upper() else None
-
-
-def _capitalise_last_letters(descriptors: re.Match) -> str:
-    return ",".join(descriptor[:-1] + descriptor[-1].upper() for descriptor in descriptors[0].split(","))
 
 
 def _without_duplicates(molecules: Iterable[Molecule]) -> Iterator[Molecule]:

@@ -1,8 +1,7 @@
 """``peft-caft evaluate``: lets a model answer the rows of a task and scores each answer.
 
-It writes ``rows.jsonl`` (one line per row, in the order of the data: answer, scores, cross entropy
-of each token of the reference), ``evaluation.json`` (means with confidence intervals, settings,
-provenance) and ``evaluation.md``.
+It writes ``rows.jsonl`` (answer, scores and cross entropies of a row), ``evaluation.json`` (means
+with confidence intervals, settings, provenance) and ``evaluation.md``.
 """
 
 from __future__ import annotations

@@ -80,15 +80,13 @@ class Evaluator:
             raise ValueError(
                 f"task: score of {self.task.name!r} gave {got}, expected {len(rows)} values for each of {names}. Mend the task's file."
             )
-        return {name: [_number(value) for value in values] for name, values in scores.items()}
+        return {
+            name: [None if v is None or math.isnan(v) else float(v) for v in values] for name, values in scores.items()
+        }
 
     def _text(self, ids: list[int]) -> str:
         """The answer up to its first special token, after which another turn begins."""
         return text_of(ids[: position_of_first(ids, self._special)], self.tokenizer)
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
 
 
 def length_group(tokens: int) -> str:

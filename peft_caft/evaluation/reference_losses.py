@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..heads.backbone import base_model_of
 from ..method.targets import IGNORE_INDEX
 from ..training.data import encode
 from ..training.generation import until_stop
@@ -74,7 +75,7 @@ def answer_losses(model: nn.Module, rows: Sequence[PromptAndAnswer], pad_token_i
     input_ids = torch.tensor([row.ids + [pad_token_id] * (longest - len(row.ids)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows], device=device)
     kept = torch.arange(first, longest - 1, device=device)
-    if _takes_logits_to_keep(model):
+    if "logits_to_keep" in inspect.signature(base_model_of(model).forward).parameters:
         logits = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits
     else:
         logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, kept]
@@ -85,8 +86,3 @@ def answer_losses(model: nn.Module, rows: Sequence[PromptAndAnswer], pad_token_i
         loss = nn.functional.cross_entropy(own[start : start + len(targets)].float(), targets, reduction="none")
         losses.append(loss.tolist())
     return losses
-
-
-def _takes_logits_to_keep(model: nn.Module) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters

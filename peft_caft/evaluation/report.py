@@ -73,11 +73,8 @@ def summarise(task: Task, rows: list[Row], results: list[dict[str, Any]]) -> dic
 
 def _estimates(task: Task, results: list[dict[str, Any]]) -> dict[str, Any]:
     found = ((metric, estimate(metric, results)) for metric in metrics_of(task))
-    return {metric.name: asdict(value) | _described(metric) for metric, value in found if value is not None}
-
-
-def _described(metric: Metric) -> dict[str, Any]:
-    return {"unit": metric.unit, "higher_is_better": metric.higher_is_better, "per_token": metric.per_token}
+    fields = ("unit", "higher_is_better", "per_token")
+    return {m.name: asdict(value) | {f: getattr(m, f) for f in fields} for m, value in found if value is not None}
 
 
 def markdown_report(record: dict[str, Any], task: Task, rows: list[Row], results: list[dict[str, Any]]) -> str:

@@ -10,8 +10,7 @@
     if __name__ == "__main__":
         build_main(TASK)  # of peft_caft.evaluation.task_building
 
-The file builds its data (``python task.py --output FOLDER``) and is given to ``peft-caft evaluate
---task task.py``. See examples/maths.
+``python task.py --output FOLDER`` builds its data, ``peft-caft evaluate --task task.py`` uses it.
 """
 
 from __future__ import annotations

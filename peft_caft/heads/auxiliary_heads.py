@@ -7,14 +7,13 @@ frozen and shared, and come from a `Backbone` at run time.
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..basics.provenance import source_name
 from .backbone import Backbone
 from .config import DEFAULT_NUM_HEADS, HeadInput, HeadsConfig, HeadType, fingerprint
 from .layer_copy import linear_of, plain_copy
@@ -135,10 +134,7 @@ class AuxiliaryHeads(PretrainedHeads):
             hidden_size=backbone.hidden_size,
             vocab_size=backbone.vocab_size,
             unembedding_fingerprint=fingerprint(whole(backbone.lm_head.weight)) or [],
-            # A local folder is named by its last part: the path means nothing on another machine.
-            base_model_name_or_path=Path(base.name_or_path).name
-            if os.path.isdir(base.name_or_path)
-            else base.name_or_path or None,
+            base_model_name_or_path=source_name(base.name_or_path) if base.name_or_path else None,
             base_model_revision=getattr(base.config, "_commit_hash", None),
             base_model_class=type(base).__name__,
         )

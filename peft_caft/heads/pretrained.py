@@ -1,8 +1,7 @@
 """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of `AuxiliaryHeads`.
 
 They use ``HfApi`` and ``hf_hub_download``, not huggingface_hub's ``ModelHubMixin``: that neither
-knows the commit that it loads nor returns the one that it makes, and it may make several (see
-`Repository.commit`).
+knows the commit that it loads nor returns the one that it makes.
 """
 
 from __future__ import annotations

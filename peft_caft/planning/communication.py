@@ -5,8 +5,7 @@ devices sends B (N - 1) / N to gather B bytes everywhere, or to sum them and lea
 part; to sum them everywhere, twice that. So nothing depends on the batch. Assumptions:
 
 - DDP sums the adapter's gradients on all devices.
-- ZeRO-2 sums them like DDP (DeepSpeed's ``use_multi_rank_bucket_allreduce``, the default), keeps a
-  part, and gathers the updated adapter.
+- ZeRO-2 sums them like DDP (``use_multi_rank_bucket_allreduce``), and gathers the updated adapter.
 - FSDP: FSDP2 as accelerate 1.15 wraps a model and as `examples/accelerate/fsdp2.yaml` sets it, with
   ``reshard_after_forward``. Units are each decoder layer, also one that is a head, the embedding,
   the lm_head (one unit if they share a weight), and the rest. Every unit is gathered in the forward
@@ -20,7 +19,7 @@ part; to sum them everywhere, twice that. So nothing depends on the batch. Assum
   it needs again within 10^9 parameters (``stage3_max_reuse_distance``), with checkpointing too, and
   does not divide small parameters.
 - Base model and heads travel in their dtype, adapters and gradients in fp32 (under DeepSpeed with
-  its ``bf16`` and ``fp16`` off). QLoRA sends packed bits. Buffers and single numbers do not count.
+  its ``bf16`` and ``fp16`` off). QLoRA sends 4 bits. Buffers and single numbers do not count.
 
 `benchmarks/scale.py` and `tests/planning/test_communication.py` compare this with the collectives
 that torch and accelerate call.

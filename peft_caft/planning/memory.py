@@ -2,13 +2,11 @@
 
 Assumptions, all about parameters:
 
-- Adapters are fp32, as PEFT makes them, and so are their gradients. AdamW keeps two fp32 values for
-  each. Heads are frozen.
+- Adapters are fp32, as PEFT makes them, as are gradients and AdamW's two values. Heads are frozen.
 - QLoRA: bitsandbytes stores the linear layers in NF4 with double quantisation, and dequantises one
   matrix at a time. Embeddings, lm_head, norms and heads keep the model's dtype, and so do the
   experts of a mixture, which transformers keeps in one tensor of three dimensions.
-- DDP: everything is whole. The buckets that are sent hold a copy of the gradients (torch's
-  ``gradient_as_bucket_view=False``).
+- DDP: everything is whole. The buckets that are sent hold a copy of the gradients.
 - ZeRO-2: parameters are whole, gradients and optimizer states are divided evenly.
 - FSDP (full shard): parameters are divided too, but not the constants of 4-bit weights, which are
   no parameters. Each decoder layer is a unit, also one that is a head; two are whole at a time in
@@ -36,8 +34,7 @@ from .parts import Parts
 from .simulated_step import StepMemory
 
 PLACEMENTS = ("one device", "DDP", "ZeRO-2", "FSDP", "ZeRO-3")
-# 4 bits; an 8-bit constant for each 64 weights; an fp32 constant for each 256 of those (QLoRA,
-# arXiv 2305.14314, section 3).
+# 4 bits; 8 bits for each 64 weights; 32 bits for each 256 of those (arXiv 2305.14314, section 3).
 NF4_PACKED, NF4_CONSTANTS = 0.5, 1 / 64 + 4 / (64 * 256)
 NF4_BYTES = NF4_PACKED + NF4_CONSTANTS
 ADAM_STATES = 2

@@ -80,8 +80,7 @@ def lora_option_types() -> dict[str, Any]:
 def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Fields of ``LoraConfig`` among options, and the other options.
 
-    A field that is true or false needs no value, as in ``["--use-dora", "--seed", "1"]``. For lists
-    and dicts see `basics.checks.parsed`.
+    A field that is true or false needs no value. `basics.checks.parsed` says how lists look.
 
     Raises:
         ValueError: if only Python can give a field, or a value has another type.

@@ -182,9 +182,7 @@ class _Clock(TrainerCallback):
 
 
 def _whole_state(trainer: Trainer) -> dict[str, Any] | None:
-    """State dict to save, which all processes gather together on the CPU of the first one; None
-    where each holds the whole model.
-    """
+    """State dict that all processes gather on the first one; None if each holds the whole model."""
     if not shards_parameters(trainer):
         return None
     adapters_alone = isinstance(trainer.model, PeftModel)

@@ -3,8 +3,7 @@
 The cache keeps the input of the base model's last layer at every position. From it the last layer,
 the final norm and every kind of head are computed at a thirtieth of the model's cost.
 ``hidden_states.bin`` holds the rows one after the other, ``done.bin`` one byte per batch, 1 once it
-is on disk, and ``cache.json`` says what model and data they belong to. Any number of processes may
-continue an interrupted run.
+is on disk, and ``cache.json`` says what model and data they belong to.
 """
 
 from __future__ import annotations

@@ -29,11 +29,9 @@ def soft_cross_entropy(
     """Cross entropies between each head's and the teacher's distributions, summed over rows.
 
     Args:
-        states: ``(rows_i, hidden)`` of each head, any floating dtype; logits are computed in the
-            dtype of the weight or of autocast.
+        states: ``(rows_i, hidden)`` of each head, any floating dtype.
         rows: int64 ``(rows_i,)`` of each head, ascending: each state's row of ``teacher_states``.
-        teacher_states: final hidden states of the teacher, ``(teacher_rows, hidden)``, any floating
-            dtype; they get no gradient.
+        teacher_states: final hidden states of the teacher, ``(teacher_rows, hidden)``, a constant.
         unembedding: frozen layer of both sides.
 
     Returns:
