@@ -18,8 +18,7 @@ from peft_caft.heads.config import HeadsConfig
 from peft_caft.hub.import_caft_llm import heads_of, import_heads, read_state_dict
 
 from ..support.commands import peft_caft
-from ..support.hub_client import Client, ClientError, client_environment
-from ..support.hub_server import HubServer
+from ..support.hub_client import ClientError
 from ..support.places import ROOT
 from ..support.rounding import LAYER_OPERATIONS, require_same_up_to_rounding
 
@@ -299,19 +298,18 @@ def test_paths_that_hold_no_heads_or_other_things_are_errors(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_heads_come_from_the_hub_at_one_commit(tmp_path):
-    with HubServer() as hub, Client(client_environment(hub.endpoint, tmp_path / "home")) as client:
-        client.run(
-            "from huggingface_hub import HfApi\n"
-            "from peft_caft.hub.import_caft_llm import import_heads\n"
-            "api = HfApi(token='write-token')\n"
-            "api.create_repo('org/aux-heads')\n"
-            "api.upload_file(path_or_fileobj=file, path_in_repo='heads.pth', repo_id='org/aux-heads')",
-            file=str(THEIRS / "heads_decoder.pth"),
-        )
-        code = "import_heads(source, base, out, revision=revision).config.training"
-        arguments = {"base": BASE, "out": str(tmp_path / "heads"), "revision": None}
-        training = client.run(code, source="org/aux-heads", **arguments)
-        assert (training["repository"], training["revision"]) == ("org/aux-heads", hub.head("org/aux-heads"))
-        with pytest.raises(ClientError, match=r"FileNotFoundError: heads: 'org/nothing' on .*no such repository"):
-            client.run(code, source="org/nothing", **arguments | {"out": str(tmp_path / "other")})
+def test_heads_come_from_the_hub_at_one_commit(client, hub, tmp_path):
+    client.run(
+        "from huggingface_hub import HfApi\n"
+        "from peft_caft.hub.import_caft_llm import import_heads\n"
+        "api = HfApi(token='write-token')\n"
+        "api.create_repo('org/aux-heads')\n"
+        "api.upload_file(path_or_fileobj=file, path_in_repo='heads.pth', repo_id='org/aux-heads')",
+        file=str(THEIRS / "heads_decoder.pth"),
+    )
+    code = "import_heads(source, base, out, revision=revision).config.training"
+    arguments = {"base": BASE, "out": str(tmp_path / "heads"), "revision": None}
+    training = client.run(code, source="org/aux-heads", **arguments)
+    assert (training["repository"], training["revision"]) == ("org/aux-heads", hub.head("org/aux-heads"))
+    with pytest.raises(ClientError, match=r"FileNotFoundError: heads: 'org/nothing' on .*no such repository"):
+        client.run(code, source="org/nothing", **arguments | {"out": str(tmp_path / "other")})

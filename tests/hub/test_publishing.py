@@ -5,58 +5,14 @@ from __future__ import annotations
 import json
 import re
 
+import huggingface_hub.constants
 import pytest
 import yaml
 
-from ..support.hub_client import Client, ClientError, client_environment
-from ..support.hub_server import HubServer
+from peft_caft.hub.inspection import inspect
 
-SETUP = """
-import json, os, warnings
-from pathlib import Path
-import torch
-from peft import get_peft_model
-from peft_caft import AuxiliaryHeads, CAFTConfig
-from tests.support.tiny_checkpoint import save_checkpoint, tiny_llama
-
-def made(seed, base=None, name="org/tiny-llama", head_type="residual"):
-    heads = AuxiliaryHeads.from_base_model(base or tiny_llama(), 3, head_type)
-    heads.config.base_model_name_or_path = name
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in heads.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
-    return heads
-
-def load(repo_id, **arguments):
-    return AuxiliaryHeads.from_pretrained(repo_id, tiny_llama(), **arguments)
-
-def seed_of(heads):
-    for seed in range(1, 8):
-        own, other = made(seed, head_type=heads.config.head_type).state_dict(), heads.state_dict()
-        if own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own):
-            return seed
-
-def push(seed, repo_id, **arguments):
-    arguments = {"token": "write-token"} | arguments
-    return made(seed, head_type=arguments.pop("head_type", "residual")).push_to_hub(repo_id, **arguments).oid
-"""
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def client(hub, home):
-    with Client(client_environment(hub.endpoint, home), SETUP) as process:
-        yield process
+from ..support.hub_client import ClientError
+from ..support.seeded_heads import load, push, seed_of
 
 
 @pytest.fixture(autouse=True)
@@ -463,19 +419,18 @@ def test_folder_of_neither_is_refused(client, tmp_path):
         client.run(PUSH, folder=str(tmp_path), repo_id="org/none", options={})
 
 
-def test_offline_after_download(client, home):
+def test_offline_after_download(client, home, monkeypatch):
+    """The process of the tests knows no Hub but HF_HUB_OFFLINE; here it gets the cache into which the client downloaded."""
     oid = client.run("push(1, 'org/offline'); load('org/offline').commit")
-    nowhere = "http://127.0.0.1:9"  # nothing listens there: the Hub is gone
-    with Client(client_environment(nowhere, home, HF_HUB_OFFLINE="1"), SETUP) as process:
-        assert process.run("heads = load('org/offline'); [seed_of(heads), heads.commit]") == [1, oid]
-        assert process.run("seed_of(load('org/offline', revision=oid))", oid=oid) == 1
-        inspect = "from peft_caft.hub.inspection import inspect; inspect('org/never-loaded')"
-        with pytest.raises(ClientError, match=r"artifact: 'org/never-loaded'.*not in the local cache"):
-            process.run(inspect)
-        assert "org/offline at commit" in process.run(
-            "from peft_caft.hub.inspection import inspect; inspect('org/offline').text()"
-        )
-        with pytest.raises(ClientError, match=r"FileNotFoundError.*not in the local cache.*Load it once online"):
-            process.run("load('org/never-loaded')")
-        with pytest.raises(ClientError, match=r"ConnectionError: repo_id: 'org/offline'.*HF_HUB_OFFLINE"):
-            process.run("push(1, 'org/offline')")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+    heads = load("org/offline")
+    assert (seed_of(heads), heads.commit) == (1, oid)
+    assert seed_of(load("org/offline", revision=oid)) == 1
+    assert "org/offline at commit" in inspect("org/offline").text()
+    with pytest.raises(FileNotFoundError, match=r"artifact: 'org/never-loaded'.*not in the local cache"):
+        inspect("org/never-loaded")
+    with pytest.raises(FileNotFoundError, match=r"not in the local cache.*Load it once online"):
+        load("org/never-loaded")
+    with pytest.raises(ConnectionError, match=r"repo_id: 'org/offline'.*HF_HUB_OFFLINE"):
+        push(1, "org/offline")

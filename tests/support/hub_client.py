@@ -61,8 +61,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the code prints must not mix with the answers
     variables: dict[str, Any] = {}
+    gc.disable()  # while the first code imports
     for line in sys.stdin:
-        gc.freeze()  # else every collection walks through what the first code imported
         code, values = json.loads(line)
         variables |= values
         tree = ast.parse(code)
@@ -74,6 +74,8 @@ def serve() -> None:
         except Exception as error:
             answer = ["error", f"{type(error).__name__}: {error}"]
         print(json.dumps(answer), file=answers, flush=True)
+        gc.freeze()  # else every collection walks through what the first code imported
+        gc.enable()
 
 
 if __name__ == "__main__":
