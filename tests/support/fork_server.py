@@ -1,5 +1,9 @@
-"""What the server of `forked_command` has done before it forks, besides imports: a table that each process would build anew."""
+"""What the server of `forked_command` does before its imports, and a table that each process would build anew."""
 
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+import gc
+
+gc.disable()  # while modules are imported
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
 get_checkpoint_conversion_mapping("llama")

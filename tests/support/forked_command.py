@@ -21,9 +21,9 @@ COMMANDS = ("cli", "training.distillation", "training.head_training", "training.
 LATE = ("heads.plots", "evaluation.comparison_plots")  # what commands import when they need it
 SERVER.set_forkserver_preload(
     [
+        f"{__package__}.fork_server",
         *(f"peft_caft.{name}" for name in (*COMMANDS, *LATE)),
-        *("transformers.models.llama.modeling_llama", "typer._adapters", "pytest"),
-        *(__name__, f"{__package__}.fork_server"),
+        *("transformers.models.llama.modeling_llama", "typer._adapters", "pytest", __name__),
     ]
 )
 
@@ -31,6 +31,7 @@ SERVER.set_forkserver_preload(
 def run_command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     """What ``python -m peft_caft.cli`` does, with its output in ``log``."""
     gc.freeze()  # else every collection walks through what the server imported
+    gc.enable()
     os.environ.update(environment)
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
