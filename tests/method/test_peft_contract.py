@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -74,7 +75,7 @@ def gpt2() -> PreTrainedModel:
         GPT2Config(
             vocab_size=VOCABULARY,
             n_embd=32,
-            n_layer=3,
+            n_layer=2,
             n_head=4,
             n_positions=64,
             initializer_range=0.2,
@@ -214,14 +215,14 @@ FEATURES = {
     "all-linear-gpt2": (gpt2, {"target_modules": "all-linear"}),
     "rank-and-alpha-pattern": (
         llama,
-        {**QV, "rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"layers.2.self_attn.v_proj": 32}},
+        {**QV, "rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 32}},
     ),
     "modules-to-save-embeddings": (llama, {**QV, "modules_to_save": ["embed_tokens"]}),
     "modules-to-save-norm": (llama, {**QV, "modules_to_save": ["norm"]}),
     "trainable-tokens": (llama, {**QV, "trainable_token_indices": [3, 5, 9, 11]}),
     "embeddings-targeted": (llama, {"target_modules": ["q_proj", "embed_tokens"]}),
-    "layers-to-transform": (llama, {**QV, "layers_to_transform": [0, 1], "layers_pattern": "layers"}),
-    "exclude-modules": (llama, {"target_modules": "all-linear", "exclude_modules": r".*layers\.2\..*"}),
+    "layers-to-transform": (llama, {**QV, "layers_to_transform": [0], "layers_pattern": "layers"}),
+    "exclude-modules": (llama, {"target_modules": "all-linear", "exclude_modules": r".*layers\.1\..*"}),
     "target-parameters-qwen3-moe": (qwen3_moe, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "target-parameters-mixtral": (mixtral, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "experts-by-their-old-names": (mixtral, {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
@@ -231,18 +232,25 @@ FEATURES = {
     "tied-embeddings": (lambda: llama(tie_word_embeddings=True), QV),
     "gaussian-init": (llama, {**QV, "init_lora_weights": "gaussian"}),
 }
-features = pytest.mark.parametrize(("make_base", "fields"), FEATURES.values(), ids=FEATURES.keys())
 
 
-@features
-def test_lora_feature_trains_the_parameters_that_lora_trains(make_base, fields):
+@pytest.mark.parametrize(("make_base", "fields"), FEATURES.values(), ids=FEATURES.keys())
+def test_lora_feature_trains_saves_reloads_and_merges_as_in_lora(make_base, fields, tmp_path):
     caft, lora = pair(make_base, fields)
+    assert_trains_the_parameters_that_lora_trains(caft, lora)
+    lora.load_state_dict(without_heads(caft.state_dict()))
+    assert_is_saved_as_lora_saves_it_and_reloads(caft, lora, make_base, tmp_path)
+    assert_merges_to_the_adapted_base(caft, lora, make_base())
+
+
+def assert_trains_the_parameters_that_lora_trains(caft: PeftModel, lora: PeftModel) -> None:
     assert trainable(caft) == trainable(lora)
+    assert_same_tensors(without_heads(caft.state_dict()), lora.state_dict())
     expected, got = gradients(lora), gradients(caft)
     assert got.keys() == expected.keys()
     # Early layers learn from the auxiliary loss too; where LoRA has a gradient (not in A beside B = 0), CAFT's differs.
     changed = [
-        name for name, gradient in expected.items() if gradient.any() and not torch.allclose(got[name], gradient)
+        name for name, gradient in expected.items() if (got[name] - gradient).norm() > 0.01 * gradient.norm() > 0
     ]
     assert any("layers.0." in name or ".h.0." in name for name in changed)
     assert all(gradient.isfinite().all() for gradient in got.values())
@@ -251,41 +259,34 @@ def test_lora_feature_trains_the_parameters_that_lora_trains(make_base, fields):
     assert {name for name, p in caft.named_parameters() if not torch.equal(p, before[name])} == trainable(lora)
 
 
-@features
-def test_lora_feature_merges_to_the_adapted_base(make_base, fields):
-    caft, lora = pair(make_base, fields)
-    train(caft)
+def assert_is_saved_as_lora_saves_it_and_reloads(caft: PeftModel, lora: PeftModel, make_base, folder: Path) -> None:
+    """``lora`` has the weights of ``caft``."""
     expected = logits(caft)
-    base = make_base()
+    caft.save_pretrained(folder / "caft")
+    lora.save_pretrained(folder / "lora")
+    assert_same_tensors(
+        load_file(folder / "caft" / "adapter_model.safetensors"),
+        load_file(folder / "lora" / "adapter_model.safetensors"),
+    )
+    assert saved_tensors(folder / "caft") == saved_tensors(folder / "lora")
+    config = json.loads((folder / "caft" / "adapter_config.json").read_text())
+    assert config == json.loads((folder / "lora" / "adapter_config.json").read_text())
+    with no_warnings():
+        plain = PeftModel.from_pretrained(make_base(), folder / "caft")
+    assert type(plain.peft_config["default"]) is LoraConfig
+    torch.testing.assert_close(logits(plain), expected, atol=1e-6, rtol=1e-6)
+    resumed = peft_caft.load_adapter(make_base(), folder / "caft")
+    torch.testing.assert_close(logits(resumed), expected, atol=1e-6, rtol=1e-6)
+    assert trainable(resumed) == trainable(lora)
+
+
+def assert_merges_to_the_adapted_base(caft: PeftModel, lora: PeftModel, base: PreTrainedModel) -> None:
+    expected = logits(caft)
     assert not torch.allclose(expected, logits(base), atol=1e-3)
     merged = caft.merge_and_unload()
     assert type(merged) is type(base)
     assert merged.state_dict().keys() == lora.merge_and_unload().state_dict().keys() == base.state_dict().keys()
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
-
-
-@features
-def test_lora_feature_is_saved_as_lora_saves_it_and_reloads(make_base, fields, tmp_path):
-    caft, lora = pair(make_base, fields)
-    lora.save_pretrained(tmp_path / "lora")
-    caft.save_pretrained(tmp_path / "untrained")
-    assert_same_tensors(
-        load_file(tmp_path / "untrained" / "adapter_model.safetensors"),
-        load_file(tmp_path / "lora" / "adapter_model.safetensors"),
-    )
-    train(caft)
-    expected = logits(caft)
-    caft.save_pretrained(tmp_path / "caft")
-    assert saved_tensors(tmp_path / "caft") == saved_tensors(tmp_path / "lora")
-    config = json.loads((tmp_path / "caft" / "adapter_config.json").read_text())
-    assert config == json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    with no_warnings():
-        plain = PeftModel.from_pretrained(make_base(), tmp_path / "caft")
-    assert type(plain.peft_config["default"]) is LoraConfig
-    torch.testing.assert_close(logits(plain), expected, atol=1e-6, rtol=1e-6)
-    resumed = peft_caft.load_adapter(make_base(), tmp_path / "caft")
-    torch.testing.assert_close(logits(resumed), expected, atol=1e-6, rtol=1e-6)
-    assert trainable(resumed) == trainable(lora)
 
 
 def test_trained_lm_head_gets_no_auxiliary_gradient_and_a_warning(tmp_path):
@@ -332,9 +333,9 @@ def test_training_with_beta_zero_is_bit_identical_to_lora(make_base, train_heads
     caft, lora = pair(make_base, {"lora_dropout": 0.2}, {"aux_loss_weight": 0.0, "train_heads": train_heads})
     initial = copy.deepcopy(lora.state_dict())
     torch.manual_seed(2)
-    caft_losses = train(caft, steps=4)
+    caft_losses = train(caft)
     torch.manual_seed(2)
-    assert train(lora, steps=4) == caft_losses
+    assert train(lora) == caft_losses
     assert_same_tensors(without_heads(caft.state_dict()), lora.state_dict())
     assert any(not torch.equal(value, initial[name]) for name, value in lora.state_dict().items())
 
@@ -398,25 +399,25 @@ def test_generation_with_cache_is_loras(make_base):
     assert not torch.equal(expected, make_base().eval().generate(**arguments))
 
 
+def checkpointed(make_base: Callable[[], PreTrainedModel], use_reentrant: bool) -> PreTrainedModel:
+    base = make_base()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    return base
+
+
 @pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
 @pytest.mark.parametrize("train_heads", ["frozen", "full"])
-@pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("make_base", [llama, gpt2])
-def test_gradient_checkpointing_changes_no_gradient(make_base, use_reentrant, train_heads, head_type):
+def test_gradient_checkpointing_changes_no_gradient(make_base, train_heads, head_type):
     config = {"head_type": head_type, "train_heads": train_heads, "target_modules": "all-linear"}
     expected = gradients(seeded_peft(make_base, caft_config(**config)))
-
-    def checkpointed() -> PreTrainedModel:
-        base = make_base()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        return base
-
-    model = seeded_peft(checkpointed, caft_config(**config))
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    got = gradients(model)
-    assert got.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    for use_reentrant in (True, False):
+        model = seeded_peft(partial(checkpointed, make_base, use_reentrant), caft_config(**config))
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        got = gradients(model)
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, (name, use_reentrant)
 
 
 # Number formats.
@@ -445,9 +446,9 @@ def test_bf16_model_trains_with_fp32_adapter_and_heads(head_type, train_heads):
     assert all(before[name].dtype == torch.float32 for name in trainable(model))
     assert all(p.dtype == torch.bfloat16 for name, p in before.items() if name not in trainable(model))
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     losses = []
-    for _ in range(15):
+    for _ in range(5):
         losses.append(model(**batch()).loss)
         optimizer.zero_grad()
         losses[-1].backward()
@@ -648,9 +649,8 @@ def test_low_cpu_mem_usage_loads_real_adapter_and_heads(head_type, train_heads, 
     assert_same_tensors(heads_of(loaded, "default").plain_state_dict(), heads.state_dict())
     assert torch.equal(logits(loaded), logits(model))
     assert trainable(loaded) == trainable(model)
-    losses = train(loaded)
     reference = PeftModel.from_pretrained(llama(), tmp_path / "adapter", config=config, is_trainable=True)
-    assert losses[0] == train(reference)[0]
+    assert train(loaded, steps=1) == train(reference, steps=1)
 
 
 @pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear"}, {"modules_to_save": ["embed_tokens"]}])
@@ -682,7 +682,9 @@ def test_deepcopy_is_independent(train_heads):
 # Without the plugin.
 
 LOAD_WITHOUT_THE_PLUGIN = """
-import sys, warnings
+import gc, sys, warnings
+
+gc.disable()  # it would walk through what the imports make, again and again
 
 class Block:
     def find_spec(self, name, path=None, target=None):
