@@ -189,6 +189,7 @@ def test_runs_of_a_model_are_averaged_and_widen_its_intervals(rows):
 
 def test_name_given_twice_is_one_model_in_two_runs(files, tmp_path):
     common = ["concepts", "--data", files["data"], "--model", files["model"], "--resamples", "20", "--max-rows", "4"]
+    common.append("--no-plots")
     adapters = [f"{name}={files[source]}" for name in ("LoRA", "CAFT") for source in ("lora", "caft")]
     options = [word for adapter in adapters for word in ("--adapter", adapter)]
     output = peft_caft(*common, *options, "--output", str(tmp_path / "out"))

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,14 @@ from ..support.tiny_models import tiny_model, tokens
 HEAD_TYPES = ("residual", "decoder_layer")
 
 
+@cache
+def base():
+    """For tests that leave the model as it is."""
+    return tiny_model("llama")
+
+
 def made(seed: int, head_type: str = "residual", num_heads: int = 3) -> AuxiliaryHeads:
-    heads = AuxiliaryHeads.from_base_model(tiny_model("llama"), num_heads, head_type)
+    heads = AuxiliaryHeads.from_base_model(base(), num_heads, head_type)
     generator = torch.Generator().manual_seed(seed)
     for parameter in heads.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -44,13 +51,11 @@ def edit_config(folder: Path, **changes) -> None:
 def test_round_trip_is_exact(head_type, tmp_path):
     heads = made(1, head_type)
     heads.save_pretrained(tmp_path)
-    loaded = AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+    loaded = AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
     assert loaded.config == heads.config
     assert loaded.state_dict().keys() == heads.state_dict().keys()
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in heads.state_dict().items())
-    for got, wanted in zip(
-        loaded.logits(tiny_model("llama"), tokens()), heads.logits(tiny_model("llama"), tokens()), strict=True
-    ):
+    for got, wanted in zip(loaded.logits(base(), tokens()), heads.logits(base(), tokens()), strict=True):
         assert torch.equal(got, wanted)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
 
@@ -87,7 +92,7 @@ def test_config_json_says_what_the_heads_are(tmp_path):
 
 
 def test_fingerprint_survives_rounding_and_tells_models_apart():
-    weight = tiny_model("llama").lm_head.weight
+    weight = base().lm_head.weight
     exact = torch.tensor(fingerprint(weight))
     for dtype in (torch.bfloat16, torch.float16):
         assert (torch.tensor(fingerprint(weight.to(dtype))) - exact).abs().max() < 0.01
@@ -125,29 +130,27 @@ def test_heads_of_another_base_model_are_refused(model, field, tmp_path):
 
 def test_folder_without_heads_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json.*train-heads"):
-        AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+        AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
 
 
 def test_folder_of_a_model_is_refused(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path)
+    base().save_pretrained(tmp_path)
     with pytest.raises(
         ValueError,
         match=r"got the configuration of a whole model \(llama\), expected that of auxiliary heads.*push_to_hub",
     ):
-        AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+        AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
 
 
 @pytest.mark.parametrize("name", ["missing/folder/of/heads", "no such folder"])
 def test_path_that_is_neither_folder_nor_repository_is_refused(name):
     with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository id"):
-        AuxiliaryHeads.from_pretrained(name, base_model=tiny_model("llama"))
+        AuxiliaryHeads.from_pretrained(name, base_model=base())
 
 
 def test_repository_that_is_not_in_the_cache_is_named_offline(tmp_path):
     with pytest.raises(FileNotFoundError, match="org/heads"):
-        AuxiliaryHeads.from_pretrained(
-            "org/heads", base_model=tiny_model("llama"), local_files_only=True, cache_dir=tmp_path
-        )
+        AuxiliaryHeads.from_pretrained("org/heads", base_model=base(), local_files_only=True, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
@@ -155,7 +158,7 @@ def test_truncated_weights_are_refused(keep, tmp_path):
     path = saved(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
-        AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+        AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
 
 
 def test_flipped_bit_is_refused(tmp_path):
@@ -164,7 +167,7 @@ def test_flipped_bit_is_refused(tmp_path):
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged.*sha256"):
-        AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+        AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
 
 
 def test_truncated_weights_without_recorded_hash_are_refused(tmp_path):
@@ -172,7 +175,7 @@ def test_truncated_weights_without_recorded_hash_are_refused(tmp_path):
     edit_config(tmp_path, weights_sha256=None)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged or truncated"):
-        AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+        AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
 
 
 @pytest.mark.parametrize(
@@ -189,19 +192,19 @@ def test_truncated_weights_without_recorded_hash_are_refused(tmp_path):
 def test_configuration_that_cannot_be_right_is_refused(changes, message, tmp_path):
     edit_config(saved(tmp_path), **changes)
     with pytest.raises(ValueError, match=message):
-        AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+        AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
 
 
 def test_fingerprint_of_another_length_is_refused_by_name(tmp_path):
     edit_config(saved(tmp_path), unembedding_fingerprint=[0.1, 0.2])
     with pytest.raises(ValueError, match="unembedding_fingerprint: got 2"):
-        AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+        AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
 
 
 def test_configuration_that_is_no_json_is_refused(tmp_path):
     (saved(tmp_path) / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama"))
+        AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
 
 
 def test_saving_into_a_file_is_refused(tmp_path):
@@ -276,7 +279,7 @@ def test_pending_configuration_of_another_version_does_not_block_a_save(tmp_path
     pending = saved(tmp_path) / ".config.json.pending"
     pending.write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"format_version": 99}))
     made(2).save_pretrained(tmp_path)
-    assert equal(AuxiliaryHeads.from_pretrained(tmp_path, base_model=tiny_model("llama")), made(2))
+    assert equal(AuxiliaryHeads.from_pretrained(tmp_path, base_model=base()), made(2))
 
 
 class CutOff(BaseException):
@@ -326,7 +329,6 @@ def old_heads(tmp_path_factory) -> tuple[AuxiliaryHeads, Path]:
 
 @pytest.mark.parametrize("call", range(CALLS + 1))
 def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, old_heads, tmp_path, monkeypatch):
-    model = tiny_model("llama")
     (old, folder), new = old_heads, made(2)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     with monkeypatch.context() as patch:
@@ -336,7 +338,7 @@ def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, old_he
             finished = True
         except CutOff:
             finished = False
-    loaded = AuxiliaryHeads.from_pretrained(tmp_path, base_model=model)
+    loaded = AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
     matches = [equal(loaded, heads) for heads in (old, new)]
     assert any(matches)
     if call == 0:
@@ -348,7 +350,7 @@ def test_save_that_is_cut_off_leaves_the_old_or_the_new_heads_whole(call, old_he
     if matches[1] and card.exists():
         assert "9.000" not in card.read_text(), "the old card would describe the new heads"
     new.save_pretrained(tmp_path)  # and the next save works
-    assert AuxiliaryHeads.from_pretrained(tmp_path, base_model=model).config == new.config
+    assert AuxiliaryHeads.from_pretrained(tmp_path, base_model=base()).config == new.config
 
 
 @pytest.mark.parametrize("call", range(CALLS))
@@ -356,17 +358,15 @@ def test_first_save_that_is_cut_off_leaves_nothing_or_the_heads(call, tmp_path, 
     with monkeypatch.context() as patch, suppress(CutOff):
         cut_off_at(call, patch)
         made(1).save_pretrained(tmp_path)
-    model = tiny_model("llama")
     if (tmp_path / "model.safetensors").exists():
-        assert equal(AuxiliaryHeads.from_pretrained(tmp_path, base_model=model), made(1))
+        assert equal(AuxiliaryHeads.from_pretrained(tmp_path, base_model=base()), made(1))
     else:
         with pytest.raises(FileNotFoundError):
-            AuxiliaryHeads.from_pretrained(tmp_path, base_model=model)
+            AuxiliaryHeads.from_pretrained(tmp_path, base_model=base())
 
 
 @pytest.mark.slow
 def test_two_saves_cut_off_one_after_the_other_leave_heads_whole(tmp_path, monkeypatch):
-    model = tiny_model("llama")
     versions = [made(seed) for seed in (1, 2, 3)]
     lost = []
     for first in range(CALLS + 1):
@@ -378,7 +378,7 @@ def test_two_saves_cut_off_one_after_the_other_leave_heads_whole(tmp_path, monke
                     cut_off_at(call, patch)
                     heads.save_pretrained(folder)
             try:
-                loaded = AuxiliaryHeads.from_pretrained(folder, base_model=model)
+                loaded = AuxiliaryHeads.from_pretrained(folder, base_model=base())
             except ValueError:
                 lost.append((first, second))
             else:

@@ -20,6 +20,7 @@ from ..support.tiny_models import ARCHITECTURES, PECULIAR, tiny_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:FullFineTuningConfig.heads is None")
 ALPHA, BETA = 0.8, 0.7
+STEPS, ROWS = 4, 12
 CONSTANT = {"aux_loss_weight": BETA, "aux_loss_schedule": "constant", "num_auxiliary_heads": 3}
 
 
@@ -174,12 +175,12 @@ def test_forward_that_fails_leaves_nothing_behind():
     model(**batch()).loss.backward()
 
 
-def trainer(model, folder, rows: int = 24, **options) -> Trainer:
-    data = [{name: value[0].tolist() for name, value in batch(seed).items()} for seed in range(rows)]
+def trainer(model, folder, **options) -> Trainer:
+    data = [{name: value[0].tolist() for name, value in batch(seed).items()} for seed in range(ROWS)]
     settings = {
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,
-        "max_steps": 6,
+        "max_steps": STEPS,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -203,7 +204,7 @@ def test_trainer_takes_the_steps_of_a_loop(options, tmp_path):
     got = trained(model, tmp_path, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, **options)
     expected = full(**fields)
     for step, seeds in enumerate(trainer_order(tmp_path)):
-        expected.caft_objective.set_training_progress(step, 6)
+        expected.caft_objective.set_training_progress(step, STEPS)
         rows = [batch(seed) for seed in seeds]
         with torch.autocast("cpu", torch.bfloat16, enabled=options.get("bf16", False)):
             loss = expected(**{name: torch.cat([row[name][:1] for row in rows]) for name in rows[0]}).loss
@@ -220,16 +221,16 @@ def test_trainer_takes_the_steps_of_a_loop(options, tmp_path):
 def trainer_order(folder) -> list[list[int]]:
     """The rows of each step, as Trainer draws them."""
     seen = trainer(full(), folder)
-    ids = {tuple(tokens(seed=seed)[0].tolist()): seed for seed in range(24)}
-    batches = list(seen.get_train_dataloader())[:6]
+    ids = {tuple(tokens(seed=seed)[0].tolist()): seed for seed in range(ROWS)}
+    batches = list(seen.get_train_dataloader())[:STEPS]
     return [[ids[tuple(row)] for row in one["input_ids"].tolist()] for one in batches]
 
 
 @pytest.mark.parametrize("train_heads", ["frozen", "full"])
 def test_resumed_run_ends_where_an_uninterrupted_one_does(train_heads, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 3}
+    options = {"save_strategy": "steps", "save_steps": STEPS // 2}
     whole = trained(full(train_heads=train_heads), tmp_path / "a", **options)
-    checkpoint = tmp_path / "a" / "checkpoint-3"
+    checkpoint = tmp_path / "a" / f"checkpoint-{STEPS // 2}"
     assert (checkpoint / "caft_trained_heads.safetensors").exists() == (train_heads == "full")
     assert not [name for name in load_file(checkpoint / "model.safetensors") if "caft" in name]
     resumed = trained(full(train_heads=train_heads), tmp_path / "a", resume=str(checkpoint), **options)

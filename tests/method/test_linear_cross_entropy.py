@@ -101,8 +101,8 @@ def test_gradient_of_a_layer_in_half_precision_is_about_as_exact_as_plain(dtype,
 def test_gradient_of_a_real_vocabulary_is_within_1e_5():
     torch.manual_seed(0)
     layer = Unembedding(torch.randn(50_000, 64) / 8)
-    hidden, targets = torch.randn(700, 64, requires_grad=True), torch.randint(50_000, (700,))
-    assert len(list(chunks(700, chunk_rows(700, layer.weight)))) > 1
+    hidden, targets = torch.randn(300, 64, requires_grad=True), torch.randint(50_000, (300,))
+    assert len(list(chunks(300, chunk_rows(300, layer.weight)))) > 1
     expected = gradient(reference, hidden, targets, layer)
     error = gradient(linear_cross_entropy, hidden, targets, layer) - expected
     assert error.norm() <= 1e-5 * expected.norm()
@@ -204,10 +204,10 @@ def test_nothing_of_a_chunk_is_there_beside_the_next_chunk(monkeypatch):
     rows, vocabulary = 64, 4096
     monkeypatch.setitem(CHUNK_SIZES, "cpu", ChunkSize(16 * vocabulary))
     layer = Unembedding(torch.randn(vocabulary, 8).bfloat16())
-    hidden = torch.randn(rows, 8).bfloat16().requires_grad_()
+    hidden, targets = torch.randn(rows, 8).bfloat16().requires_grad_(), torch.zeros(rows, dtype=torch.int64)
     memory = LiveMemory()
-    memory.leave_out([layer.weight, hidden])
+    memory.leave_out([layer.weight, hidden, targets])
     with memory:
-        linear_cross_entropy(hidden, torch.zeros(rows, dtype=torch.int64), layer)
+        linear_cross_entropy(hidden, targets, layer)
     # For each of a chunk's logits 2 bytes of workspace, 4 of what becomes dL/dlogits, and 2 of its bf16 form.
     assert memory.peak < 8.5 * 16 * vocabulary

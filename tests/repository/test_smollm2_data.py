@@ -96,23 +96,22 @@ def test_tests_long_functions_and_unreadable_files_are_left_out(tmp_path):
     assert [found.module for found in stdlib_functions.stdlib_functions(tmp_path)] == ["pkg"]
 
 
-def test_functions_of_packages_hold_none_of_the_standard_library(tmp_path, monkeypatch):
-    known = stdlib_functions.stdlib_functions(max_files=150)
+def test_functions_of_packages_hold_none_of_the_standard_library(functions, tmp_path, monkeypatch):
     (tmp_path / "pretend").mkdir()
     (tmp_path / "pretend" / "__init__.py").write_text(SOURCE)
-    copies = "\n\n\n".join(function.source for function in known if function.test)
+    copies = "\n\n\n".join(function.source for function in functions if function.test)
     (tmp_path / "pretend" / "copied.py").write_text(copies)
     (tmp_path / "another.py").write_text("")  # a module that is one file has no folder of its own
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = stdlib_functions.package_functions(["pretend"], known)
+    found = stdlib_functions.package_functions(["pretend"], functions)
     assert [(function.module, function.name) for function in found] == [
         ("pretend.__init__", "documented"),
         ("pretend.__init__", "Shape.area"),
     ]
-    assert stdlib_functions.package_functions(["pretend"], [*known, *found]) == []
+    assert stdlib_functions.package_functions(["pretend"], [*functions, *found]) == []
     for name in ("no_such_package", "another"):
         with pytest.raises(ModuleNotFoundError, match=f"got '{name}', expected the folder of an installed one"):
-            stdlib_functions.package_functions([name], known)
+            stdlib_functions.package_functions([name], functions)
 
 
 def test_functions_keep_their_limits_and_parse(functions):
