@@ -87,7 +87,7 @@ def rows(base: Any, request: dict) -> tuple:
 
     from peft_caft.heads.backbone import Backbone
     from peft_caft.method.linear_cross_entropy import linear_cross_entropy
-    from peft_caft.method.targets import supervised_rows
+    from peft_caft.method.targets import Supervision
 
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", **LORA))
     trunk = model.get_base_model().base_model
@@ -96,9 +96,9 @@ def rows(base: Any, request: dict) -> tuple:
     def loss(batch: dict) -> Any:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         states = trunk(**inputs, use_cache=False).last_hidden_state
-        positions, targets = supervised_rows(batch["labels"], 1)
-        total, _ = linear_cross_entropy(states.flatten(0, 1)[positions], targets, unembedding)
-        return total / len(targets)
+        own = Supervision.of(batch["labels"], 0).next_token
+        total, _ = linear_cross_entropy(states.flatten(0, 1)[own.rows], own.targets, unembedding)
+        return total / own.count
 
     return model, loss
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..heads.backbone import Backbone, base_model_of
 from ..heads.unembedding import target_scores
-from ..method.targets import supervised_rows
+from ..method.targets import Supervision
 from ..training.generation import batches_by_length
 from .alignment import AlignedRow
 
@@ -76,11 +76,11 @@ def _is_plain(model: nn.Module, backbone: Backbone, batch: dict[str, Tensor]) ->
 
 def _scores_in_chunks(backbone: Backbone, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Cross entropies, nats, and hits, bool, of all targets in the batch; both ``(targets,)``."""
-    rows, targets = supervised_rows(batch["labels"], 1)
+    own = Supervision.of(batch["labels"], 0).next_token
     with backbone.capture() as records:
         backbone.trunk(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    states = records[-1].last_hidden_state.flatten(0, 1)[rows]
-    cross_entropies, hits = target_scores(states, targets, backbone.unembedding())
+    states = records[-1].last_hidden_state.flatten(0, 1)[own.rows]
+    cross_entropies, hits = target_scores(states, own.targets, backbone.unembedding())
     return cross_entropies, hits[:, 0]
 
 
@@ -89,9 +89,9 @@ def _scores_of_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tenso
     found = []
     for index in range(len(batch["labels"])):
         row = {name: values[index : index + 1] for name, values in batch.items()}
-        positions, targets = supervised_rows(row["labels"], 1)
+        own = Supervision.of(row["labels"], 0).next_token
         logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], use_cache=False).logits
-        log_probs = logits[0, positions].float().log_softmax(dim=1)
-        found.append((-log_probs.gather(1, targets[:, None])[:, 0], log_probs.argmax(dim=1) == targets))
+        log_probs = logits[0, own.rows].float().log_softmax(dim=1)
+        found.append((-log_probs.gather(1, own.targets[:, None])[:, 0], log_probs.argmax(dim=1) == own.targets))
     cross_entropies, hits = zip(*found, strict=True)
     return torch.cat(cross_entropies), torch.cat(hits)

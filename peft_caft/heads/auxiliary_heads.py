@@ -42,7 +42,9 @@ class ResidualBlock(nn.Module):
 class ResidualHead(nn.Sequential):
     """A stack of residual blocks, which see each token alone."""
 
-    def states(self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True) -> Tensor:
+    def states(
+        self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True, most: int | None = None
+    ) -> Tensor:
         """States of the selected positions, before the final norm.
 
         Args:
@@ -50,6 +52,7 @@ class ResidualHead(nn.Sequential):
             rows: int64 ``(selected,)``, ascending indices into the ``batch * tokens`` positions.
             captured: arguments of the base model's last layer; residual blocks need none.
             skip_queries: allow decoder layers to compute the selected positions alone.
+            most: largest number of ``rows`` in one sequence, if it is known.
 
         Returns:
             ``(selected, hidden)`` in the dtype of the head, or of autocast.
@@ -67,12 +70,14 @@ class DecoderLayerHead(nn.Sequential):
         super().__init__(*layers)
         self._at_rows = LayerAtRows()
 
-    def states(self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True) -> Tensor:
-        """As `ResidualHead.states`."""
+    def states(
+        self, hidden: Tensor, rows: Tensor, captured: Captured, skip_queries: bool = True, most: int | None = None
+    ) -> Tensor:
+        """Final states of the selected positions; `ResidualHead.states` describes the arguments."""
         *earlier, last = self
         for layer in earlier:
             hidden = replay(layer, hidden, captured)
-        if skip_queries and (states := self._at_rows(last, hidden, rows, captured)) is not None:
+        if skip_queries and (states := self._at_rows(last, hidden, rows, captured, most)) is not None:
             return states
         return replay(last, hidden, captured).flatten(0, 1)[rows]
 
@@ -174,14 +179,20 @@ class AuxiliaryHeads(PretrainedHeads):
         self.config.num_heads = count
 
     def states(
-        self, index: int, captured: Captured, rows: Tensor, backbone: Backbone, skip_queries: bool = True
+        self,
+        index: int,
+        captured: Captured,
+        rows: Tensor,
+        backbone: Backbone,
+        skip_queries: bool = True,
+        most: int | None = None,
     ) -> Tensor:
         """Final states of one head, ready for the unembedding.
 
         Args:
             index: 0 for the head that predicts 2 tokens ahead.
             captured: record of the base model's forward pass over ``(batch, tokens)``.
-            rows, skip_queries: arguments of `ResidualHead.states`.
+            rows, skip_queries, most: arguments of `ResidualHead.states`.
             backbone: parts of that base model; the final norm is used.
 
         Returns:
@@ -192,7 +203,7 @@ class AuxiliaryHeads(PretrainedHeads):
         # Heads that train in fp32 run in the base model's half precision, as mixed precision does.
         mixed = hidden.dtype in (torch.bfloat16, torch.float16) and next(head.parameters()).dtype == torch.float32
         with torch.autocast(hidden.device.type, dtype=hidden.dtype) if mixed else nullcontext():
-            states = head.states(hidden, rows, captured, skip_queries)
+            states = head.states(hidden, rows, captured, skip_queries, most)
         states = states.to(hidden.dtype)
         return backbone.normed(states) if self.config.final_norm else states
 

@@ -40,7 +40,9 @@ class LayerAtRows:
     def __init__(self) -> None:
         self.works: bool | None = None  # not known before the first call
 
-    def __call__(self, layer: nn.Module, hidden: Tensor, rows: Tensor, captured: Captured) -> Tensor | None:
+    def __call__(
+        self, layer: nn.Module, hidden: Tensor, rows: Tensor, captured: Captured, most: int | None = None
+    ) -> Tensor | None:
         """Output of the layer at ``rows``; None where this layer or this batch needs `replay`.
 
         Args:
@@ -48,14 +50,16 @@ class LayerAtRows:
             hidden: its input, ``(batch, tokens, hidden)``.
             rows: int64 ``(selected,)``, ascending indices into the ``batch * tokens`` positions.
             captured: arguments with which the base model called its last layer.
+            most: largest number of ``rows`` in one sequence; None waits for the device.
 
         Returns:
             ``(selected, hidden)`` in the dtype of the layer's output, or None.
         """
         if self.works is False or not len(rows) or is_sharded(layer) or torch.compiler.is_compiling():
             return None
-        selection = Selection(rows, *hidden.shape[:2])
-        if selection.index.numel() > WORTHWHILE * hidden[..., 0].numel():
+        batch, tokens = hidden.shape[:2]
+        selection = Selection(rows, batch, tokens, most)
+        if selection.index.numel() > WORTHWHILE * batch * tokens:
             return None
         arguments = _selected_arguments(layer, hidden, captured, selection)
         if arguments is None:
@@ -76,11 +80,12 @@ class Selection:
         slots: int64 ``(selected,)``, indices of the selected positions in the flattened rectangle.
     """
 
-    def __init__(self, rows: Tensor, batch: int, tokens: int) -> None:
+    def __init__(self, rows: Tensor, batch: int, tokens: int, most: int | None = None) -> None:
         sequence = rows // tokens
-        counts = torch.bincount(sequence, minlength=batch)
-        most = int(counts.max())
-        first = counts.cumsum(0) - counts
+        first = torch.searchsorted(
+            rows.contiguous(), torch.arange(0, (batch + 1) * tokens, tokens, device=rows.device)
+        )
+        most = int(first.diff().max()) if most is None else most
         self.slots = sequence * most + torch.arange(len(rows), device=rows.device) - first[sequence]
         self.index = rows.new_zeros(batch * most).index_copy(0, self.slots, rows % tokens).view(batch, most)
 

@@ -39,6 +39,13 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, targets, unembedding, weights, grad_enabled, *unembedding.trained)[:2]
 
 
+def as_scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    """``value`` as fp32 scalar on a device; ``torch.tensor`` would wait for a GPU."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def split_factor(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Split an fp32 scalar into a number in [1/2, 1), or 0, and a power of two: fp32 scalars.
 

@@ -22,6 +22,7 @@ from ..heads.backbone import Backbone
 from ..heads.sharding import is_sharded
 from .linear_cross_entropy import linear_cross_entropy
 from .supervised_pass import SupervisedPass
+from .targets import SupervisedRows
 
 
 @dataclass
@@ -59,12 +60,14 @@ class LogProbsPass(SupervisedPass):
         return type(self.outputs)(**dict(self.outputs) | {"log_probs": log_probs, "loss": loss})
 
 
-def log_probs_pass(backbone: Backbone, kwargs: dict[str, Any]) -> Generator[dict[str, Any], Any, LogProbsPass]:
+def log_probs_pass(
+    backbone: Backbone, kwargs: dict[str, Any], supervised: SupervisedRows
+) -> Generator[dict[str, Any], Any, LogProbsPass]:
     """A call of the base model: yields keyword arguments, is sent outputs, and returns the pass."""
     with backbone.capture() as records:
         outputs = yield kwargs
     one = torch.ones((), device=outputs.log_probs.device)
-    return LogProbsPass(outputs, records[-1], int(outputs.label_mask.sum()), one, kwargs["labels"])
+    return LogProbsPass(outputs, records[-1], supervised.count, one, kwargs["labels"])
 
 
 class _CarryingGradient(torch.autograd.Function):

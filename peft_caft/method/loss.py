@@ -14,7 +14,7 @@ from ..heads.backbone import Backbone
 from ..heads.sharding import is_sharded
 from ..heads.unembedding import chunk_size_on
 from ..heads.watched_pass import Captured
-from .linear_cross_entropy import linear_cross_entropy, plain_cross_entropy, split_factor
+from .linear_cross_entropy import as_scalar, linear_cross_entropy, plain_cross_entropy, split_factor
 from .targets import Supervision
 
 
@@ -59,39 +59,41 @@ def auxiliary_loss(
         fast_paths: False computes the same plainly; see `AuxiliaryObjective.fast_paths_enabled`.
     """
     unembedding = backbone.unembedding(captured)
-    weight, power_of_two = split_factor(torch.as_tensor(weight, dtype=torch.float32, device=supervision.labels.device))
     cross_entropy = linear_cross_entropy if fast_paths else plain_cross_entropy
     hidden: Tensor = getattr(captured, heads.config.head_input)
+    weight, power_of_two = split_factor(as_scalar(weight, hidden.device))
     at_once = fast_paths and _can_be_differentiated_at_once(heads, captured, hidden)
     shared = [*unembedding.trained, *_trained_norm(heads, backbone)]
     if at_once:
         leaf = hidden.detach().requires_grad_()
         captured = replace(captured, **{heads.config.head_input: leaf})
-    rows, targets, counts = zip(*(supervision.drawn_rows(i + 2) for i in range(len(heads.heads))), strict=True)
+    supervised = [head.to(hidden.device) for head in supervision.heads]
+    sizes = [len(head.rows) for head in supervised]
     sums: list[Tensor] = []
     grads: list[Tensor] = []
     total = hidden.new_zeros((), dtype=unembedding.logits_dtype)
-    for group in _computed_together(heads, rows, unembedding.weight):
-        states = torch.cat([heads.states(i, captured, rows[i], backbone, fast_paths) for i in group])
-        sizes = [len(rows[i]) for i in group]
-        weights = torch.cat([(weight * (decay ** (i + 1) / supervision.fraction)).expand(len(rows[i])) for i in group])
-        loss, losses = cross_entropy(states, torch.cat([targets[i] for i in group]), unembedding, weights)
-        sums += [part.sum() / supervision.fraction for part in losses.split(sizes)]
+    for group in _computed_together(heads, sizes, unembedding.weight):
+        own = [(i, supervised[i]) for i in group]
+        states = torch.cat([heads.states(i, captured, s.rows, backbone, fast_paths, s.most) for i, s in own])
+        targets = torch.cat([s.targets for _, s in own])
+        weights = torch.cat([(weight * (decay ** (i + 1) / supervision.fraction)).expand(sizes[i]) for i in group])
+        loss, losses = cross_entropy(states, targets, unembedding, weights)
+        sums += [part.sum() / supervision.fraction for part in losses.split([sizes[i] for i in group])]
         if at_once:
             more = torch.autograd.grad(loss, [leaf, *shared])
             grads = [grad.add_(new) for grad, new in zip(grads, more, strict=True)] if grads else [*more]
             loss = loss.detach()
         total = total + loss
     total = _Differentiated.apply(total, grads, hidden, *shared) if at_once else total
-    return AuxiliaryLoss(total * power_of_two, sums, list(counts))
+    return AuxiliaryLoss(total * power_of_two, sums, [head.count for head in supervised])
 
 
-def _computed_together(heads: AuxiliaryHeads, rows: Sequence[Tensor], weight: Tensor) -> list[list[int]]:
+def _computed_together(heads: AuxiliaryHeads, sizes: Sequence[int], weight: Tensor) -> list[list[int]]:
     """Indices of heads: decoder layers one by one, residual heads until they fill two chunks."""
     groups: list[list[int]] = []
     together = 2 * chunk_size_on(weight.device).enough(weight.shape[0]) if heads.config.head_type == "residual" else 0
-    for index in range(len(rows)):
-        if groups and sum(len(rows[i]) for i in groups[-1]) < together:
+    for index in range(len(sizes)):
+        if groups and sum(sizes[i] for i in groups[-1]) < together:
             groups[-1].append(index)
         else:
             groups.append([index])

@@ -18,9 +18,9 @@ from transformers.utils import ModelOutput
 
 from ..heads.backbone import Backbone
 from ..heads.watched_pass import Captured
-from .linear_cross_entropy import linear_cross_entropy, split_factor
+from .linear_cross_entropy import as_scalar, linear_cross_entropy, split_factor
 from .supervised_pass import SupervisedPass
-from .targets import IGNORE_INDEX, supervised_count, supervised_rows
+from .targets import IGNORE_INDEX, SupervisedRows
 
 
 @dataclass
@@ -56,7 +56,7 @@ class NextToken(SupervisedPass):
 
 
 def next_token_pass(
-    backbone: Backbone, kwargs: dict[str, Any], leave_out_logits: bool = True
+    backbone: Backbone, kwargs: dict[str, Any], supervised: SupervisedRows, leave_out_logits: bool = True
 ) -> Generator[dict[str, Any], Any, NextToken]:
     """A call of the base model: yields keyword arguments, is sent outputs, and returns the pass.
 
@@ -64,6 +64,7 @@ def next_token_pass(
 
     Args:
         kwargs: keyword arguments of its forward, with ``labels``: int64 ``(batch, tokens)``.
+        supervised: the model's own targets among them.
         leave_out_logits: False lets the model compute its logits and its loss itself.
 
     Raises:
@@ -74,20 +75,20 @@ def next_token_pass(
             outputs = yield _without_logits(kwargs, tokens=0 if backbone.verified else 1)
         # A model that does not understand these arguments takes the mean over no tokens: NaN.
         if backbone.verified or (outputs.loss is not None and bool(torch.isfinite(outputs.loss.detach()))):
-            supervised, divisor, loss = _mean_loss(backbone, records[-1], kwargs)
+            divisor, loss = _mean_loss(backbone, records[-1], kwargs, supervised)
             # Without any target the loss is 0, whatever the model adds to it.
-            loss = loss + outputs.loss.to(loss.device) * float(supervised > 0)
-            return NextToken(outputs, records[-1], supervised, divisor, loss, True)
+            loss = loss + outputs.loss.to(loss.device) * float(supervised.count > 0)
+            return NextToken(outputs, records[-1], supervised.count, divisor, loss, True)
         backbone.logits_needed = True
     with backbone.capture() as records:
         outputs = yield kwargs
     loss, logits = _loss_and_logits(outputs)
-    supervised = int(supervised_count(kwargs["labels"]))
-    if supervised == 0:  # the mean over no tokens is NaN; a zero with graph makes every gradient 0
+    if supervised.count == 0:  # the mean over no tokens is NaN; a zero with graph makes every gradient 0
         loss = logits[:1, :1].float().sum() * 0.0
     elif not backbone.shift_verified:
         _refuse_shifted_labels(backbone, loss, logits, kwargs["labels"])
-    return NextToken(outputs, records[-1], supervised, _divisor(kwargs, supervised, loss.device), loss, False)
+    divisor = _divisor(kwargs, supervised.count, loss.device)
+    return NextToken(outputs, records[-1], supervised.count, divisor, loss, False)
 
 
 def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
@@ -123,15 +124,16 @@ def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
     return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": kept}
 
 
-def _mean_loss(backbone: Backbone, captured: Captured, kwargs: dict[str, Any]) -> tuple[int, Tensor, Tensor]:
-    """Number of next-token targets, divisor, and CE_1: fp32 scalar with graph, nats."""
-    device = captured.last_hidden_state.device
-    rows, targets = supervised_rows(kwargs["labels"].to(device), 1)
-    divisor = _divisor(kwargs, len(rows), device)
+def _mean_loss(
+    backbone: Backbone, captured: Captured, kwargs: dict[str, Any], supervised: SupervisedRows
+) -> tuple[Tensor, Tensor]:
+    """Divisor, and CE_1: fp32 scalar with graph, nats."""
+    own = supervised.to(captured.last_hidden_state.device)
+    divisor = _divisor(kwargs, own.count, own.rows.device)
     weight, power_of_two = split_factor(1 / divisor)
-    states = captured.last_hidden_state.flatten(0, 1)[rows]
-    loss, _ = linear_cross_entropy(states, targets, backbone.unembedding(captured), weight.expand(len(rows)))
-    return len(rows), divisor, loss * power_of_two
+    states = captured.last_hidden_state.flatten(0, 1)[own.rows]
+    loss, _ = linear_cross_entropy(states, own.targets, backbone.unembedding(captured), weight.expand(own.count))
+    return divisor, loss * power_of_two
 
 
 @torch.no_grad()
@@ -150,7 +152,7 @@ def _refuse_shifted_labels(backbone: Backbone, loss: Tensor, logits: Tensor, lab
 
 def _divisor(kwargs: dict[str, Any], supervised: int, device: torch.device) -> Tensor:
     given = kwargs.get("num_items_in_batch")
-    return torch.as_tensor(max(1, supervised) if given is None else given, dtype=torch.float32, device=device)
+    return as_scalar(max(1, supervised) if given is None else given, device)
 
 
 def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor]:

@@ -120,20 +120,21 @@ class AuxiliaryObjective:
         self, config: ObjectiveConfig, heads: AuxiliaryHeads, kwargs: dict[str, Any]
     ) -> TrainingPass:
         assert self._backbone is not None
-        own: SupervisedPass
-        if kwargs.get("fused_lm_head"):  # TRL's SFTTrainer computes its loss from log-probabilities
-            own = yield from log_probs_pass(self._backbone, kwargs)
-        else:
-            own = yield from next_token_pass(self._backbone, kwargs, self._fast_paths_enabled)
-        if not self._backbone.verified and self._output_is_the_base_models():
-            own.verify(self._backbone)
-        supervision = Supervision(
-            kwargs["labels"].to(own.captured.last_layer_input.device),
+        supervision = Supervision.of(  # before the model runs, while the host need not wait long for the device
+            kwargs["labels"],
+            len(heads.heads),
             kwargs.get("attention_mask"),
             kwargs.get("position_ids"),
             config.aux_token_fraction,
             self._progress.forward_seed(),
         )
+        own: SupervisedPass
+        if kwargs.get("fused_lm_head"):  # TRL's SFTTrainer computes its loss from log-probabilities
+            own = yield from log_probs_pass(self._backbone, kwargs, supervision.next_token)
+        else:
+            own = yield from next_token_pass(self._backbone, kwargs, supervision.next_token, self._fast_paths_enabled)
+        if not self._backbone.verified and self._output_is_the_base_models():
+            own.verify(self._backbone)
         auxiliary = auxiliary_loss(
             heads,
             self._backbone,

@@ -1,8 +1,8 @@
-"""Which positions supervise which head."""
+"""Which positions supervise the model and each head."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,76 +10,110 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
-def supervised_rows(
-    labels: Tensor, tokens_ahead: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Positions that have a target ``tokens_ahead`` = k tokens ahead, and the targets.
+@dataclass(frozen=True)
+class SupervisedRows:
+    """Positions that supervise one unembedding, on the device of the labels.
 
-    Position t has one if label[t+k] is set, neither t nor t+k is padding, and both belong to one
-    document: their ``position_ids``, which packed batches restart, differ by k.
-
-    Args:
-        labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
-        tokens_ahead: k >= 1; k = 1 gives the model's own next-token targets.
-        attention_mask: ``(batch, tokens)``, 0 for padding; masks of other shapes are ignored.
-        position_ids: int64 ``(batch, tokens)`` or ``(1, tokens)``.
-
-    Returns:
-        rows, int64 ``(supervised,)``, ascending indices into the flattened ``batch * tokens``
-        positions, and the target token ids, int64 ``(supervised,)``.
+    Attributes:
+        rows: int64 ``(supervised,)``, ascending indices into the ``batch * tokens`` positions.
+        targets: int64 ``(supervised,)``, token ids.
+        count: number of positions before a draw.
+        most: largest number of ``rows`` in one sequence.
     """
-    tokens = labels.shape[1]
-    targets = labels[:, tokens_ahead:]
-    valid = targets != IGNORE_INDEX
-    if attention_mask is not None and attention_mask.shape == labels.shape:
-        attended = attention_mask.to(labels.device) != 0
-        valid = valid & attended[:, tokens_ahead:] & attended[:, :-tokens_ahead]
-    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
-        position_ids = position_ids.to(labels.device)
-        valid = valid & (position_ids[:, tokens_ahead:] - position_ids[:, :-tokens_ahead] == tokens_ahead)
-    batch_index, token_index = valid.nonzero(as_tuple=True)
-    return batch_index * tokens + token_index, targets[batch_index, token_index]
 
+    rows: Tensor
+    targets: Tensor
+    count: int
+    most: int
 
-def supervised_count(labels: Tensor) -> Tensor:
-    """Number of next-token targets, int64 scalar, of labels ``(batch, tokens)``."""
-    return (labels[:, 1:] != IGNORE_INDEX).sum()  # no position is before the first label
+    def to(self, device: torch.device) -> SupervisedRows:
+        """The same on another device."""
+        rows, targets = (tensor.to(device, non_blocking=True) for tensor in (self.rows, self.targets))
+        return replace(self, rows=rows, targets=targets)
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """Which positions of a batch supervise the auxiliary heads.
+    """Which positions of a batch supervise the model's own loss and the auxiliary heads.
 
     Attributes:
-        labels, attention_mask, position_ids: arguments of `supervised_rows`.
-        fraction: p in (0, 1]. Each position takes part with probability p and weighs 1/p, which
-            leaves the expectation of loss and gradient unchanged.
-        seed: seed of that draw.
+        next_token: positions of the model's own targets, one token ahead.
+        heads: those of each head, ``heads[i]`` with targets i + 2 tokens ahead.
+        fraction: p. Each position of a head was drawn with probability p and weighs 1/p.
     """
 
-    labels: Tensor
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
+    next_token: SupervisedRows
+    heads: list[SupervisedRows]
     fraction: float = 1.0
-    seed: int = 0
 
-    def drawn_rows(self, tokens_ahead: int, drawn_at: int = 0) -> tuple[Tensor, Tensor, int]:
-        """The `supervised_rows` whose positions are drawn.
+    @classmethod
+    def of(
+        cls,
+        labels: Tensor,
+        num_heads: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        fraction: float = 1.0,
+        seed: int = 0,
+        draw_predicted: bool = False,
+    ) -> Supervision:
+        """Find the positions of all heads in one pass; the host waits for the device once.
 
-        The draw is over all positions, on the CPU, so that all heads and all devices draw the same.
+        Position t has a target k tokens ahead if label[t+k] is set. For heads, moreover, neither t
+        nor t+k may be padding, and both belong to one document: their ``position_ids``, which
+        packed batches restart, differ by k.
 
         Args:
-            tokens_ahead: k >= 1.
-            drawn_at: a row is kept if the position so many tokens after it is drawn.
-
-        Returns:
-            rows and targets, int64 ``(drawn,)``, and the number of rows before the draw.
+            labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
+            num_heads: number of heads, n - 1.
+            attention_mask: ``(batch, tokens)``, 0 for padding; masks of other shapes are ignored.
+            position_ids: int64 ``(batch, tokens)`` or ``(1, tokens)``.
+            fraction: p in (0, 1], which leaves the expectation of loss and gradient unchanged.
+            seed: seed of the draw, on which no other random number depends. It is over all
+                positions, on the CPU, so that all heads and all devices draw the same.
+            draw_predicted: keep a row if the position before its target, which predicts it without
+                a head, is drawn, rather than the row itself.
         """
-        rows, targets = supervised_rows(self.labels, tokens_ahead, self.attention_mask, self.position_ids)
-        count = len(rows)
-        if self.fraction < 1:
-            generator = torch.Generator().manual_seed(self.seed)
-            drawn = torch.rand(self.labels.numel(), generator=generator) < self.fraction
-            kept = drawn.to(rows.device)[rows + drawn_at]
-            rows, targets = rows[kept], targets[kept]
-        return rows, targets, count
+        is_target = labels != IGNORE_INDEX
+        before = torch.stack([
+            _with_target(is_target, 1),
+            *(_with_target(is_target, k, attention_mask, position_ids) for k in range(2, num_heads + 2)),
+        ])  # fmt: skip
+        kept = before
+        if fraction < 1:
+            drawn = torch.rand(labels.numel(), generator=torch.Generator().manual_seed(seed)) < fraction
+            drawn = drawn.to(labels.device, non_blocking=True)
+            shifts = [index + 1 if draw_predicted else 0 for index in range(num_heads)]
+            of_heads = torch.stack([drawn.roll(-shift) for shift in shifts]).view_as(before[1:])
+            kept = torch.cat([before[:1], before[1:] & of_heads])
+        in_sequences = kept.sum(2)
+        numbers = torch.stack([before.sum((1, 2)), in_sequences.sum(1), in_sequences.amax(1)])
+        counts, sizes, most = numbers.tolist()  # here the host waits
+        flat = labels.flatten()
+        found = []
+        for index, places in enumerate(_indices(kept.flatten(), sum(sizes)).split(sizes)):
+            rows = places - index * labels.numel()
+            found.append(SupervisedRows(rows, flat[rows + index + 1], counts[index], most[index]))
+        return cls(found[0], found[1:], fraction)
+
+
+def _with_target(
+    is_target: Tensor, tokens_ahead: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> Tensor:
+    """Whether each position has a target so many tokens ahead, bool ``(batch, tokens)``."""
+    tokens, device = is_target.shape[1], is_target.device
+    valid = is_target[:, tokens_ahead:]
+    if attention_mask is not None and attention_mask.shape == is_target.shape:
+        attended = attention_mask.to(device) != 0
+        valid = valid & attended[:, tokens_ahead:] & attended[:, :-tokens_ahead]
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
+        position_ids = position_ids.to(device)
+        valid = valid & (position_ids[:, tokens_ahead:] - position_ids[:, :-tokens_ahead] == tokens_ahead)
+    return torch.nn.functional.pad(valid, (0, tokens - valid.shape[1]))
+
+
+def _indices(mask: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` true entries of a flat mask; ``nonzero`` would wait for a GPU."""
+    slots = torch.where(mask, mask.cumsum(0) - 1, count)  # all others write to the slot behind the last
+    positions = torch.arange(len(mask), device=mask.device)
+    return positions.new_empty(count + 1).scatter_(0, slots, positions)[:count]

@@ -14,7 +14,7 @@ from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.unembedding import target_scores
 from ..heads.watched_pass import Captured
-from ..method.targets import supervised_rows
+from ..method.targets import Supervision
 
 TOP = 5
 
@@ -122,9 +122,9 @@ def batch_totals(
     accepted = torch.ones(labels.numel(), dtype=torch.bool, device=labels.device)
     lengths = torch.zeros(labels.numel(), device=labels.device)
     has_all = torch.ones_like(accepted)
-    for index in range(len(heads.heads)):
-        rows, targets = supervised_rows(labels, index + 2, attention_mask)
-        cross_entropies, hits = target_scores(heads.states(index, captured, rows, backbone), targets, unembedding, TOP)
+    for index, own in enumerate(Supervision.of(labels, len(heads.heads), attention_mask).heads):
+        rows, states = own.rows, heads.states(index, captured, own.rows, backbone, most=own.most)
+        cross_entropies, hits = target_scores(states, own.targets, unembedding, TOP)
         values = (cross_entropies.sum(), hits[:, 0].sum(), hits.sum())
         sums[index] = torch.stack([*(v.to(exact) for v in values), sums.new_tensor(len(rows))])
         hit, has_target = torch.zeros_like(accepted), torch.zeros_like(accepted)

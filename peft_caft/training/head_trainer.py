@@ -27,7 +27,7 @@ from ..heads.sharding import copy_into, whole
 from ..heads.watched_pass import Captured
 from ..method.loss import auxiliary_loss
 from ..method.progress import RecentLosses
-from ..method.targets import IGNORE_INDEX, Supervision, supervised_count
+from ..method.targets import IGNORE_INDEX, Supervision
 from .engine import gather, reshard, scatter, shards_parameters
 from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted
@@ -101,22 +101,26 @@ class HeadPretraining(nn.Module):
         Returns:
             ``{"loss": fp32 scalar, nats}`` or ``{"totals": float64 (heads + 1, 4)}``.
         """
-        captured = self._captured(input_ids, attention_mask, hidden_states)
         if not self.training:
+            captured = self._captured(input_ids, attention_mask, hidden_states)
             with torch.no_grad():
                 return {"totals": batch_totals(self.heads, self._backbone, captured, labels, attention_mask)}
-        loss_of = auxiliary_loss if self.targets == "hard" else soft_auxiliary_loss
-        supervised = supervised_count(labels)
-        divisor = supervised.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        auxiliary = loss_of(
-            self.heads,
-            self._backbone,
-            captured,
-            Supervision(labels, attention_mask, None, self.aux_token_fraction, next(self._sampling_seeds)),
-            decay=self.aux_loss_decay,
-            weight=1 / divisor,
+        supervision = Supervision.of(  # before the model runs, while the host need not wait long for the device
+            labels,
+            len(self.heads.heads),
+            attention_mask,
+            fraction=self.aux_token_fraction,
+            seed=next(self._sampling_seeds),
+            draw_predicted=self.targets == "soft",
         )
-        self.recent.add(auxiliary, int(supervised))
+        captured = self._captured(input_ids, attention_mask, hidden_states)
+        loss_of = auxiliary_loss if self.targets == "hard" else soft_auxiliary_loss
+        supervised = supervision.next_token.count
+        divisor = max(1, supervised) if num_items_in_batch is None else num_items_in_batch
+        auxiliary = loss_of(
+            self.heads, self._backbone, captured, supervision, decay=self.aux_loss_decay, weight=1 / divisor
+        )
+        self.recent.add(auxiliary, supervised)
         return {"loss": auxiliary.total}
 
     @torch.no_grad()

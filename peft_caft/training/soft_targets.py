@@ -63,8 +63,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
             size = chunk_rows(len(teacher_states), layer.weight)
             teacher_workspace, workspace = layer.workspace(size), layer.workspace(size)
             parts = list(chunks(len(teacher_states), size))
-            ends = torch.tensor([0, *(part.stop for part in parts)], device=device)
-            bounds = [torch.searchsorted(head_rows, ends).tolist() for head_rows in rows]
+            starts = torch.arange(0, size * (len(parts) + 1), size, device=device)  # the last is past the end
+            bounds = torch.stack([torch.searchsorted(head_rows, starts) for head_rows in rows]).tolist()
             for number, chunk in enumerate(parts):
                 teacher = layer.log_probs(teacher_states[chunk].to(dtype), teacher_workspace)[0].exp_()
                 for head, head_states in enumerate(states):
@@ -103,20 +103,17 @@ def soft_auxiliary_loss(
 
     Args:
         captured: record of a forward pass over ``(batch, tokens)``.
-        supervision: targets of the same batch, of which only the positions count.
+        supervision: targets of the same batch, drawn with ``draw_predicted``; only positions count.
         decay: alpha.
         weight: factor of the sum, fp32 scalar.
     """
-    states, teacher_rows, counts = [], [], []
-    for index in range(len(heads.heads)):
-        rows, _, count = supervision.drawn_rows(index + 2, drawn_at=index + 1)
-        counts.append(count)
-        states.append(heads.states(index, captured, rows, backbone))
-        teacher_rows.append(rows + index + 1)  # of the same sequence, since t+k is
+    supervised = [head.to(captured.last_layer_input.device) for head in supervision.heads]
+    states = [heads.states(i, captured, own.rows, backbone, most=own.most) for i, own in enumerate(supervised)]
+    teacher_rows = [own.rows + i + 1 for i, own in enumerate(supervised)]  # of the same sequence, since t+k is
     needed, matched = torch.cat(teacher_rows).unique(return_inverse=True)
     teacher_states = captured.last_hidden_state.flatten(0, 1)[needed]
     picked = list(matched.split([len(rows) for rows in teacher_rows]))
     unembedding = backbone.unembedding(captured).detached()
     sums = [s / supervision.fraction for s in soft_cross_entropy(states, picked, teacher_states, unembedding)]
     total = sum(head_sum * decay ** (index + 1) for index, head_sum in enumerate(sums))
-    return AuxiliaryLoss(total * weight, [head_sum.detach() for head_sum in sums], counts)
+    return AuxiliaryLoss(total * weight, [head_sum.detach() for head_sum in sums], [own.count for own in supervised])

@@ -85,7 +85,9 @@ def test_head_k_learns_what_the_model_predicts_from_the_tokens_before(architectu
     backbone = Backbone.of(model)
     with backbone.capture() as records, torch.no_grad():
         backbone.trunk(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    auxiliary = soft_auxiliary_loss(heads, backbone, records[-1], Supervision(labels, mask), decay=0.8)
+    auxiliary = soft_auxiliary_loss(
+        heads, backbone, records[-1], Supervision.of(labels, 3, mask, draw_predicted=True), decay=0.8
+    )
 
     own_logits, head_logits = all_logits(model, list(heads.heads), input_ids=input_ids, attention_mask=mask)
     teacher = own_logits.detach().softmax(dim=-1)
@@ -135,7 +137,8 @@ def test_drawn_positions_leave_the_expected_gradient_unchanged(loss_of):
 
     def gradient(**sampling):
         heads.zero_grad()
-        auxiliary = loss_of(heads, backbone, records[-1], Supervision(input_ids, **sampling), decay=0.8)
+        supervision = Supervision.of(input_ids, 3, draw_predicted=loss_of is soft_auxiliary_loss, **sampling)
+        auxiliary = loss_of(heads, backbone, records[-1], supervision, decay=0.8)
         assert auxiliary.counts == [4 * (24 - k) for k in (2, 3, 4)]  # of all positions
         auxiliary.total.backward()
         return torch.cat([p.grad.flatten() for p in heads.parameters()])
@@ -166,5 +169,6 @@ def test_all_heads_draw_the_same_predicted_tokens(monkeypatch):
     with backbone.capture() as records, torch.no_grad():
         backbone.trunk(input_ids=input_ids, use_cache=False)
     for fraction in (1.0, 0.25):
-        soft_auxiliary_loss(heads, backbone, records[-1], Supervision(input_ids, fraction=fraction), decay=0.8)
+        supervision = Supervision.of(input_ids, 4, fraction=fraction, draw_predicted=True)
+        soft_auxiliary_loss(heads, backbone, records[-1], supervision, decay=0.8)
     assert seen[1] < 0.35 * seen[0]
