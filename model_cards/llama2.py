@@ -182,7 +182,9 @@ def adapter_card(size: Size) -> str:
     model = size.model()
     base = parameters(model)
     heads = parameters(AuxiliaryHeads.from_base_model(model))
-    adapter = sum(p.numel() for p in get_peft_model(model, LORA).parameters() if p.requires_grad)
+    adapter = sum(
+        p.numel() for p in get_peft_model(model, LORA, low_cpu_mem_usage=True).parameters() if p.requires_grad
+    )
     shapes = {
         name: (layer.in_features, layer.out_features)
         for name, layer in size.model().model.layers[0].named_modules()
