@@ -29,7 +29,7 @@ SETTINGS = {
     "optim": "sgd",
     "max_grad_norm": 1e9,
     "per_device_train_batch_size": 2,
-    "max_steps": 3,
+    "max_steps": 2,
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
@@ -37,6 +37,7 @@ SETTINGS = {
     "disable_tqdm": True,
     "seed": 3,
 }
+TARGETS = ["q_proj", "down_proj"]
 LIKE_TRAINER = {"bf16": False, "gradient_checkpointing": False}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n"
@@ -47,7 +48,9 @@ CHAT_TEMPLATE = (
 
 
 def config(**fields) -> CAFTConfig:
-    return CAFTConfig(**{"r": 4, "target_modules": "all-linear", "aux_loss_weight": 0.5, **fields})
+    return CAFTConfig(
+        **{"r": 4, "target_modules": TARGETS, "num_auxiliary_heads": 2, "aux_loss_weight": 0.5, **fields}
+    )
 
 
 def caft_model(model=None, **fields):
@@ -55,7 +58,7 @@ def caft_model(model=None, **fields):
     return get_peft_model(model or tiny_llama(), config(**fields))
 
 
-def rows_of_ids(tmp_path: Path, rows: int = 40) -> list[dict]:
+def rows_of_ids(tmp_path: Path, rows: int = 12) -> list[dict]:
     return encode(read_jsonl(write_chats(tmp_path / "data.jsonl", rows)), tiny_tokenizer(), 64).rows
 
 
@@ -108,7 +111,7 @@ def test_sft_trainer_equals_trainer(head_type, train_heads, accumulation, tmp_pa
 
 
 def full_model(**fields):
-    config = FullFineTuningConfig(aux_loss_weight=0.5, **fields)
+    config = FullFineTuningConfig(num_auxiliary_heads=2, aux_loss_weight=0.5, **fields)
     with pytest.warns(UserWarning, match="FullFineTuningConfig.heads is None"):
         return prepare_full_fine_tuning(tiny_llama(tie_word_embeddings=True), config)
 
@@ -143,13 +146,13 @@ def test_configuration_is_enough(tmp_path):
     made.train()
     assert made.model.base_model.auxiliary_heads["default"].heads
     losses = [entry["caft/loss_head_2"] for entry in made.state.log_history if "loss" in entry]
-    assert len(losses) == 3
+    assert len(losses) == SETTINGS["max_steps"]
 
 
 def test_evaluation_loss_is_that_of_lora(tmp_path):
     args = trl.SFTConfig(str(tmp_path), **SETTINGS | LIKE_TRAINER)
     losses = []
-    for make in (caft_model, lambda: get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear"))):
+    for make in (caft_model, lambda: get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=TARGETS))):
         rows = Dataset.from_list(rows_of_ids(tmp_path))
         trainer = trl.SFTTrainer(
             make(), args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer()

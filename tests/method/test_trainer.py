@@ -16,10 +16,11 @@ from ..support.gradients import largest_difference, trainable
 from ..support.tiny_checkpoint import tiny_llama, tiny_tokenizer, write_chats
 
 pytestmark = pytest.mark.filterwarnings("ignore:CAFTConfig.heads is None")
+TARGETS = ["q_proj", "down_proj"]
 
 
 def caft_model(seed: int = 1, **fields):
-    settings = {"r": 4, "target_modules": "all-linear", "aux_loss_weight": 0.5, **fields}
+    settings = {"r": 4, "target_modules": TARGETS, "num_auxiliary_heads": 2, "aux_loss_weight": 0.5, **fields}
     torch.manual_seed(seed)
     return get_peft_model(tiny_llama(), CAFTConfig(**settings))
 
@@ -28,7 +29,7 @@ def train(model, tmp_path: Path, callbacks=(CAFTCallback,), resume=None, **chang
     settings = {
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 2,
-        "max_steps": 6,
+        "max_steps": 4,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -52,7 +53,7 @@ def train(model, tmp_path: Path, callbacks=(CAFTCallback,), resume=None, **chang
 @pytest.mark.parametrize("head_type", ["residual", "decoder_layer"])
 def test_accumulated_gradient_equals_full_batch(head_type, tmp_path):
     weights = []
-    for batch, accumulation in ((1, 8), (4, 2), (8, 1)):
+    for batch, accumulation in ((1, 4), (2, 2), (4, 1)):
         model = caft_model(head_type=head_type)
         train(
             model,
@@ -74,17 +75,17 @@ def test_accumulated_gradient_equals_full_batch(head_type, tmp_path):
 def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(train_heads, tmp_path):
     fields = {"train_heads": train_heads, "lora_dropout": 0.1, "aux_token_fraction": 0.7}
     unbroken = caft_model(**fields)
-    train(unbroken, tmp_path, save_strategy="steps", save_steps=3)
+    train(unbroken, tmp_path, save_strategy="steps", save_steps=2)
     resumed = caft_model(seed=9, **fields)  # other initial adapter: everything must come from the checkpoint
-    train(resumed, tmp_path, resume=str(tmp_path / "out" / "checkpoint-3"))
+    train(resumed, tmp_path, resume=str(tmp_path / "out" / "checkpoint-2"))
     assert largest_difference(trainable(unbroken), trainable(resumed)) == 0.0
 
 
 def test_resume_without_the_trained_heads_says_so(tmp_path):
-    train(caft_model(train_heads="full"), tmp_path, save_strategy="steps", save_steps=3)
-    (tmp_path / "out" / "checkpoint-3" / "caft_trained_heads.safetensors").unlink()
+    train(caft_model(train_heads="full"), tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    (tmp_path / "out" / "checkpoint-1" / "caft_trained_heads.safetensors").unlink()
     with pytest.raises(RuntimeError, match="trained auxiliary heads"):
-        train(caft_model(train_heads="full"), tmp_path, resume=str(tmp_path / "out" / "checkpoint-3"))
+        train(caft_model(train_heads="full"), tmp_path, resume=str(tmp_path / "out" / "checkpoint-1"))
 
 
 def test_schedule_follows_the_optimizer_step(tmp_path):
@@ -107,7 +108,7 @@ def test_logged_loss_is_next_token_loss_plus_weighted_auxiliary_loss(tmp_path):
                     NextTokenLoss.value = float(model(**whole_batch).loss)
                 torch.set_rng_state(torch_state)
 
-    model = caft_model(aux_loss_schedule="constant")
+    model = caft_model(aux_loss_schedule="constant", num_auxiliary_heads=4)
     data = encode(read_jsonl(write_chats(tmp_path / "data.jsonl", 8)), tiny_tokenizer(), 64)
     whole_batch = collator(tiny_tokenizer())(data.rows)
     trainer = Trainer(
@@ -156,7 +157,7 @@ def test_compute_loss_func_stops_the_run(tmp_path):
 
 
 def test_callback_with_plain_lora_says_what_is_missing(tmp_path):
-    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS))
     with pytest.raises(TypeError, match="without a CAFT adapter"):
         train(model, tmp_path)
 
@@ -179,7 +180,7 @@ def test_beta_zero_run_equals_plain_lora(tmp_path):
     train(caft, tmp_path)
     torch.manual_seed(1)
     lora = get_peft_model(
-        tiny_llama(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
+        tiny_llama(), LoraConfig(r=4, target_modules=TARGETS, lora_dropout=0.1, task_type="CAUSAL_LM")
     )
     train(lora, tmp_path, callbacks=())
     assert largest_difference(trainable(caft), trainable(lora)) == 0.0
