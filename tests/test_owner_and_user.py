@@ -13,7 +13,7 @@ from .support.tiny_checkpoint import WORDS, save_checkpoint
 
 TRAIN = ["--learning_rate", "1e-2", "--num_train_epochs", "1", "--use_cpu", "true", "--disable_tqdm", "true"]
 
-COMMANDS = "from tests.support.commands import peft_caft"
+COMMANDS = "import peft; from tests.support.commands import peft_caft"
 USER = """
 import os
 import torch

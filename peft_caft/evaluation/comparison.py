@@ -36,7 +36,7 @@ from .task_building import RECORD_NAME, build_task
 
 CHOICE_NAME, RATIOS_NAME = "choice.json", "equal_flops.json"
 REPORT_NAME, PLOT_NAME = "comparison.md", "comparison.png"
-SECONDS_BETWEEN_LOOKS = 5.0  # while other processes hold all runs that are left
+SECONDS_BETWEEN_LOOKS = 1.0  # while other processes hold all runs that are left
 
 
 def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
