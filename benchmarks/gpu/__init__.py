@@ -1,0 +1,1 @@
+"""Jobs for one GPU: README.md lists them."""
