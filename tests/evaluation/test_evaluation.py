@@ -277,14 +277,14 @@ def test_losses_do_not_depend_on_the_rows_beside(files):
         assert len(own) == len(row.answer)
 
 
-def test_model_that_computes_all_logits_gives_the_same_losses(files, monkeypatch):
+def test_model_that_computes_all_logits_gives_the_same_losses(files):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(files["model"]).eval(),
         AutoTokenizer.from_pretrained(files["model"]),
     )
     encoded = encode_answers([{"prompt": "b c", "completion": "ethanol"}], tokenizer, [1])
-    expected = answer_losses(model, encoded, 0)
-    monkeypatch.setattr("peft_caft.evaluation.reference_losses._takes_logits_to_keep", lambda model: False)
+    expected, forward = answer_losses(model, encoded, 0), model.forward
+    model.forward = lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask)
     assert answer_losses(model, encoded, 0)[0] == pytest.approx(expected[0], rel=1e-5)
 
 
