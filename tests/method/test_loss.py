@@ -88,6 +88,7 @@ def test_loss_and_lora_gradients_equal_the_reference(architecture, head_type):
 )
 def test_any_number_of_heads_equals_the_reference(architecture, head_type, n):
     model = caft(architecture, head_type=head_type, num_auxiliary_heads=n - 1)
+    assert len(model.auxiliary_heads["default"].heads) == n - 1
     assert_equal_to_reference(model, tokens(), {"input_ids": tokens()})
 
 
