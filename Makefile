@@ -64,8 +64,8 @@ test-floor: $(FLOOR)/.ready  ## the quick tests with the oldest supported versio
 test-ceiling: $(CEILING)/.ready  ## the same with the newest versions, in .venv-ceiling; with CUDA packages, so gigabytes
 	$(CEILING)/bin/$(PYTEST) $(QUICK) $(PYTEST_ARGS)
 
-test-optional: $(OPTIONAL)/.ready  ## the tests that need optional packages (bitsandbytes, torchao, deepspeed), in .venv-optional
-	$(OPTIONAL)/bin/$(PYTEST) $(PYTEST_ARGS) tests/method/test_quantised.py
+test-optional: $(OPTIONAL)/.ready  ## the tests that need optional packages (bitsandbytes, torchao, deepspeed, triton), in .venv-optional
+	$(OPTIONAL)/bin/$(PYTEST) $(PYTEST_ARGS) tests/method/test_quantised.py tests/repository/test_triton_cross_entropy.py
 	$(OPTIONAL)/bin/$(PYTEST) $(PYTEST_ARGS) -k QLoRA tests/method/test_trainer_matrix.py
 	PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OPTIONAL)/torch_extensions" \
 		$(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) tests/training/test_deepspeed.py tests/training/test_sft_processes.py \

@@ -35,9 +35,9 @@ def _loss_and_gradient(
     targets,
     weights,
     losses,
-    vocabulary,
     scale,
     softcap,
+    VOCABULARY: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -48,8 +48,8 @@ def _loss_and_gradient(
     offsets = tl.arange(0, BLOCK)
     greatest = float("-inf")
     total = 0.0
-    for first in range(0, vocabulary, BLOCK):
-        inside = first + offsets < vocabulary
+    for first in range(0, VOCABULARY, BLOCK):
+        inside = first + offsets < VOCABULARY
         shown = _shown(tl.load(own + first + offsets, mask=inside, other=0.0), scale, softcap, HAS_SOFTCAP)
         shown = tl.where(inside, shown, float("-inf"))
         new = tl.maximum(greatest, tl.max(shown, 0))
@@ -60,8 +60,8 @@ def _loss_and_gradient(
     factor = scale
     if HAS_WEIGHTS:
         factor *= tl.load(weights + row)
-    for first in range(0, vocabulary, BLOCK):
-        inside = first + offsets < vocabulary
+    for first in range(0, VOCABULARY, BLOCK):
+        inside = first + offsets < VOCABULARY
         shown = _shown(tl.load(own + first + offsets, mask=inside, other=0.0), scale, softcap, HAS_SOFTCAP)
         gradient = tl.exp(shown - log_sum) - (first + offsets == target).to(tl.float32)
         if HAS_SOFTCAP:
@@ -101,9 +101,9 @@ def losses_and_gradient(
             targets[chunk],
             own_weights,
             losses[chunk],
-            logits.shape[1],
             unembedding.scale,
             unembedding.softcap or 1.0,
+            VOCABULARY=logits.shape[1],
             HAS_WEIGHTS=weights is not None,
             HAS_SOFTCAP=unembedding.softcap is not None,
             BLOCK=BLOCK,

@@ -135,10 +135,10 @@ def test_linear_cross_entropy_equals_the_plain_one(rows, vocabulary, dtype):
     hidden = torch.randn(rows, 64, device=DEVICE, generator=generator)
     weight = torch.randn(vocabulary, 64, device=DEVICE, generator=generator) / 8
     targets = torch.randint(vocabulary, (rows,), device=DEVICE, generator=generator)
-    exact_hidden = hidden.to(dtype).float().requires_grad_()
+    exact_hidden = hidden.to(dtype).float().clone().requires_grad_()
     exact, _ = plain_cross_entropy(exact_hidden, targets, Unembedding(weight.to(dtype).float()))
     exact.backward()
-    own_hidden = hidden.to(dtype).requires_grad_()
+    own_hidden = hidden.to(dtype).clone().requires_grad_()
     own, losses = linear_cross_entropy(own_hidden, targets, Unembedding(weight.to(dtype)))
     own.backward()
     assert losses.dtype == torch.float32

@@ -28,7 +28,7 @@ def test_losses_and_gradient_equal_the_plain_ones(rows, vocabulary, scale, softc
     bias = torch.randn(vocabulary, generator=generator).to(dtype) if biased else None
     targets = torch.randint(vocabulary, (rows,), generator=generator)
     weights = torch.rand(rows, generator=generator)
-    exact_hidden = hidden.float().requires_grad_()
+    exact_hidden = hidden.float().clone().requires_grad_()
     exact_layer = Unembedding(weight.float(), bias.float() if biased else None, scale, softcap)
     total, expected = plain_cross_entropy(exact_hidden, targets, exact_layer, weights)
     total.backward()
