@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 import tarfile
+import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import packages_distributions
@@ -36,9 +36,7 @@ def main() -> None:
         steps={"type": int, "default": 2500, "help": "steps of 64 rows, for each type"},
         types={"nargs": "*", "default": ["decoder_layer", "residual"], "help": "head types, in this order"},
     )
-    work = job.out.parent / f"{job.out.name}-work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work = Path(tempfile.mkdtemp(prefix="heads-"))
     model, data = tiny(work) if job.smoke else (embedded(), ROOT / ".gpu" / "heads-data")
     functions(work, data, limit=40 if job.smoke else None)
     options = job.options

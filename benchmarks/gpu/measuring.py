@@ -49,7 +49,9 @@ class Job:
         torch.manual_seed(0)
         job.out.mkdir(parents=True, exist_ok=True)
         job.path.unlink(missing_ok=True)
-        job.write(kind="origin", **provenance(), **card(job.device, job.smoke))
+        origin = provenance()
+        origin["git_commit"] = origin["git_commit"] or os.environ.get("COMMIT")  # the tree may travel without .git
+        job.write(kind="origin", **origin, **card(job.device, job.smoke))
         return job
 
     @property
@@ -100,15 +102,29 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], Any]], turns: int, device: torch.device, warm_up: int = 2
+    functions: dict[str, Callable[[], Any]],
+    turns: int,
+    device: torch.device,
+    warm_up: int = 2,
+    after_turn: Callable[[dict[str, float]], None] = lambda seconds: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each turn. In a turn all run once, so that a slow spell meets all alike."""
+    """Seconds of each function in each turn. In a turn all run once, so that a slow spell meets all alike.
+
+    Args:
+        functions: what to time; where one has a method ``prepare``, that runs before and is not timed.
+        warm_up: number of turns before those that count.
+        after_turn: is told the seconds of each turn that counts.
+    """
     found: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warm_up + turns):
+        taken = {}
         for name, function in functions.items():
-            taken = seconds(function, device)
-            if turn >= warm_up:
-                found[name].append(taken)
+            getattr(function, "prepare", lambda: None)()
+            taken[name] = seconds(function, device)
+        if turn >= warm_up:
+            after_turn(taken)
+            for name, value in taken.items():
+                found[name].append(value)
     return found
 
 

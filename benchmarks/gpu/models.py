@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
@@ -20,8 +20,11 @@ from peft_caft.heads.backbone import Backbone
 from peft_caft.method.linear_cross_entropy import linear_cross_entropy
 from peft_caft.method.targets import Supervision
 from peft_caft.planning.flops import ModelShapes, caft_step, lora_step
+from peft_caft.planning.simulated_step import model_on_meta
 
 NUM_HEADS, RANK = 4, 8
+Batch = dict[str, Tensor]
+Loss = Callable[[Batch], Tensor]
 TYPES = ("residual", "decoder_layer")
 
 
@@ -103,7 +106,7 @@ ARMS = [
 ]
 
 
-def random_model(config: PretrainedConfig, device: torch.device, trained_heads: bool = False) -> PeftModel:
+def random_model(config: PretrainedConfig, device: torch.device) -> PeftModel:
     """A model of random weights, bf16 on a GPU, with LoRA on every linear map and fresh heads of both types."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # in which a CPU is fast
@@ -119,7 +122,7 @@ def random_model(config: PretrainedConfig, device: torch.device, trained_heads: 
     }
     model: Any = None
     for head_type in TYPES:
-        for train_heads in ("frozen", "full") if trained_heads else ("frozen",):
+        for train_heads in ("frozen", "full"):
             name = head_type if train_heads == "frozen" else f"{head_type}_trained"
             own = CAFTConfig(head_type=head_type, train_heads=train_heads, **settings)
             if model is None:
@@ -129,7 +132,7 @@ def random_model(config: PretrainedConfig, device: torch.device, trained_heads: 
     return model.to(device).train()
 
 
-def random_batch(config: PretrainedConfig, rows: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
+def random_batch(config: PretrainedConfig, rows: int, tokens: int, device: torch.device) -> Batch:
     """Random tokens, of which the second half of each row has labels."""
     ids = torch.randint(config.vocab_size, (rows, tokens), device=device)
     labels = ids.clone()
@@ -138,15 +141,21 @@ def random_batch(config: PretrainedConfig, rows: int, tokens: int, device: torch
 
 
 class Stepper:
-    """Makes training steps of one arm: forward, backward, optimizer."""
+    """Makes training steps of one arm, forward, backward and optimizer, on one batch.
 
-    def __init__(self, arm: Arm, model: PeftModel) -> None:
+    Args:
+        optimizers: adapter -> its optimizer, which the arms of that adapter share; it is filled here.
+    """
+
+    def __init__(self, arm: Arm, model: PeftModel, optimizers: dict[str, torch.optim.Optimizer], batch: Batch) -> None:
         self.arm = arm
         self.model = model
+        self.optimizers = optimizers
+        self.batch = batch
         self.loss = {"trl": trl_loss, "rows": rows_loss}.get(arm.method, own_loss)(model)
-        self.optimizer: torch.optim.Optimizer | None = None
 
-    def __call__(self, batch: dict[str, Tensor]) -> None:
+    def prepare(self) -> None:
+        """Switch the shared model to this arm, which takes the host a while."""
         model, arm = self.model, self.arm
         model.set_adapter(arm.adapter)
         model.peft_config[arm.adapter] = replace(model.peft_config[arm.adapter], aux_token_fraction=arm.fraction)
@@ -156,15 +165,16 @@ class Stepper:
                 base.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 base.gradient_checkpointing_disable()
-        with model.base_model.auxiliary_loss_enabled(arm.method in TYPES):
-            self.loss(batch).backward()
-        if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if arm.adapter not in self.optimizers:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self.optimizers[arm.adapter] = torch.optim.AdamW(trained, lr=1e-5)
 
-
-Loss = Callable[[dict[str, Tensor]], Tensor]
+    def __call__(self) -> None:
+        with self.model.base_model.auxiliary_loss_enabled(self.arm.method in TYPES):
+            self.loss(self.batch).backward()
+        optimizer = self.optimizers[self.arm.adapter]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def own_loss(model: nn.Module) -> Loss:
@@ -175,7 +185,7 @@ def rows_loss(model: PeftModel) -> Loss:
     """What is left of LoRA's step when only supervised tokens reach the lm_head."""
     trunk, unembedding = model.get_base_model().base_model, Backbone.of(model).unembedding()
 
-    def loss(batch: dict[str, Tensor]) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         states = trunk(**inputs, use_cache=False).last_hidden_state
         own = Supervision.of(batch["labels"], 0).next_token
@@ -207,12 +217,23 @@ def trl_loss(model: PeftModel) -> Loss:
     )
     rows = Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}])
     trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
-    return lambda batch: trainer.compute_loss(trainer.model, dict(batch))
+    base = model.get_base_model()
+    own_forward = vars(base).pop("forward")  # TRL's, which the other arms must not meet
+
+    def loss(batch: Batch) -> Tensor:
+        base.forward = own_forward
+        try:
+            return trainer.compute_loss(trainer.model, dict(batch))
+        finally:
+            del base.forward
+
+    return loss
 
 
-def counted(model: PeftModel, arm: Arm, tokens: int) -> float:
+def counted(config: PretrainedConfig, arm: Arm, tokens: int) -> float:
     """Operations of a step per token; the heads are counted as frozen."""
-    shapes = ModelShapes.of(model)
+    lora = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    shapes = ModelShapes.of(model_on_meta(config, lora, torch.bfloat16))
     if arm.method in TYPES:
         return caft_step(
             shapes, tokens / 2, arm.method, NUM_HEADS, 0.5, arm.fraction, gradient_checkpointing=arm.checkpointing

@@ -24,13 +24,14 @@ def main() -> None:
     options = job.options
     config, rows, tokens = (TINY, 2, 32) if job.smoke else (MODELS[options.model], options.rows, 2048)
     arm = ARMS[names.index(options.arm)]
-    stepper = Stepper(arm, random_model(config, job.device, arm.trained))
     batch = random_batch(config, rows, tokens, job.device)
+    stepper = Stepper(arm, random_model(config, job.device), {}, batch)
+    stepper.prepare()
     for _ in range(2):
-        stepper(batch)
+        stepper()
     activities = [ProfilerActivity.CPU] if job.smoke else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities) as found:
-        stepper(batch)
+        stepper()
     found.export_chrome_trace(str(job.out / "profile.trace.json.gz"))
     job.report(f"{options.arm} on {options.model}, {rows} x {tokens} tokens\n\n{table(found, job.smoke)}")
 

@@ -12,6 +12,7 @@ if [[ ! " check step kernel heads profile " == *" $job "* ]]; then
 fi
 shift
 export OUT=${OUT:-$here/out} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export PYTHONPATH=$root:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 if compgen -G "$root/.whl/*.whl" >/dev/null; then
     site=$(mktemp -d)

@@ -7,85 +7,91 @@ from __future__ import annotations
 
 import gc
 import time
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+from peft import PeftModel
+from transformers import PretrainedConfig
 
 from peft_caft.basics.tables import markdown_table
 
 from .measuring import Job, interleaved, peak_bytes, spread
-from .models import ARMS, MODELS, TINY, Arm, Stepper, counted, random_batch, random_model
+from .models import ARMS, MODELS, TINY, TYPES, Stepper, counted, random_batch, random_model
 
 TOKENS, TURNS, LARGEST_BATCH = 2048, 7, 64
 
 
-def fits(stepper: Stepper, batch: dict) -> bool:
-    """Whether the card holds two steps; the first makes the optimizer's state."""
+def fits(stepper: Stepper) -> bool:
+    """Whether the card holds two steps; memory is free again afterwards."""
+    fitting = True
     try:
+        stepper.prepare()
         for _ in range(2):
-            stepper(batch)
-        return True
+            stepper()
+        if stepper.batch["input_ids"].is_cuda:
+            torch.cuda.synchronize()
     except torch.OutOfMemoryError:
-        return False
-    finally:
-        stepper.model.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        fitting = False
+    stepper.model.zero_grad(set_to_none=True)  # outside of the handler, whose traceback would keep the tensors
+    gc.collect()
+    torch.cuda.empty_cache()
+    return fitting
 
 
-def largest_batch(stepper: Stepper, config: Any, device: torch.device) -> int:
-    """Most rows that fit, within one, by trying; each try makes two steps."""
+def largest_batch(model: PeftModel, optimizers: dict, config: PretrainedConfig, device: torch.device) -> int:
+    """Most rows with which plain LoRA fits; each try makes two steps."""
+
+    def holds(rows: int) -> bool:
+        return fits(Stepper(ARMS[0], model, optimizers, random_batch(config, rows, TOKENS, device)))
+
     low, high = 0, 1
-    while high <= LARGEST_BATCH and fits(stepper, random_batch(config, high, TOKENS, device)):
+    while high <= LARGEST_BATCH and holds(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        if fits(stepper, random_batch(config, middle, TOKENS, device)):
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
 
 
-def measure(job: Job, name: str, config: Any) -> None:
+def measure(job: Job, name: str, config: PretrainedConfig) -> None:
     """Write the figures of all arms on one model."""
-    trained_heads = job.smoke or config.hidden_size <= 1024  # on a large model they would take the room of the batch
-    model = random_model(config, job.device, trained_heads)
+    model, optimizers = random_model(config, job.device), {}
     tokens = 32 if job.smoke else TOKENS
-    rows = 2 if job.smoke else largest_batch(Stepper(ARMS[0], model), config, job.device)
+    little = random_batch(config, 1, 32, job.device)
+    for arm in ARMS:  # so that the states of all optimizers are there before the batch is chosen
+        if arm.method in TYPES:
+            fits(Stepper(arm, model, optimizers, little))
+    rows = 2 if job.smoke else largest_batch(model, optimizers, config, job.device)
     batch = random_batch(config, rows, tokens, job.device)
     job.write(kind="model", model=name, rows=rows, tokens=tokens)
-    steppers: dict[Arm, Stepper] = {}
-    memory: dict[Arm, int] = {}
+    steppers: dict[str, Stepper] = {}
     for arm in ARMS:
-        if arm.trained and not trained_heads:
-            continue
         try:
-            stepper = Stepper(arm, model)
-            stepper(batch)
-            stepper(batch)
-            memory[arm] = peak_bytes(lambda stepper=stepper: stepper(batch), job.device)
-            steppers[arm] = stepper
-        except (torch.OutOfMemoryError, ImportError) as error:
+            stepper = Stepper(arm, model, optimizers, batch)
+        except ImportError as error:
             job.write(kind="failed", model=name, arm=arm.name, failure=str(error)[:300])
-            model.zero_grad(set_to_none=True)
-    functions = {arm.name: lambda stepper=stepper: stepper(batch) for arm, stepper in steppers.items()}
-    times = interleaved(functions, 1 if job.smoke else TURNS, job.device, warm_up=0 if job.smoke else 1)
-    for arm in steppers:
-        base = times[arm.baseline]
-        ratios = [own / other for own, other in zip(times[arm.name], base, strict=True)]
+            continue
+        if not fits(stepper):
+            job.write(kind="failed", model=name, arm=arm.name, failure="does not fit")
+            continue
+        stepper.prepare()
         heads = model.base_model.auxiliary_heads[arm.adapter]
         job.write(
-            kind="time",
+            kind="memory",
             model=name,
             arm=arm.name,
-            baseline=arm.baseline,
-            seconds=spread(times[arm.name]),
-            ratio=spread(ratios),
-            flops=counted(model, arm, tokens) * rows * tokens,
-            peak_bytes=memory[arm],
-            head_bytes=sum(p.numel() * p.element_size() for p in heads.parameters()),
+            peak_bytes=peak_bytes(stepper, job.device),
+            head_bytes=sum(p.numel() * p.element_size() for p in heads.parameters()) if arm.method in TYPES else 0,
+            flops=counted(config, arm, tokens) * rows * tokens,
         )
+        steppers[arm.name] = stepper
+    interleaved(
+        steppers,
+        1 if job.smoke else TURNS,
+        job.device,
+        warm_up=0 if job.smoke else 1,
+        after_turn=lambda seconds: job.write(kind="turn", model=name, seconds=seconds),
+    )
 
 
 def main() -> None:
@@ -109,24 +115,44 @@ def main() -> None:
         job.report(table(job.records()))
 
 
-def table(found: list[dict]) -> str:
-    """Each arm's time and memory over LoRA's, and the share of the card's operations that its counted ones reach."""
-    ceiling = found[0]["flops_per_second"]
-    sizes = {
-        record["model"]: f"{record['rows']} x {record['tokens']:,}" for record in found if record["kind"] == "model"
-    }
-    times = {(r["model"], r["arm"]): r for r in found if r["kind"] == "time"}
+def arms_of(found: list[dict]) -> Iterator[dict]:
+    """For each model and arm that was timed: its records in one, with spreads of time and of its ratio to LoRA."""
+    sizes = {r["model"]: r for r in found if r["kind"] == "model"}
+    memory = {(r["model"], r["arm"]): r for r in found if r["kind"] == "memory"}
+    baselines = {arm.name: arm.baseline for arm in ARMS}
+    for name, size in sizes.items():
+        turns = [r["seconds"] for r in found if r["kind"] == "turn" and r["model"] == name]
+        for arm in turns[0] if turns else ():
+            base, ratios = baselines[arm], [turn[arm] / turn[baselines[arm]] for turn in turns]
+            seconds = spread([turn[arm] for turn in turns])
+            own, lora = memory[name, arm], memory[name, base]
+            yield (
+                size
+                | own
+                | {"seconds": seconds, "ratio": spread(ratios), "counted": own["flops"] / lora["flops"], "lora": lora}
+            )
+
+
+def table(found: list[dict], foretold: dict[tuple[str, str], float] | None = None) -> str:
+    """Each arm's time and memory over LoRA's, and the share of the card's operations that its counted ones reach.
+
+    Args:
+        foretold: (model, arm) -> bytes of a step's memory by `peft_caft.planning`, for a column of its own.
+    """
     rows = []
-    for (model, arm), record in times.items():
-        base = times[model, record["baseline"]]
-        ratio, seconds = record["ratio"], record["seconds"]["median"]
+    for arm in arms_of(found):
+        ratio, median = arm["ratio"], arm["seconds"]["median"]
+        lora = arm["lora"]["peak_bytes"]  # 0 on a CPU, where it is not measured
+        over = f"{(arm['peak_bytes'] + arm['head_bytes']) / lora:.2f}" if lora else "-"
+        planned = (foretold or {}).get((arm["model"], arm["arm"]))
         rows.append([
-            f"{model}, {sizes[model]}", arm, f"{seconds * 1000:,.0f}",
-            f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})", f"{record['flops'] / base['flops']:.3f}",
-            f"{record['flops'] / seconds / ceiling:.0%}", f"{record['peak_bytes'] / 2**30:.2f}",
-            f"{(record['peak_bytes'] + record['head_bytes'] * arm.startswith('CAFT')) / max(base['peak_bytes'], 1):.2f}",
+            f"{arm['model']}, {arm['rows']} x {arm['tokens']:,}", arm["arm"], f"{median * 1000:,.0f}",
+            f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})", f"{arm['counted']:.3f}",
+            f"{arm['flops'] / median / found[0]['flops_per_second']:.0%}", f"{arm['peak_bytes'] / 2**30:.2f}", *([] if foretold is None else ["-" if planned is None else f"{planned / 2**30:.2f}"]), over,
         ])  # fmt: skip
     header = ["model, batch", "arm", "ms", "over LoRA", "counted", "of the card", "GiB", "with heads, over LoRA"]
+    if foretold is not None:
+        header.insert(-1, "GiB foretold")
     failed = [f"{r['model']}, {r.get('arm', 'all arms')}: {r['failure']}" for r in found if r["kind"] == "failed"]
     return "\n".join([markdown_table(header, rows), *failed])
 

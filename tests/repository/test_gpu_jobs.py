@@ -39,6 +39,20 @@ def test_smoke_run_reports_its_origin_and_ends_with_a_table(job, tmp_path):
     assert max(file.stat().st_size for file in files) < 16 * 2**20
 
 
+@pytest.mark.slow
+def test_results_hold_what_plan_foretold_and_plots(tmp_path):
+    for job in ("step", "kernel"):
+        assert run(job, tmp_path, "--smoke").returncode == 0
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks")))}
+    command = [sys.executable, "-m", "gpu.results", str(tmp_path)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    table = (tmp_path / "step.md").read_text()
+    assert "GiB foretold" in table
+    assert "commit" in table
+    for name in ("step.png", "kernel.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
 def test_unknown_job_is_refused_by_name(tmp_path):
     found = run("steps", tmp_path)
     assert found.returncode == 2
