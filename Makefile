@@ -65,7 +65,8 @@ test-ceiling: $(CEILING)/.ready  ## the same with the newest versions, in .venv-
 	$(CEILING)/bin/$(PYTEST) $(QUICK) $(PYTEST_ARGS)
 
 test-optional: $(OPTIONAL)/.ready  ## the tests that need optional packages (bitsandbytes, torchao, deepspeed, triton), in .venv-optional
-	$(OPTIONAL)/bin/$(PYTEST) $(PYTEST_ARGS) tests/method/test_quantised.py tests/repository/test_triton_cross_entropy.py
+	$(OPTIONAL)/bin/$(PYTEST) $(PYTEST_ARGS) tests/method/test_quantised.py
+	TRITON_INTERPRET=1 $(OPTIONAL)/bin/$(PYTEST) $(PYTEST_ARGS) tests/repository/test_triton_cross_entropy.py
 	$(OPTIONAL)/bin/$(PYTEST) $(PYTEST_ARGS) -k QLoRA tests/method/test_trainer_matrix.py
 	PATH="$(CURDIR)/$(OPTIONAL)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(OPTIONAL)/torch_extensions" \
 		$(OPTIONAL)/bin/python -m pytest $(PYTEST_ARGS) tests/training/test_deepspeed.py tests/training/test_sft_processes.py \

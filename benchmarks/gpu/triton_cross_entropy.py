@@ -4,7 +4,7 @@
 exponential, subtraction, factor, cast. This kernel does all of them, a row in each program: it reads the row twice, the second time
 from the L2 cache, and writes dL/dlogits in place. It enters the package if it makes the loss more than a tenth faster on a GPU.
 
-    python -m pytest tests/benchmarks/test_triton_cross_entropy.py   # in Triton's interpreter, where triton is installed
+    TRITON_INTERPRET=1 python -m pytest tests/repository/test_triton_cross_entropy.py   # on a CPU
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton candidate of ``benchmarks/gpu`` in Triton's interpreter, against the plain cross entropy."""
+"""The Triton candidate of ``benchmarks/gpu`` in Triton's interpreter (``TRITON_INTERPRET=1``), against the plain cross entropy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernel is made
-pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":  # which Triton reads when the kernel is made
+    pytest.skip("see `make test-optional`", allow_module_level=True)
 
 from gpu import triton_cross_entropy
 
