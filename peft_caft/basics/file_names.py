@@ -1,7 +1,5 @@
 """Names of the files that heads, adapters and their cards are made of."""
 
-from __future__ import annotations
-
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CAFT_CONFIG_NAME = "caft_config.json"

@@ -1,7 +1,5 @@
 """Files written whole or not at all, by one writer; their hashes; JSON; the cache folder."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -47,7 +45,9 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
+    ) as scratch:
         yield Path(scratch)
         for path in sorted(Path(scratch).iterdir()):
             os.replace(path, target / path.name)

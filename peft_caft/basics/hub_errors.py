@@ -1,7 +1,5 @@
 """Errors of the Hub, in words that tell a user what to do next."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -6,8 +6,6 @@ take no part. Seeds and rows are drawn independently, since every seed meets the
 percentiles, and the same for the same values.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +79,7 @@ def mean_estimate(
 def mean_over_seeds(
     values: Sequence[Values], weights: Sequence[float] | None = None, resamples: int = 2000, seed: int = 0
 ) -> Estimate | None:
-    """The mean over runs from several seeds, each with one value per row, as `mean_estimate`."""
+    """The mean over runs from several seeds, each with a value per row, by bootstrap over both."""
     table, weight = _table(values, weights)
     return _estimate(table, weight, resamples, seed) if (weight > 0).any() else None
 

@@ -4,8 +4,6 @@ A hidden folder beside the output holds ``settings.json`` and, for each process,
 with one line per finished batch. A resumed run may have another number of processes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -37,7 +37,7 @@ def listed(versions: dict[str, str]) -> str:
 
 def source_name(source: str) -> str:
     """A model's or artifact's Hub id, or the name of its folder: a path means nothing elsewhere."""
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    return Path(os.path.abspath(source)).name if Path(source).is_dir() else source
 
 
 @functools.cache

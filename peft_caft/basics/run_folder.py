@@ -4,8 +4,6 @@
 written last: it holds the result and marks the run as finished.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import zipfile
@@ -23,6 +21,8 @@ ADVICE = "Choose another output, or pass --overwrite to replace it."
 
 @dataclass(frozen=True)
 class RunFolder:
+    """The folder of one run, laid out as the module's docstring says."""
+
     path: Path
 
     @property

@@ -1,7 +1,5 @@
 """Fields of settings, whose help, type and default make the options of the command line too."""
 
-from __future__ import annotations
-
 from dataclasses import MISSING, field, fields
 from typing import Any
 

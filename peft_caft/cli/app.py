@@ -3,8 +3,6 @@
 Rooms are imported inside the commands, and settings import no torch: ``--help`` comes at once.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

@@ -1,7 +1,5 @@
 """The command ``concepts``."""
 
-from __future__ import annotations
-
 import typer
 
 from ..concepts.settings import ConceptsSettings

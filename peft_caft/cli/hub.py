@@ -1,7 +1,5 @@
 """Commands that make, describe and publish: ``merge``, ``inspect``, ``push``, ``import-heads``."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """From fields of settings to options, and help in groups of options."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

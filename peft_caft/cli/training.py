@@ -1,7 +1,5 @@
 """Commands that train: ``distill``, ``train-heads``, ``train``."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import typer

@@ -234,7 +234,8 @@ def _supervised_text(input_ids: list[Any], labels: list[int], specials: set[int]
             continue
         stretch = list(positions)
         # A token that the tokenizer adds itself, such as the first, has the empty range 0, 0.
-        located = [t for position in stretch if key is not None and (t := input_ids[position]).end > t.start]
+        tokens = [] if key is None else [input_ids[position] for position in stretch]
+        located = [token for token in tokens if token.end > token.start]
         if not located:
             pieces += [_Piece(position, len(text), len(text), True) for position in stretch]
             continue

@@ -1,7 +1,5 @@
 """``peft-caft concepts``: terms of several tokens in a data set, and how well models know them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

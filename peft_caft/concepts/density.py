@@ -1,7 +1,5 @@
 """Into how many tokens a tokenizer cuts the terms of a data set, and the n that this suggests."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """`Concepts`: everything that ``peft-caft concepts`` finds."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Whether auxiliary heads know more about a data set than guessing by frequency does."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable

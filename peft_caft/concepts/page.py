@@ -5,8 +5,6 @@ numbers out, and the box around a term is dashed where the model gets a token wr
 steps look equal, and lightness carries the value: colour-blind eyes and grey prints lose nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from html import escape
 from itertools import groupby

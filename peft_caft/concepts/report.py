@@ -1,7 +1,5 @@
 """`Concepts` as Markdown tables, which a terminal shows as well."""
 
-from __future__ import annotations
-
 from ..basics.intervals import Estimate, shown, too_narrow_by
 from ..basics.tables import markdown_table
 from .findings import Concepts
@@ -46,8 +44,8 @@ def _density(found: Concepts) -> str:
         return [name, *columns, f"{tokens:,}", _share(tokens, counts.tokens)]
 
     longest = max(counts.terms, default=0)
-    shown = range(1, min(longest, LONGEST_SHOWN) + 1)
-    rows = [line(str(length), counts.terms.get(length, 0), counts.tokens_in(length)) for length in shown]
+    lengths = range(1, min(longest, LONGEST_SHOWN) + 1)
+    rows = [line(str(length), counts.terms.get(length, 0), counts.tokens_in(length)) for length in lengths]
     longer = [length for length in counts.terms if length > LONGEST_SHOWN]
     if longer:
         terms, tokens = (sum(f(length) for length in longer) for f in (counts.terms.__getitem__, counts.tokens_in))

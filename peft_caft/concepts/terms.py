@@ -13,8 +13,6 @@
   ``propan``, ``ol`` in 2-methylpropan-2-ol; locants are no terms.
 """
 
-from __future__ import annotations
-
 import ast
 import io
 import re

@@ -3,8 +3,6 @@
 Only supervised positions reach the lm_head, a chunk at a time, as in training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Every training step is a ``peft-caft`` command in a process of its own, printed 
 it. So its time and peak memory are its own, and an interrupted demo resumes where it was.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

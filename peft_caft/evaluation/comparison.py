@@ -6,8 +6,6 @@ the choice. Each run has its own folder: a finished run is not repeated, and an 
 resumed. Several processes, such as one per GPU, may share a comparison: each takes a free run.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -46,7 +44,7 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
         overwrite: replace a comparison that the folder holds.
 
     Returns:
-        the contents of ``summary.json``.
+        the contents of ``summary.json``: chosen rates, costs, means and differences of the arms.
 
     Raises:
         FileExistsError: if the folder holds a comparison with another plan.

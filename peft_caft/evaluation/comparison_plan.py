@@ -20,8 +20,6 @@ Arms are paired: one seed gives all of them the same initial adapter and order o
 decides these must be the same in all arms.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields

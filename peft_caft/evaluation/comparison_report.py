@@ -1,7 +1,5 @@
 """The results of a comparison as numbers and as Markdown: means and paired differences."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any

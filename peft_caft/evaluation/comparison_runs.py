@@ -1,7 +1,5 @@
 """One resumable run of a comparison: fine-tunes an arm from one seed and answers one split."""
 
-from __future__ import annotations
-
 import gc
 import json
 from dataclasses import dataclass

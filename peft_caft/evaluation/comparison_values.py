@@ -1,7 +1,5 @@
 """Checks of a plan's values; each error names the field, its value and what was expected."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 

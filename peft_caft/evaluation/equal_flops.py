@@ -1,7 +1,5 @@
 """How many steps of LoRA cost as much as one step of CAFT, for given rows and heads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

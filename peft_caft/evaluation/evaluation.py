@@ -4,8 +4,6 @@ It writes ``rows.jsonl`` (answer, scores and cross entropies of a row), ``evalua
 with confidence intervals, settings, provenance) and ``evaluation.md``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """`Evaluator`: answers and scores rows, and makes of each a line of ``rows.jsonl``."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cached_property

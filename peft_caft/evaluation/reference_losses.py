@@ -1,7 +1,5 @@
 """Rows as prompt and answer tokens, and the cross entropy of each token of an answer."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Turns results of rows into means with intervals, for all rows and groups, and a report."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

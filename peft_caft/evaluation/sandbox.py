@@ -12,8 +12,6 @@ starting processes there, but that limit does not bind root, and a process that 
 survives. Run programs of a model that you do not trust in a container or a virtual machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

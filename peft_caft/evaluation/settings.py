@@ -1,7 +1,5 @@
 """Settings of ``peft-caft evaluate``. It imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..basics.checks import require_choices, require_counts

@@ -13,8 +13,6 @@
 ``python task.py --output FOLDER`` builds its data, ``peft-caft evaluate --task task.py`` uses it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import sys

@@ -1,7 +1,5 @@
 """Builds the data of a task: a file per split, and ``data.json``, which describes them."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

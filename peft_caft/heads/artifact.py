@@ -5,8 +5,6 @@ under a pending name, removes the old card, and replaces the weights, then the c
 one configuration on disk always matches the weights, and a reader takes that one.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from contextlib import suppress

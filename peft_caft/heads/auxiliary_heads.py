@@ -224,7 +224,7 @@ class AuxiliaryHeads(PretrainedHeads):
             position_ids: int64 ``(batch, tokens)``.
 
         Returns:
-            one fp32 ``(batch, tokens, vocabulary)`` per head; entry i predicts token t + i + 2.
+            ``(batch, tokens, vocabulary)`` for each head, fp32 or better; entry i is for t + i + 2.
 
         Raises:
             ValueError: if the heads were made for another base model.

@@ -1,7 +1,5 @@
 """The model card that lies beside auxiliary heads, and its plot."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any

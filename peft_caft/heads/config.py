@@ -75,7 +75,7 @@ class HeadsConfig:
         """Read a heads ``config.json``.
 
         Raises:
-            ValueError: if it is not JSON, no heads configuration, or one of another version.
+            ValueError: if it is not JSON, describes no heads, or has an unknown version or type.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,5 @@
 """Copies of decoder layers that become heads: no adapters, hooks, checkpointing or quantisation."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -4,8 +4,6 @@
 queries and everything after them of selected ones. Both call the layer whatever its architecture.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 from typing import Any

@@ -4,8 +4,6 @@ They use ``HfApi`` and ``hf_hub_download``, not huggingface_hub's ``ModelHubMixi
 knows the commit that it loads nor returns the one that it makes.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from abc import ABC, abstractmethod
@@ -47,7 +45,7 @@ class PretrainedHeads(nn.Module, ABC):
         """Name -> parameter, with the names and shapes that `from_config` makes."""
 
     def recorded_as(self, source: str) -> str:
-        """Name in a record: repository and commit, else the last part of ``source``, a path."""
+        """How a record names them: by repository and commit, else by the folder's name."""
         return f"{self.repo_id}@{self.commit}" if self.repo_id else os.path.basename(os.path.normpath(source))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:

@@ -1,7 +1,5 @@
 """Publishes heads on the Hub in one commit, with their card."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil
@@ -65,7 +63,7 @@ def push_heads(
         )
 
 
-def require_hub_id(name: str, value: str, advice: str = "Give the model's id on the Hub, with --base-model.") -> str:
+def require_hub_id(name: str, value: str, advice: str = "Give the model's id with --base-model (base_model=).") -> str:
     """Return ``value``, which is published, if it can be a repository id and is no local folder.
 
     Raises:

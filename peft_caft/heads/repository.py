@@ -79,7 +79,7 @@ class Repository:
         return cls(to, api, repo_id, info.sha, {sibling.rfilename for sibling in info.siblings or []})
 
     def require_heads_of_same_base(self, ours: HeadsConfig) -> None:
-        """Raise a FileExistsError unless it is empty or holds heads of the same base model."""
+        """Raise a FileExistsError if it holds a model, an adapter or heads of another base."""
         if ADAPTER_CONFIG_NAME in self.files:
             raise self._holds("an adapter", "heads")
         if CONFIG_NAME not in self.files:
@@ -93,9 +93,14 @@ class Repository:
             raise self._holds(f"{there} ({difference})", here)
 
     def require_adapter_of_same_base(self, base_model: str) -> None:
-        """Raise a FileExistsError unless it is empty or holds an adapter of ``base_model``."""
+        """Raise a FileExistsError if it holds a model, heads or an adapter of another base."""
         if ADAPTER_CONFIG_NAME in self.files:
-            theirs = read_json(self._download(ADAPTER_CONFIG_NAME)).get("base_model_name_or_path")
+            try:
+                theirs = read_json(self._download(ADAPTER_CONFIG_NAME)).get("base_model_name_or_path")
+            except ValueError as error:
+                raise self._holds(
+                    f"a damaged {ADAPTER_CONFIG_NAME} ({error})", f"an adapter of {base_model}"
+                ) from error
             if theirs != base_model:
                 raise self._holds(f"an adapter of {theirs}", f"an adapter of {base_model}")
         elif CONFIG_NAME in self.files:

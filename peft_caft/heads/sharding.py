@@ -1,10 +1,9 @@
 """Parameters that an engine has sharded over processes, read and written whole.
 
 FSDP2 makes them DTensors. DeepSpeed's ZeRO-3 makes them empty tensors with the attributes ``ds_id``
-and ``ds_shape``, already when transformers loads the model. All processes call them together.
+and ``ds_shape``, already when transformers loads the model. All processes call the functions that
+read or write values together.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

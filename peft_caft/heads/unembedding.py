@@ -138,7 +138,11 @@ class Unembedding:
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``(rows, vocabulary)`` in `logits_dtype` of ``(rows, hidden)`` in the weight's."""
+        """Logits ``(rows, vocabulary)`` in `logits_dtype`.
+
+        Args:
+            hidden: ``(rows, hidden)`` in the dtype of the weight.
+        """
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias).to(self.logits_dtype)
         return self._scaled_and_capped(logits)
 
@@ -207,7 +211,8 @@ def target_scores(states: Tensor, targets: Tensor, unembedding: Unembedding, top
         top: number of the most likely tokens that are compared; at most the vocabulary.
 
     Returns:
-        cross entropies, fp32 ``(rows,)``, nats; and hits of the ``top``, bool ``(rows, top)``.
+        cross entropies, fp32 ``(rows,)``, nats; and whether the i-th most likely token is the
+        target, bool ``(rows, top)``.
     """
     top = min(top, len(unembedding.weight))
     cross_entropies = [states.new_zeros(0, dtype=torch.float32)]

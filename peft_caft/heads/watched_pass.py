@@ -1,7 +1,5 @@
 """Watching a forward pass of the base model with hooks; `Captured` is what the heads need of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

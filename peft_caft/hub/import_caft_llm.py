@@ -13,8 +13,6 @@ heads read:
 Neither has the final norm between head and unembedding.
 """
 
-from __future__ import annotations
-
 import re
 import zipfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Merges an adapter into its base model: a plain folder that needs neither peft nor peft_caft."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from peft import PeftModel

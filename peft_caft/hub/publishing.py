@@ -5,8 +5,6 @@ no push made meanwhile is overwritten unseen. Only files of known names are uplo
 folder also holds checkpoints, pickled arguments and paths of this machine.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path

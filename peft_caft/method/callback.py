@@ -1,7 +1,5 @@
 """`CAFTCallback`: connects the auxiliary objective with ``transformers.Trainer``."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The heads that a configuration asks for: loaded or fresh, with or without LoRA inside."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

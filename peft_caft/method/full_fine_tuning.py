@@ -1,7 +1,5 @@
 """Full fine-tuning with the objective of CAFT: all parameters train, and the model stays plain."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

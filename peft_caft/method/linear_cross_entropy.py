@@ -7,8 +7,6 @@ the layer if that is trained, so that memory holds one chunk of logits beside th
     losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Resumes CAFT training from a saved adapter, which PEFT alone loads as a plain LoRA adapter."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

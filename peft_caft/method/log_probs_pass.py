@@ -9,8 +9,6 @@ There is no loss to add the auxiliary loss to. So its gradient is attached to ``
 values do not change: the trainer's factor on them applies to it too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The auxiliary loss of CAFT (arXiv 2506.07833): sum over heads of alpha^(k-1) * CE_k."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +22,8 @@ class AuxiliaryLoss:
 
     Attributes:
         total: weight * sum_k alpha^(k-1) * (sum of head k's cross entropies); scalar, fp32, nats.
-        sums: sum of cross entropies of head i + 2, fp32 scalars, nats; estimates after a draw.
+        sums: ``sums[i]`` is the sum of cross entropies of the head for i + 2 tokens ahead, an fp32
+            scalar without graph, nats; an estimate after a draw.
         counts: number of supervised positions of each head, before any draw.
     """
 

@@ -1,7 +1,5 @@
 """`CAFTModel`: LoRA's tuner with auxiliary heads and their loss."""
 
-from __future__ import annotations
-
 import copy
 import os
 import warnings

@@ -4,8 +4,6 @@ transformers' causal language models compute the logits of all tokens and keep t
 pass. Here the model runs up to its final hidden states, and `linear_cross_entropy` does the rest.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Generator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`ObjectiveConfig`: settings of CAFT's objective. It imports no torch, for the command line."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`RecentLosses`, auxiliary losses since the last log, and `Progress`, the step of the run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

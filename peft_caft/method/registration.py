@@ -1,7 +1,8 @@
 """Makes ``CAFT`` a PEFT method: the one place where a table of another library is extended.
 
 ``register_peft_method`` (huggingface/peft#2282, unchanged in 0.21) refuses a name that the enum
-``PeftType`` lacks, so the member is added by hand, once. It is a ``str``.
+``PeftType`` lacks, so the member is added by hand, once. A member is a ``str``, hence
+``str.__new__``.
 """
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING

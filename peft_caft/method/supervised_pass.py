@@ -1,7 +1,5 @@
 """`SupervisedPass`: what the objective needs of a forward pass, whoever makes its loss."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any

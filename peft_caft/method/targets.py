@@ -12,7 +12,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class SupervisedRows:
-    """Positions that supervise one unembedding, on the device of the labels.
+    """Positions of a batch that supervise the model itself, or one head.
 
     Attributes:
         rows: int64 ``(supervised,)``, ascending indices into the ``batch * tokens`` positions.
@@ -28,8 +28,7 @@ class SupervisedRows:
 
     def to(self, device: torch.device) -> SupervisedRows:
         """The same on another device."""
-        rows, targets = (tensor.to(device, non_blocking=True) for tensor in (self.rows, self.targets))
-        return replace(self, rows=rows, targets=targets)
+        return replace(self, rows=_sent(self.rows, device), targets=_sent(self.targets, device))
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ class Supervision:
     ) -> Supervision:
         """Find the positions of all heads in one pass; the host waits for the device once.
 
-        Position t has a target k tokens ahead if label[t+k] is set. For heads, moreover, neither t
-        nor t+k may be padding, and both belong to one document: their ``position_ids``, which
-        packed batches restart, differ by k.
+        Position t has a target k tokens ahead if label[t+k] is set. For a head, neither t nor t+k
+        is padding, and both are in one document: their ``position_ids``, which packed batches
+        restart, differ by k.
 
         Args:
             labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
@@ -82,7 +81,7 @@ class Supervision:
         kept = before
         if fraction < 1:
             drawn = torch.rand(labels.numel(), generator=torch.Generator().manual_seed(seed)) < fraction
-            drawn = drawn.to(labels.device, non_blocking=True)
+            drawn = _sent(drawn, labels.device)
             shifts = [index + 1 if draw_predicted else 0 for index in range(num_heads)]
             of_heads = torch.stack([drawn.roll(-shift) for shift in shifts]).view_as(before[1:])
             kept = torch.cat([before[:1], before[1:] & of_heads])
@@ -95,6 +94,14 @@ class Supervision:
             rows = places - index * labels.numel()
             found.append(SupervisedRows(rows, flat[rows + index + 1], counts[index], most[index]))
         return cls(found[0], found[1:], fraction)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on a device; the host waits for a copy unless that goes to CUDA.
+
+    On its way to MPS the memory that it is read from may be freed (pytorch/pytorch#189690).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _with_target(

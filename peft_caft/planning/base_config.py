@@ -1,7 +1,5 @@
 """Reads the configuration of a base model without its weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import transformers

@@ -57,7 +57,10 @@ class LiveMemory(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
-            self._known[key] = weakref.ref(storage, partial(self._known.pop, key))  # ignores a missing key
+            self._known[key] = weakref.ref(storage, partial(self._forget, key))
+
+    def _forget(self, key: int, _: weakref.ref) -> None:
+        self._known.pop(key, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is DEVICE_OF:  # no operation, and called too often to go the long way

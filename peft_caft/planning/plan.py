@@ -1,7 +1,5 @@
 """``peft-caft plan``: what training with LoRA and CAFT would take, from a configuration alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

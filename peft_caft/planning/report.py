@@ -1,7 +1,5 @@
 """A `Plan` as Markdown tables, which a terminal shows as well."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 from ..basics.tables import markdown_table

@@ -1,7 +1,5 @@
 """Settings of ``peft-caft plan``. It imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -4,8 +4,6 @@ The real code of transformers, PEFT and this package runs on tensors without dat
 nothing is assumed about an architecture, and a change of that code shows here.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

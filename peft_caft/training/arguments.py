@@ -1,9 +1,7 @@
 """Options that a command passes on: fields of ``TrainingArguments`` and ``LoraConfig``."""
 
-from __future__ import annotations
-
 import dataclasses
-from argparse import SUPPRESS, ArgumentError, ArgumentParser
+from argparse import ArgumentError
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -85,14 +83,19 @@ def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ValueError: if only Python can give a field, or a value has another type.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    for field in dataclasses.fields(LoraConfig):
-        spellings = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-        parser.add_argument(*spellings, dest=field.name, nargs="?", default=SUPPRESS)
-    given, others = parser.parse_known_args(options)
-    types = lora_option_types()
+    types, names = lora_option_types(), {field.name for field in dataclasses.fields(LoraConfig)}
     found: dict[str, Any] = {}
-    for name, text in vars(given).items():
+    others: list[str] = []
+    words = list(options)
+    while words:  # argparse takes an unknown option with a space in it for a value
+        word = words.pop(0)
+        name = _name(word)
+        if not word.startswith("--") or name not in names:
+            others.append(word)
+            continue
+        text: str | None = word.partition("=")[2] if "=" in word else None
+        if text is None and words and not words[0].startswith("--"):
+            text = words.pop(0)
         if name in LORA_SET_ELSEWHERE:
             raise ValueError(f"--{name}: given, but this command sets it: {LORA_SET_ELSEWHERE[name]}. Leave it out.")
         if name not in types:

@@ -12,8 +12,6 @@ end is not learned (`peft-caft distill` writes it). ``"last_answer_only": true``
 answers of a chat unsupervised, because the model did not give them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Defaults of the training commands for ``TrainingArguments``, without an import of torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 COMMON: dict[str, Any] = {

@@ -1,7 +1,5 @@
 """``peft-caft distill``: the base model's own answers to prompts, as training data for heads."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

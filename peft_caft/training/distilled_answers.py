@@ -1,7 +1,5 @@
 """Turns the tokens that a model answered into text, and says which answers to leave out."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,7 +39,8 @@ class AnswerReader:
             ``prompt_index``; ``sample``; ``answer``, without special tokens; ``complete``, whether
             the model ended it; ``tokens``, the number generated; ``rejected``, None or the reason
             to leave it out: that of `rejection`, or ``"untrainable"`` if it changes how the chat
-            template shows the prompt; ``same_tokens``, whether training sees the model's own.
+            template shows the prompt; ``same_tokens``, whether training
+            sees the tokens that the model made.
         """
         # Training would read a special token as another turn, so the answer ends before it.
         end = position_of_first(ids, self._ends)

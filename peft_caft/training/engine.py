@@ -1,7 +1,5 @@
 """The engine that a run was launched with, FSDP, DeepSpeed or none, and what it shards."""
 
-from __future__ import annotations
-
 import os
 
 from accelerate import FullyShardedDataParallelPlugin

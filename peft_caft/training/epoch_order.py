@@ -1,7 +1,5 @@
 """`EpochOrder`: the order of the training rows, which depends on the seed and the epoch alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -11,7 +9,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class EpochOrder(Sampler[int]):
     """Shuffled rows; or shuffled batches of rows of about equal length, the longest batch first.
 

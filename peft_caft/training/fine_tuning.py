@@ -1,7 +1,5 @@
 """Stage 2 of CAFT: fine-tunes on a JSONL file, with or without the auxiliary loss."""
 
-from __future__ import annotations
-
 import copy
 import time
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Answers of a model, sampled in batches with transformers or vLLM; finished batches are kept."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -61,7 +59,7 @@ class Backend(Protocol):
 
 
 def batches_by_length(requests: Iterable[Request], length: Callable[[Request], int], size: int) -> list[list[Request]]:
-    """Batches of requests, longest first, ties in their order: too little memory shows at once."""
+    """Batches of at most ``size`` requests, longest first, so that they need little padding."""
     ordered = sorted(requests, key=lambda request: -length(request))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 

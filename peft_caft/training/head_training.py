@@ -1,7 +1,5 @@
 """`train_heads`: one run of stage 1, from data files to heads that are evaluated and written."""
 
-from __future__ import annotations
-
 import time
 from contextlib import nullcontext
 from dataclasses import asdict

@@ -6,8 +6,6 @@ the final norm and every kind of head are computed at a thirtieth of the model's
 is on disk, and ``cache.json`` says what model and data they belong to.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

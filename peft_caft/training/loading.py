@@ -1,7 +1,5 @@
 """Models loaded, to be trained or to be evaluated, and checked against what was asked for."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Prompts for `peft-caft distill`, read from JSONL or a dataset and turned into tokens."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

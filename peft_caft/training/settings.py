@@ -1,7 +1,5 @@
 """Settings of ``peft-caft train``, ``train-heads`` and ``distill``. It imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints

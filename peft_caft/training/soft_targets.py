@@ -8,8 +8,6 @@ so that no logits are kept. In plain torch, for one head:
     loss = -(teacher * log_softmax(scale(states @ weight.T + bias))).sum()
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

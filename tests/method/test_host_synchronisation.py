@@ -19,7 +19,10 @@ from peft_caft.training.head_trainer import HeadPretraining
 
 from ..support.tiny_models import tiny_model, tokens
 
-WAITING = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2"}
+WAITING = {
+    *("_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave"),
+    *("_unique2", "unique_dim", "unique_consecutive"),
+}
 
 
 class Operations(TorchDispatchMode):
@@ -31,7 +34,9 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().removeprefix("aten::").partition(".")[0]
-        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
         if name in WAITING or by_mask:
             self.found[name] += 1
         return function(*args, **(kwargs or {}))
