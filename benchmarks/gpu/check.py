@@ -32,7 +32,7 @@ def main() -> int:
     for test in ElementTree.parse(report).iter("testcase"):
         failure = next((child for child in test if child.tag in ("failure", "error", "skipped")), None)
         outcome = "passed" if failure is None else failure.tag
-        why = "" if failure is None else (failure.get("message") or "").splitlines()[0][:200]
+        why = "" if failure is None else next(iter((failure.get("message") or "").splitlines()), "")[:200]
         job.write(kind="test", test=test.get("name"), outcome=outcome, why=why, seconds=float(test.get("time") or 0))
     job.report(table(job.records()))
     return code

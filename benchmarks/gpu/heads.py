@@ -1,4 +1,4 @@
-"""Job `heads`: SmolLM2 answers prompts, then heads of both types are trained on these answers and on functions of Python packages.
+"""Job `heads`: SmolLM2 answers prompts, then heads are trained on these answers and on functions of Python packages.
 
 Functions come from the standard library and every package of this machine, so no training text travels. The held-out files are those
 of the published heads. What is trained comes back as pieces of at most 15 MiB.
@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -25,6 +26,7 @@ from .measuring import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 PIECE = 15 * 2**20
+CHARACTERS = 80_000_000  # about 20 million tokens
 HELD_OUT = ("functions_test.jsonl", "answers_test.jsonl")
 
 
@@ -34,7 +36,7 @@ def main() -> None:
         __doc__,
         samples={"type": int, "default": 2, "help": "answers to each prompt"},
         steps={"type": int, "default": 2500, "help": "steps of 64 rows, for each type"},
-        types={"nargs": "*", "default": ["decoder_layer", "residual"], "help": "head types, in this order"},
+        types={"nargs": "*", "default": ["decoder_layer"], "help": "head types, in this order"},
     )
     work = Path(tempfile.mkdtemp(prefix="heads-"))
     model, data = tiny(work) if job.smoke else (embedded(), ROOT / ".gpu" / "heads-data")
@@ -81,18 +83,30 @@ def tiny(folder: Path) -> tuple[str, Path]:
 def functions(work: Path, data: Path, limit: int | None) -> None:
     """Write ``functions_train.jsonl``: functions of this machine's Python, without those that are held out."""
     sys.path.insert(0, str(ROOT / "examples" / "smollm2_heads"))
-    from stdlib_functions import package_functions, stdlib_functions
+    from stdlib_functions import stdlib_functions
 
     held_out = {row["text"] for row in read_jsonl(data / "functions_test.jsonl")}
     of_stdlib = stdlib_functions(max_files=limit)
     found = [function for function in of_stdlib if not function.test]
-    for package in [] if limit else sorted(packages_distributions()):
-        try:
-            found += package_functions([package], of_stdlib)
-        except (ModuleNotFoundError, ValueError):  # a single file, or a package without one
-            continue
     texts = dict.fromkeys(function.source for function in found)
+    if not limit:
+        with ProcessPoolExecutor() as pool:  # reading torch alone takes one core most of a minute
+            for of_package in pool.map(texts_of, sorted(packages_distributions())):
+                texts |= dict.fromkeys(of_package)
+                if sum(map(len, texts)) > CHARACTERS:
+                    pool.shutdown(cancel_futures=True)
+                    break
     write_jsonl(work / "functions_train.jsonl", ({"text": text} for text in texts if text not in held_out))
+
+
+def texts_of(package: str) -> list[str]:
+    """Functions of an installed package; none if it is a single file or cannot be read."""
+    from stdlib_functions import package_functions
+
+    try:
+        return [function.source for function in package_functions([package], [])]
+    except (ImportError, RecursionError, ValueError):
+        return []
 
 
 def command(job: Job, *words: str) -> None:

@@ -116,11 +116,13 @@ def interleaved(
         after_turn: is told the seconds of each turn that counts.
     """
     found: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
     for turn in range(warm_up + turns):
         taken = {}
-        for name, function in functions.items():
-            getattr(function, "prepare", lambda: None)()
-            taken[name] = seconds(function, device)
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:  # so that none always follows the heaviest
+            getattr(functions[name], "prepare", lambda: None)()
+            taken[name] = seconds(functions[name], device)
         if turn >= warm_up:
             after_turn(taken)
             for name, value in taken.items():

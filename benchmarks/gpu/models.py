@@ -40,7 +40,7 @@ def _llama(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: 
     )
 
 
-# As the config.json of each model's repository has them.
+# Sizes of layers and vocabulary are those of the config.json of each model's repository.
 MODELS: dict[str, PretrainedConfig] = {
     "Llama-2 7B": _llama(32_000, 4096, 11_008, 32, 32, 32),
     "Llama-3.1 8B": _llama(128_256, 4096, 14_336, 32, 32, 8),
@@ -106,7 +106,7 @@ ARMS = [
 ]
 
 
-def random_model(config: PretrainedConfig, device: torch.device) -> PeftModel:
+def random_model(config: PretrainedConfig, device: torch.device, trained_heads: bool = True) -> PeftModel:
     """A model of random weights, bf16 on a GPU, with LoRA on every linear map and fresh heads of both types."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # in which a CPU is fast
@@ -122,7 +122,7 @@ def random_model(config: PretrainedConfig, device: torch.device) -> PeftModel:
     }
     model: Any = None
     for head_type in TYPES:
-        for train_heads in ("frozen", "full"):
+        for train_heads in ("frozen", "full") if trained_heads else ("frozen",):
             name = head_type if train_heads == "frozen" else f"{head_type}_trained"
             own = CAFTConfig(head_type=head_type, train_heads=train_heads, **settings)
             if model is None:
@@ -170,8 +170,11 @@ class Stepper:
             self.optimizers[arm.adapter] = torch.optim.AdamW(trained, lr=1e-5)
 
     def __call__(self) -> None:
-        with self.model.base_model.auxiliary_loss_enabled(self.arm.method in TYPES):
-            self.loss(self.batch).backward()
+        device_type = self.batch["input_ids"].device.type
+        as_trainer_does = torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda")  # with bf16=True
+        with as_trainer_does, self.model.base_model.auxiliary_loss_enabled(self.arm.method in TYPES):
+            loss = self.loss(self.batch)
+        loss.backward()
         optimizer = self.optimizers[self.arm.adapter]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -218,7 +221,7 @@ def trl_loss(model: PeftModel) -> Loss:
     rows = Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}])
     trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     base = model.get_base_model()
-    own_forward = vars(base).pop("forward")  # TRL's, which the other arms must not meet
+    own_forward = vars(base).pop("forward", base.forward)  # TRL's, which the other arms must not meet
 
     def loss(batch: Batch) -> Tensor:
         base.forward = own_forward
@@ -230,10 +233,14 @@ def trl_loss(model: PeftModel) -> Loss:
     return loss
 
 
-def counted(config: PretrainedConfig, arm: Arm, tokens: int) -> float:
-    """Operations of a step per token; the heads are counted as frozen."""
+def shapes_of(config: PretrainedConfig) -> ModelShapes:
+    """Of the model with one adapter."""
     lora = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    shapes = ModelShapes.of(model_on_meta(config, lora, torch.bfloat16))
+    return ModelShapes.of(model_on_meta(config, lora, torch.bfloat16))
+
+
+def counted(shapes: ModelShapes, arm: Arm, tokens: int) -> float:
+    """Operations of a step per token; the heads are counted as frozen."""
     if arm.method in TYPES:
         return caft_step(
             shapes, tokens / 2, arm.method, NUM_HEADS, 0.5, arm.fraction, gradient_checkpointing=arm.checkpointing

@@ -27,6 +27,10 @@ HEADS_DATA = ("prompts_train.jsonl", "functions_test.jsonl", "answers_test.jsonl
 
 def pack(file: Path, folder: Path, size: int, **facts: str) -> int:
     """Write pieces of at most ``size`` bytes and their description; the number of pieces."""
+    if size < 2**20 and size < file.stat().st_size:
+        raise ValueError(
+            f"size: got {size} bytes for a piece, expected 1 MiB or more. Carry fewer wheels, or no --heads-data."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model.*"):
         old.unlink()

@@ -25,7 +25,7 @@ def main() -> None:
     config, rows, tokens = (TINY, 2, 32) if job.smoke else (MODELS[options.model], options.rows, 2048)
     arm = ARMS[names.index(options.arm)]
     batch = random_batch(config, rows, tokens, job.device)
-    stepper = Stepper(arm, random_model(config, job.device), {}, batch)
+    stepper = Stepper(arm, random_model(config, job.device, arm.trained), {}, batch)
     stepper.prepare()
     for _ in range(2):
         stepper()
@@ -39,7 +39,11 @@ def main() -> None:
 def table(found: profile, on_cpu: bool) -> str:
     """Operations by the time that their kernels take, with their number and their share of the step; at last the idle time."""
     kind = "cpu" if on_cpu else "device"
-    events = [(getattr(e, f"self_{kind}_time_total"), e.count, e.key) for e in found.key_averages()]
+    # The card's own spans: operations of the host hold the time of their kernels too, annotations that of everything within.
+    averages = [
+        e for e in found.key_averages() if on_cpu or (e.device_type.name == "CUDA" and not e.is_user_annotation)
+    ]
+    events = [(getattr(e, f"self_{kind}_time_total"), e.count, e.key) for e in averages]
     kernels = sorted(((time, count, key) for time, count, key in events if time), reverse=True)
     busy = sum(time for time, _, _ in kernels)
     rows = [
@@ -48,7 +52,8 @@ def table(found: profile, on_cpu: bool) -> str:
     text = markdown_table(["kernel or operation", "calls", "ms", "share"], rows)
     if on_cpu:
         return text
-    spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type.name == "CUDA")
+    kernels_run = [e for e in found.events() if e.device_type.name == "CUDA" and not e.is_user_annotation]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in kernels_run)
     idle, gaps, end = 0.0, [], spans[0][1]
     for start, stop in spans:
         if start > end:

@@ -33,7 +33,7 @@ def foretold(config: PretrainedConfig, arm: Arm, rows: int, tokens: int) -> floa
         "", tokens=tokens, batch_size=rows, r=RANK, num_auxiliary_heads=NUM_HEADS, aux_token_fraction=arm.fraction
     )
     model = model_on_meta(config, peft_config(settings, arm.method), torch.bfloat16, "sdpa")
-    return simulate_step(model, Batch(rows, tokens, 0.5), arm.checkpointing).total
+    return simulate_step(model, Batch(rows, tokens, 0.5), arm.checkpointing, autocast=True).total
 
 
 def step_results(folder: Path, found: list[dict]) -> None:
@@ -47,9 +47,12 @@ def step_results(folder: Path, found: list[dict]) -> None:
     head = f"{origin['card']}, CUDA {origin['cuda']}, {listed(origin['versions'])}, commit {origin['git_commit']}"
     (folder / "step.md").write_text(f"{head}\n\n{table(found, planned)}\n", encoding="utf-8")
     models = list(dict.fromkeys(record["model"] for record in arms_of(found)))
+    if not models:  # the job was stopped before its first turn
+        return
     figure = Figure(figsize=(3.6 + 3 * len(models), 5), layout="constrained")
     for panel, model in zip(figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models, strict=True):
-        own = [record for record in arms_of(found) if record["model"] == model and record["ratio"]["median"] != 1]
+        baselines = {arm.name for arm in ARMS if arm.method == "lora"}
+        own = [record for record in arms_of(found) if record["model"] == model and record["arm"] not in baselines]
         medians = [record["ratio"]["median"] for record in own]
         spans = [[abs(r["ratio"][end] - r["ratio"]["median"]) for r in own] for end in ("low", "high")]
         panel.barh([r["arm"] for r in own], medians, xerr=spans, color=RUN_COLOURS[0], label="measured, quartiles")
@@ -68,14 +71,14 @@ def kernel_results(folder: Path, found: list[dict]) -> None:
     figure = Figure(figsize=(4 * len(cases), 3.6), layout="constrained")
     for panel, (layer, rows) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
         own = [record for record in timed if (record["layer"], record["rows"]) == (layer, rows)]
-        for index, way in enumerate(dict.fromkeys(record["way"].partition(",")[0] for record in own)):
-            of_way = [record for record in own if record["way"].partition(",")[0] == way]
-            sizes = [int(size) for _, _, size in (record["way"].partition("2^") for record in of_way) if size]
-            medians = [record["seconds"]["median"] * 1000 for record in of_way]
-            if sizes:
-                panel.plot(sizes, medians, "o-", color=RUN_COLOURS[index], label=way)
+        for index, way in enumerate(dict.fromkeys(record["way"].partition(" 2^")[0] for record in own)):
+            of_way = [record["way"].partition(" 2^")[2] for record in own if record["way"].partition(" 2^")[0] == way]
+            medians = [r["seconds"]["median"] * 1000 for r in own if r["way"].partition(" 2^")[0] == way]
+            colour = RUN_COLOURS[index % len(RUN_COLOURS)]
+            if of_way[0]:
+                panel.plot([int(size) for size in of_way], medians, "o-", color=colour, label=way)
             else:
-                panel.axhline(medians[0], color=RUN_COLOURS[index], linestyle="--", label=way)
+                panel.axhline(medians[0], color=colour, linestyle="--", label=way)
         panel.set(title=f"{layer}, {rows:,} rows", xlabel="logits of a chunk, power of two", ylabel="ms")
         tidy_axes(panel)
         panel.legend(fontsize=8)

@@ -1,6 +1,8 @@
 """Job `step`: time and memory of a training step in bf16 at true sizes, random weights, half of the tokens supervised.
 
-For each model the batch has as many rows of 2,048 tokens as plain LoRA without checkpointing can hold; all arms then step in turns.
+For each model the batch has as many rows of 2,048 tokens as plain LoRA without checkpointing can hold, beside the heads and optimizers of
+the other arms; all arms then step in turns, under autocast as with ``TrainingArguments(bf16=True)``. "GiB" is the peak above model, adapters
+and optimizers; "with heads" adds the arm's own heads, and what AdamW keeps of trained ones.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from transformers import PretrainedConfig
 from peft_caft.basics.tables import markdown_table
 
 from .measuring import Job, interleaved, peak_bytes, spread
-from .models import ARMS, MODELS, TINY, TYPES, Stepper, counted, random_batch, random_model
+from .models import ARMS, MODELS, TINY, TYPES, Stepper, counted, random_batch, random_model, shapes_of
 
 TOKENS, TURNS, LARGEST_BATCH = 2048, 7, 64
+SMALL = 1024  # hidden size up to which heads are trained too; on larger models they would take the room of the batch
 
 
 def fits(stepper: Stepper) -> bool:
@@ -47,6 +50,7 @@ def largest_batch(model: PeftModel, optimizers: dict, config: PretrainedConfig, 
     low, high = 0, 1
     while high <= LARGEST_BATCH and holds(high):
         low, high = high, 2 * high
+    high = min(high, LARGEST_BATCH + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
@@ -55,20 +59,25 @@ def largest_batch(model: PeftModel, optimizers: dict, config: PretrainedConfig, 
 
 def measure(job: Job, name: str, config: PretrainedConfig) -> None:
     """Write the figures of all arms on one model."""
-    model, optimizers = random_model(config, job.device), {}
+    trained_heads = config.hidden_size <= SMALL
+    model, optimizers, shapes = random_model(config, job.device, trained_heads), {}, shapes_of(config)
+    arms = [arm for arm in ARMS if trained_heads or not arm.trained]
     tokens = 32 if job.smoke else TOKENS
     little = random_batch(config, 1, 32, job.device)
-    for arm in ARMS:  # so that the states of all optimizers are there before the batch is chosen
+    for arm in arms:  # so that the states of all optimizers are there before the batch is chosen
         if arm.method in TYPES:
             fits(Stepper(arm, model, optimizers, little))
     rows = 2 if job.smoke else largest_batch(model, optimizers, config, job.device)
+    if not rows:
+        job.write(kind="failed", model=name, failure="plain LoRA does not fit with a single row")
+        return
     batch = random_batch(config, rows, tokens, job.device)
     job.write(kind="model", model=name, rows=rows, tokens=tokens)
     steppers: dict[str, Stepper] = {}
-    for arm in ARMS:
+    for arm in arms:
         try:
             stepper = Stepper(arm, model, optimizers, batch)
-        except ImportError as error:
+        except Exception as error:  # TRL is missing, or another version: its arm must not end the others
             job.write(kind="failed", model=name, arm=arm.name, failure=str(error)[:300])
             continue
         if not fits(stepper):
@@ -81,8 +90,11 @@ def measure(job: Job, name: str, config: PretrainedConfig) -> None:
             model=name,
             arm=arm.name,
             peak_bytes=peak_bytes(stepper, job.device),
-            head_bytes=sum(p.numel() * p.element_size() for p in heads.parameters()) if arm.method in TYPES else 0,
-            flops=counted(config, arm, tokens) * rows * tokens,
+            # AdamW keeps two values for each parameter that it trains.
+            head_bytes=sum(p.numel() * p.element_size() for p in heads.parameters()) * (3 if arm.trained else 1)
+            if arm.method in TYPES
+            else 0,
+            flops=counted(shapes, arm, tokens) * rows * tokens,
         )
         steppers[arm.name] = stepper
     interleaved(

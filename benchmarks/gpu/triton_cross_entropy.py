@@ -1,8 +1,8 @@
 """A Triton kernel for the part of linear cross entropy that is no matrix product; a candidate, which the job `kernel` times.
 
 `peft_caft.method.linear_cross_entropy` goes over a chunk's logits with one torch operation after the other: cast, log-softmax,
-exponential, subtraction, factor, cast. This kernel does all of them, a row in each program: it reads the row twice, the second time
-from the L2 cache, and writes dL/dlogits in place. It enters the package if it makes the loss more than a tenth faster on a GPU.
+exponential, subtraction, factor, cast. This kernel does all of them, a row in each program: it reads the row twice and writes
+dL/dlogits in place. It enters the package if it makes the loss more than a tenth faster on a GPU.
 
     TRITON_INTERPRET=1 python -m pytest tests/repository/test_triton_cross_entropy.py   # on a CPU
 """
