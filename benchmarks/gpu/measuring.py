@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -47,6 +48,7 @@ class Job:
         if not job.smoke and not torch.cuda.is_available():
             raise SystemExit(f"{name}: found no CUDA device, expected one. Run it with --smoke on a machine without.")
         torch.manual_seed(0)
+        gc.freeze()  # later collections need not walk through the imported modules
         job.out.mkdir(parents=True, exist_ok=True)
         job.path.unlink(missing_ok=True)
         origin = provenance()
