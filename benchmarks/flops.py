@@ -28,7 +28,7 @@ CLAIM = 0.078  # what the field says that CAFT costs in time
 RANK = 8
 
 
-def _llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int) -> LlamaConfig:
+def llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -41,7 +41,7 @@ def _llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, 
 
 # As the config.json of each model's repository has them.
 MODELS: dict[str, PretrainedConfig] = {
-    "SmolLM2-135M": _llama(49_152, 576, 1536, 30, 9, 3),
+    "SmolLM2-135M": llama(49_152, 576, 1536, 30, 9, 3),
     "Gemma 3 270M": Gemma3TextConfig(
         vocab_size=262_144,
         hidden_size=640,
@@ -51,10 +51,10 @@ MODELS: dict[str, PretrainedConfig] = {
         num_key_value_heads=1,
         head_dim=256,
     ),
-    "Llama-2 7B": _llama(32_000, 4096, 11_008, 32, 32, 32),
-    "Llama-2 13B": _llama(32_000, 5120, 13_824, 40, 40, 40),
-    "Llama-3.1 8B": _llama(128_256, 4096, 14_336, 32, 32, 8),
-    "Llama-3.1 70B": _llama(128_256, 8192, 28_672, 80, 64, 8),
+    "Llama-2 7B": llama(32_000, 4096, 11_008, 32, 32, 32),
+    "Llama-2 13B": llama(32_000, 5120, 13_824, 40, 40, 40),
+    "Llama-3.1 8B": llama(128_256, 4096, 14_336, 32, 32, 8),
+    "Llama-3.1 70B": llama(128_256, 8192, 28_672, 80, 64, 8),
 }
 
 

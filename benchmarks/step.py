@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from gpu.measuring import spread
 from step_models import GEMMA, LARGE_VOCABULARY, SMOLLM2, folder_of, random_llama, token_ids
 from tqdm import tqdm
 
@@ -137,9 +138,7 @@ def memory(arms: list[str], folder: Path, num_heads: int, threads: int, ids: lis
 
 def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     """Median and quartiles of the ratios within the turns."""
-    values = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": median, "low": low, "high": high}
+    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def main(

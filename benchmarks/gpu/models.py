@@ -11,40 +11,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from flops import MODELS as SIZES
+from flops import RANK, llama
+from peft import PeftModel, get_peft_model
+from step_worker import rows_loss, trl_trainer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from peft_caft import CAFTConfig
-from peft_caft.heads.backbone import Backbone
-from peft_caft.method.linear_cross_entropy import linear_cross_entropy
-from peft_caft.method.targets import Supervision
 from peft_caft.planning.flops import ModelShapes, caft_step, lora_step
-from peft_caft.planning.simulated_step import model_on_meta
 
-NUM_HEADS, RANK = 4, 8
+NUM_HEADS = 4
 Batch = dict[str, Tensor]
 Loss = Callable[[Batch], Tensor]
 TYPES = ("residual", "decoder_layer")
 
 
-def _llama(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, key_values: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_values,
-        max_position_embeddings=4096,
-    )
-
-
-# Sizes of layers and vocabulary are those of the config.json of each model's repository.
 MODELS: dict[str, PretrainedConfig] = {
-    "Llama-2 7B": _llama(32_000, 4096, 11_008, 32, 32, 32),
-    "Llama-3.1 8B": _llama(128_256, 4096, 14_336, 32, 32, 8),
-    "Llama-2 13B": _llama(32_000, 5120, 13_824, 40, 40, 40),
+    **{name: SIZES[name] for name in ("Llama-2 7B", "Llama-3.1 8B", "Llama-2 13B")},
     "Qwen3 0.6B": Qwen3Config(
         vocab_size=151_936,
         hidden_size=1024,
@@ -56,7 +40,7 @@ MODELS: dict[str, PretrainedConfig] = {
         tie_word_embeddings=True,
     ),
 }
-TINY = _llama(512, 64, 128, 2, 4, 2)
+TINY = llama(512, 64, 128, 2, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -184,42 +168,14 @@ def own_loss(model: nn.Module) -> Loss:
     return lambda batch: model(**batch, use_cache=False).loss
 
 
-def rows_loss(model: PeftModel) -> Loss:
-    """What is left of LoRA's step when only supervised tokens reach the lm_head."""
-    trunk, unembedding = model.get_base_model().base_model, Backbone.of(model).unembedding()
-
-    def loss(batch: Batch) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        states = trunk(**inputs, use_cache=False).last_hidden_state
-        own = Supervision.of(batch["labels"], 0).next_token
-        return linear_cross_entropy(states.flatten(0, 1)[own.rows], own.targets, unembedding)[0] / own.count
-
-    return loss
-
-
 def trl_loss(model: PeftModel) -> Loss:
     """The loss of TRL's SFTTrainer, with the metrics that it computes along with it.
 
     Raises:
         ImportError: if TRL is not installed.
     """
-    import tempfile
-
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
-
-    words = Tokenizer(
-        models.WordLevel({"<pad>": 0}, "<pad>")
-    )  # it asks for a tokenizer and for data, and uses neither here
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
     on_cpu = next(model.parameters()).device.type == "cpu"
-    arguments = SFTConfig(
-        tempfile.mkdtemp(), bf16=not on_cpu, use_cpu=on_cpu, gradient_checkpointing=False, report_to="none"
-    )
-    rows = Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}])
-    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer = trl_trainer(model, bf16=not on_cpu, use_cpu=on_cpu)
     base = model.get_base_model()
     own_forward = vars(base).pop("forward", base.forward)  # TRL's, which the other arms must not meet
 
@@ -231,12 +187,6 @@ def trl_loss(model: PeftModel) -> Loss:
             del base.forward
 
     return loss
-
-
-def shapes_of(config: PretrainedConfig) -> ModelShapes:
-    """Of the model with one adapter."""
-    lora = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    return ModelShapes.of(model_on_meta(config, lora, torch.bfloat16))
 
 
 def counted(shapes: ModelShapes, arm: Arm, tokens: int) -> float:

@@ -20,8 +20,7 @@ if compgen -G "$root/.whl/*.whl" >/dev/null; then
     export PYTHONPATH=$site:$PYTHONPATH
 fi
 if [ "$job" = heads ] && [[ " $* " != *" --smoke "* ]]; then
-    store=/tmp/peft-caft-model
-    "$python" -m gpu.join "$store"
+    store=$("$python" -m gpu.join)
     export PYTHONPATH=$store:$PYTHONPATH PEFT_CAFT_CACHE=$store
 fi
 exec "$python" -m "gpu.$job" "$@"

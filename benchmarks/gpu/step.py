@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator
 
 import torch
+from flops import shapes_of
 from peft import PeftModel
 from transformers import PretrainedConfig
 
 from peft_caft.basics.tables import markdown_table
 
 from .measuring import Job, interleaved, peak_bytes, spread
-from .models import ARMS, MODELS, TINY, TYPES, Stepper, counted, random_batch, random_model, shapes_of
+from .models import ARMS, MODELS, TINY, TYPES, Stepper, counted, random_batch, random_model
 
 TOKENS, TURNS, LARGEST_BATCH = 2048, 7, 64
 SMALL = 1024  # hidden size up to which heads are trained too; on larger models they would take the room of the batch
