@@ -1,5 +1,5 @@
 """The command line. Rule: only this room knows typer, and a command calls one function below."""
 
-from .app import main
+from .app import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]
