@@ -6,6 +6,7 @@ knows the commit that it loads nor returns the one that it makes.
 
 import os
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from typing import TypeVar
 
@@ -72,7 +73,8 @@ class PretrainedHeads(nn.Module, ABC):
     ) -> Heads:
         """Load heads onto the base model's device and in its dtype, without drawing random numbers.
 
-        Configuration and weights come from one commit, which the heads keep as ``commit``.
+        Configuration and weights come from one commit, which the heads keep as ``commit``. A
+        warning names both sizes if the base model's vocabulary was resized.
 
         Args:
             pretrained_model_name_or_path: folder, or repository id on the Hub.
@@ -101,7 +103,8 @@ class PretrainedHeads(nn.Module, ABC):
         )
         config = files.read_config()
         backbone = Backbone.of(base_model)
-        config.require_base_model(whole(backbone.lm_head.weight), source)
+        if note := config.require_base_model(whole(backbone.lm_head.weight), source):
+            warnings.warn(note, stacklevel=2)
         heads = cls.from_config(config, backbone)
         _fill(heads, files)
         heads.repo_id, heads.commit = files.repo_id, files.commit

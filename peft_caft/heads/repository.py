@@ -17,7 +17,7 @@ from ..basics.file_names import (
 )
 from ..basics.files import read_json
 from ..basics.hub_errors import explained
-from .config import FINGERPRINT_TOLERANCE, HeadsConfig
+from .config import SHARE_THAT_AGREES, HeadsConfig, agree
 
 # What heads and adapters are made of; a repository holds one or the other.
 PUBLISHED_NAMES = (CONFIG_NAME, WEIGHTS_NAME, PLOT_NAME, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME)
@@ -152,8 +152,8 @@ def _difference_of_bases(ours: HeadsConfig, theirs: HeadsConfig) -> str | None:
         here, there = getattr(ours, name), getattr(theirs, name)
         if here != there:
             return f"{name} {there} instead of {here}"
-    pairs = list(zip(ours.unembedding_fingerprint, theirs.unembedding_fingerprint, strict=False))
-    if pairs and max(abs(a - b) for a, b in pairs) > FINGERPRINT_TOLERANCE:
+    equal = list(map(agree, ours.unembedding_fingerprint, theirs.unembedding_fingerprint))
+    if sum(equal) < SHARE_THAT_AGREES * len(equal):
         return "another unembedding"
     here, there = ours.base_model_name_or_path, theirs.base_model_name_or_path
     if here is None or there is None:

@@ -39,6 +39,7 @@ class Inspection:
         facts: label -> fact, in the order in which a person would ask.
         record: the configurations of the artifact.
         misfit: why it does not fit the base model; None if it fits, or if no model was given.
+        note: in what that base model differs from the heads' own, though they fit.
         training: provenance of heads, lines of Markdown.
         evaluations: figures of heads before and after training, from their configuration.
     """
@@ -46,6 +47,7 @@ class Inspection:
     facts: dict[str, str]
     record: dict[str, Any]
     misfit: str | None
+    note: str | None = None
     training: list[str] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -117,8 +119,8 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
             "heads (peft-caft train-heads) or of an adapter (peft-caft train)."
         )
     if model is not None:
-        verdict = "yes" if found.misfit is None else f"NO. {found.misfit}"
-        found.facts["fits the model"] = f"{Path(model).name}: {verdict}"
+        verdict = ["yes" if found.misfit is None else "NO", found.misfit or found.note]
+        found.facts["fits the model"] = f"{Path(model).name}: {'. '.join(filter(None, verdict))}"
     return found
 
 
@@ -157,8 +159,8 @@ def _inspect_heads(source: str, model: str | None, revision: str | None) -> Insp
     if not config.training:
         facts["training"] = "none: these heads know nothing of the base model yet"
     record = json.loads(config.to_json())
-    misfit = None if model is None else _misfit_of_heads(config, tensors, model, source)
-    return Inspection(facts, record, misfit, training_lines(config.training), evaluations_of(config))
+    misfit, note = (None, None) if model is None else _fit_of_heads(config, tensors, model, source)
+    return Inspection(facts, record, misfit, note, training_lines(config.training), evaluations_of(config))
 
 
 def _inspect_adapter(source: str, config_path: Path, model: str | None, revision: str | None) -> Inspection:
@@ -200,14 +202,15 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
     return Inspection(facts, record, misfit)
 
 
-def _misfit_of_heads(config: HeadsConfig, tensors: Tensors, model: str, source: str) -> str | None:
+def _fit_of_heads(config: HeadsConfig, tensors: Tensors, model: str, source: str) -> tuple[str | None, str | None]:
+    """The misfit and the note of an `Inspection`."""
     base = _on_meta(model)
     try:
-        config.require_base_model(_unembedding(model, base), source)
+        note = config.require_base_model(_unembedding(model, base), source)
         heads = AuxiliaryHeads.from_config(config, Backbone.of(base))
     except (ValueError, TypeError) as error:
-        return str(error)
-    return shape_difference(tensors.shapes, shapes_of(heads.state_dict()))
+        return str(error), None
+    return shape_difference(tensors.shapes, shapes_of(heads.state_dict())), note
 
 
 def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str) -> str | None:

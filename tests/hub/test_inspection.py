@@ -100,6 +100,15 @@ def test_heads_of_another_model_do_not_fit(files):
     assert "hidden_size: got 64" in run(files["heads"], "--model", files["wider"], expect=1)
 
 
+def test_heads_fit_a_resized_vocabulary_with_a_note(files, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(files["model"])
+    base.resize_token_embeddings(310)
+    base.save_pretrained(tmp_path)
+    found = inspect(files["heads"], str(tmp_path))
+    assert found.misfit is None
+    assert "yes. vocab_size: got 310 in the base model, 300 in the heads" in found.text()
+
+
 def test_an_adapter_of_another_size_does_not_fit(files):
     output = run(files["caft"], "--model", files["wider"], expect=1)
     assert "tensor(s) differ; first" in output
