@@ -28,6 +28,7 @@ SEEN_BY_HELP = {  # what a command is asked for, and what that is made of
     *(f"peft_caft.{room}.settings" for room in ("basics", "training", "planning", "evaluation", "concepts")),
     *(
         "peft_caft.basics.checks",
+        "peft_caft.basics.reading",
         "peft_caft.heads.config",
         "peft_caft.method.objective_config",
         "peft_caft.method.schedule",

@@ -40,6 +40,18 @@ def require_counts(settings: object, *names: str) -> None:
             require_at_least_one(name, value)
 
 
+def require_types(settings: object, cls: type | None = None) -> None:
+    """Raise a ValueError that names the first field whose value has not the annotated type.
+
+    Args:
+        settings: a dataclass.
+        cls: its base class, if only that one's fields are checked.
+    """
+    for name, hint in get_type_hints(cls or type(settings)).items():
+        if not fits(value := getattr(settings, name), hint):
+            raise ValueError(f"{name}: got {value!r}, expected {described(hint)}.")
+
+
 def require_decay(value: float) -> None:
     """Raise a ValueError unless ``value`` can be alpha."""
     if not 0 < value <= 1:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, by one writer; their hashes; JSON; the cache folder."""
+"""Files written whole or not at all, by one writer; their hashes; the cache folder."""
 
 import errno
 import hashlib
@@ -140,13 +140,3 @@ def default_cache_dir() -> Path:
     if chosen := os.environ.get("PEFT_CAFT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-caft"
-
-
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file; FileNotFoundError or json.JSONDecodeError if there is none."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def json_or_none(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The object that a JSON file holds; None if there is no such file."""
-    return read_json(path) if Path(path).is_file() else None

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import json_or_none, lock, write_text
+from .files import lock, write_text
+from .reading import json_object, json_or_none
 from .run_folder import ADVICE, first_difference, require_same_settings
 
 
@@ -78,9 +79,9 @@ class Parts:
     def finished(self) -> Iterator[dict[str, Any]]:
         """Yield the finished batches of all processes, in no particular order."""
         for part in self._parts():
-            with open(part, encoding="utf-8") as file:
-                for line in file:
-                    yield json.loads(line)
+            with open(part, "rb") as file:
+                for number, line in enumerate(file, start=1):
+                    yield json_object(line, f"{part}, line {number}", ADVICE)
 
     @contextmanager
     def appending(self, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import full_disk_explained, json_or_none, lock, read_json, write_text
+from .files import full_disk_explained, lock, write_text
 from .provenance import git_commit
+from .reading import json_or_none, read_json
 
 ADVICE = "Choose another output, or pass --overwrite to replace it."
 
@@ -121,7 +122,7 @@ def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | 
     for _, checkpoint in sorted(numbered, reverse=True):
         try:
             read_json(checkpoint / "trainer_state.json")
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             continue
         if all(_is_whole(checkpoint / name) for name in needed):
             return checkpoint

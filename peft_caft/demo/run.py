@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..basics.files import read_json, write_jsonl, write_text
+from ..basics.files import write_jsonl, write_text
 from ..basics.provenance import listed, provenance
+from ..basics.reading import read_json
 from ..basics.run_folder import RunFolder
 from ..basics.tables import markdown_table
 from ..heads.card import evaluation_table

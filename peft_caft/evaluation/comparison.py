@@ -18,8 +18,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from ..basics.files import file_sha256, read_json, write_text
+from ..basics.files import file_sha256, write_text
 from ..basics.provenance import provenance, source_name
+from ..basics.reading import read_json
 from ..basics.run_folder import RunFolder
 from ..training.data import encode, read_jsonl
 from ..training.settings import FineTuningSettings

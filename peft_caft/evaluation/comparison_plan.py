@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..basics.reading import read_yaml
 from ..hub.embedded_model import embedded_model
 from ..training.data import require_file
 from ..training.defaults import STAGE_1, STAGE_2
@@ -128,15 +129,9 @@ def read_plan(
         FileNotFoundError: if there is no such file.
         ValueError: if a field is wrong, naming the field, its value and what was expected.
     """
-    import yaml
-
     path = Path(path)
     require_file("plan", path, "a YAML file. Copy examples/molecules/compare.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML ({error}).") from error
-    values = _scaled(mapping("plan", values, KEYS), scale)
+    values = _scaled(mapping("plan", read_yaml(path), KEYS), scale)
     if data is not None:
         values["data"] = str(Path(data).resolve())
     return _plan(values, path.parent, model, heads)

@@ -1,16 +1,16 @@
 """One resumable run of a comparison: fine-tunes an arm from one seed and answers one split."""
 
 import gc
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..basics.files import read_json
+from ..basics.reading import read_json
 from ..basics.run_folder import RunFolder
 from ..training.arguments import trainer_arguments
+from ..training.data import json_lines
 from ..training.defaults import STAGE_1, STAGE_2
 from ..training.fine_tuning import fine_tune
 from ..training.head_training import train_heads
@@ -186,7 +186,7 @@ def require_paired(folders: list[Path]) -> None:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``rows.jsonl`` in the folder of an evaluation."""
-    return [json.loads(line) for line in (folder / ROWS_NAME).read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in json_lines(folder / ROWS_NAME)]
 
 
 def free_memory() -> None:

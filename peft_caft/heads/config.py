@@ -6,9 +6,10 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..basics.checks import described, fits, require_choices, require_counts
+from ..basics.checks import require_choices, require_counts, require_types
+from ..basics.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,15 @@ FINGERPRINT_ROWS = 16
 FINGERPRINT_TOLERANCE = 0.02  # bf16 and fp16 roundings of one matrix differ by about 0.002, two matrices by about 1
 FEWEST_SHARED_ROWS = 4
 SHARE_THAT_AGREES = 0.75
+MOST_BLOCKS = 1000  # of all heads; more are a damaged number, and would fill the memory
+
+
+def require_number_of_blocks(name: str, heads: int, layers: int) -> None:
+    """Raise a ValueError unless ``heads``, the field ``name``, of ``layers`` each can be meant."""
+    if heads * layers > MOST_BLOCKS:
+        raise ValueError(
+            f"{name}: got {heads:,} with head_num_layers={layers:,}, expected at most {MOST_BLOCKS:,} blocks or layers in all."
+        )
 
 
 @dataclass
@@ -69,9 +79,8 @@ class HeadsConfig:
             )
         require_choices(self)
         require_counts(self, "num_heads", "head_num_layers", "hidden_size", "vocab_size")
-        for name, hint in get_type_hints(type(self)).items():
-            if not fits(value := getattr(self, name), hint):
-                raise ValueError(f"{name}: got {value!r}, expected {described(hint)}.")
+        require_types(self)
+        require_number_of_blocks("num_heads", self.num_heads, self.head_num_layers)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -83,11 +92,7 @@ class HeadsConfig:
         Raises:
             ValueError: if it is not JSON, describes no heads, or has an unknown version or type.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not valid JSON ({error}). Download or save the heads again.") from error
-        values = values if isinstance(values, dict) else {}
+        values = read_json(path, "Download or save the heads again.")
         known = {f.name for f in dataclasses.fields(cls)}
         required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
         if "model_type" in values and "head_type" not in values:

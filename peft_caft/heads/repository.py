@@ -15,8 +15,8 @@ from ..basics.file_names import (
     PLOT_NAME,
     WEIGHTS_NAME,
 )
-from ..basics.files import read_json
 from ..basics.hub_errors import explained
+from ..basics.reading import read_json
 from .config import SHARE_THAT_AGREES, HeadsConfig, agree
 
 # What heads and adapters are made of; a repository holds one or the other.

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CONFIG_NAME
-from ..basics.files import read_json
 from ..basics.hub_errors import explained
+from ..basics.reading import read_json
 from ..basics.tables import markdown_table
 from ..heads.artifact import find_heads, shape_difference, shapes_of
 from ..heads.auxiliary_heads import AuxiliaryHeads

@@ -6,7 +6,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..basics.file_names import ADAPTER_CONFIG_NAME
-from ..basics.files import new_folder, read_json
+from ..basics.files import new_folder
+from ..basics.reading import read_json
 
 
 def merge(adapter: str, output: str, model: str | None = None, dtype: str = "auto") -> None:

@@ -13,8 +13,9 @@ from huggingface_hub import CommitInfo, hf_hub_download
 from peft import LoraConfig
 
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, CONFIG_NAME
-from ..basics.files import json_or_none, write_text
+from ..basics.files import write_text
 from ..basics.hub_errors import explained
+from ..basics.reading import json_or_none
 from ..basics.run_folder import RunFolder
 from ..heads.artifact import find_heads
 from ..heads.config import HeadsConfig

@@ -15,6 +15,7 @@ from peft.utils import PeftType, TaskType
 
 from ..basics.file_names import CAFT_CONFIG_NAME
 from ..basics.files import write_text
+from ..basics.reading import read_json
 from .objective_config import ObjectiveConfig
 from .registration import peft_type
 
@@ -132,12 +133,7 @@ def _read_caft_config(source: str, subfolder: str | None, hub_kwargs: dict[str, 
             "training a LoRA adapter with CAFT, pass a CAFTConfig with the same r, lora_alpha and target_modules as "
             "`config` to PeftModel.from_pretrained(..., is_trainable=True)."
         ) from reason
-    try:
-        caft = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(caft, dict):
-            raise TypeError(f"a {type(caft).__name__} instead of an object")
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Save the adapter again.") from error
+    caft = read_json(path, "Save the adapter again.")
     version = caft.pop("format_version", None)
     if version != CAFT_CONFIG_FORMAT_VERSION:
         raise ValueError(

@@ -11,9 +11,10 @@ from ..basics.checks import (
     require_counts,
     require_decay,
     require_token_fraction,
+    require_types,
 )
 from ..basics.settings import OBJECTIVE, setting
-from ..heads.config import DEFAULT_NUM_HEADS, HeadInput, HeadType
+from ..heads.config import DEFAULT_NUM_HEADS, HeadInput, HeadType, require_number_of_blocks
 from .schedule import Schedule
 
 
@@ -76,6 +77,8 @@ class ObjectiveConfig:
             "num_auxiliary_heads", self.num_auxiliary_heads, " (n = num_auxiliary_heads + 1, so n >= 2)"
         )
         require_counts(self, "head_num_layers", "total_steps")
+        require_types(self, ObjectiveConfig)
+        require_number_of_blocks("num_auxiliary_heads", self.num_auxiliary_heads, self.head_num_layers)
         if not 0 <= self.aux_loss_weight < math.inf:
             raise ValueError(
                 f"aux_loss_weight (beta): got {self.aux_loss_weight}, expected 0 (plain LoRA) or more, and finite."

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..basics.checks import described, is_plain, parsed
+from ..basics.reading import read_yaml
 from .data import require_file
 from .defaults import COMMON
 from .settings import LORA_SET_ELSEWHERE
@@ -132,13 +133,8 @@ def _name(word: str) -> str:
 def _yaml(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
-    import yaml
-
     require_file("--training-yaml", Path(path), "a YAML mapping of TrainingArguments")
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    wrong: Any = type(values).__name__
-    if isinstance(values, dict):
-        wrong = sorted(values.keys() - {field.name for field in dataclasses.fields(TrainingArguments)})
-    if wrong:
-        raise ValueError(f"{path}: got {wrong}, expected a mapping of fields of transformers.TrainingArguments.")
+    values = read_yaml(path)
+    if wrong := sorted(map(repr, values.keys() - {field.name for field in dataclasses.fields(TrainingArguments)})):
+        raise ValueError(f"{path}: got {', '.join(wrong)}, expected a mapping of fields of transformers.TrainingArguments.")
     return values

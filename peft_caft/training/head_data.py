@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..basics.files import file_sha256, json_or_none
+from ..basics.files import file_sha256
+from ..basics.reading import json_or_none
 from .data import EncodedData, encode, read_jsonl
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from ..basics.files import json_or_none
 from ..basics.provenance import peak_memory_mib, provenance
+from ..basics.reading import json_or_none
 from ..basics.run_folder import RunFolder, random_states
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from .arguments import training_settings

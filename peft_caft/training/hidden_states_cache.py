@@ -20,8 +20,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..basics.files import json_or_none, write_text
+from ..basics.files import write_text
 from ..basics.provenance import weights_digest
+from ..basics.reading import json_or_none
 from ..basics.run_folder import first_difference
 from ..heads.backbone import Backbone
 from ..heads.config import fingerprint

@@ -1,0 +1,117 @@
+"""JSON and YAML files, read with errors that name the file and what to do."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MOST_VALUES = 100_000  # of a YAML file
+LARGEST = 2**28  # bytes of a JSON or YAML file; a larger one is another kind of file
+
+
+def is_file(path: str | os.PathLike) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        ValueError: if the name is there, but of something else: a folder, a pipe, a broken link.
+    """
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: expected a file, got a folder, a pipe or a broken link. Put the file in its place.")
+    return os.path.isfile(path)
+
+
+def read_json(path: str | os.PathLike, advice: str = "Write it again.") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        advice: the end of messages, which says what to do.
+
+    Raises:
+        OSError: if the file is not there or may not be read.
+        ValueError: if it holds anything but one object in UTF-8, or a name twice.
+    """
+    return json_object(_text(path, advice), str(path), advice)
+
+
+def json_or_none(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The object that a JSON file holds; None if there is no such file."""
+    return read_json(path) if is_file(path) else None
+
+
+def json_object(text: str | bytes, where: str, advice: str = "Write it again.") -> dict[str, Any]:
+    """The object that a text is in JSON; errors name ``where`` the text stands.
+
+    Raises:
+        ValueError: if it is anything else, has a name twice, or holds what is no Unicode text.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_names_once)
+        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is JSON, but no text
+    except (ValueError, RecursionError) as error:  # besides JSONDecodeError: numbers of 4301 digits
+        raise ValueError(f"{where}: not valid JSON ({error}). {advice}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: got {_kind(value)}, expected a JSON object. {advice}")
+    return value
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        OSError: if the file is not there or may not be read.
+        ValueError: if it holds anything but one mapping in UTF-8, or a key twice.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses keys that are there twice, of which YAML would take the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _names_once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)
+
+    advice = "Mend the file."
+    try:
+        value = yaml.load(_text(path, advice), Loader)
+        _require_few_values(value)
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML ({error}). {advice}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {_kind(value)}, expected a mapping (key: value). {advice}")
+    return value
+
+
+def _require_few_values(value: Any) -> None:
+    """Raise a ValueError where aliases of aliases make a billion values of ten lines."""
+    count, left = 0, [value]
+    while left:
+        inner = left.pop()
+        left += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, (list, tuple, set)) else ()
+        if (count := count + 1) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values, with those that aliases repeat")
+
+
+def _text(path: str | os.PathLike, advice: str) -> str:
+    try:
+        if is_file(path) and os.path.getsize(path) > LARGEST:
+            raise ValueError(f"{path}: got {os.path.getsize(path):,} bytes, expected at most {LARGEST:,}. {advice}")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}). {advice}") from error
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be read ({error.strerror}). {advice}") from error
+
+
+def _names_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The object of these pairs. JSON and YAML would take the last of two values of one name."""
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
