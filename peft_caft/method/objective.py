@@ -123,8 +123,7 @@ class AuxiliaryObjective:
         supervision = Supervision.of(  # before the model runs, while the host need not wait long for the device
             kwargs["labels"],
             len(heads.heads),
-            kwargs.get("attention_mask"),
-            kwargs.get("position_ids"),
+            kwargs,
             config.aux_token_fraction,
             self._progress.forward_seed(),
         )

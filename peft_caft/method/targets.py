@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .documents import Documents
 
 IGNORE_INDEX = -100
 
@@ -50,8 +54,7 @@ class Supervision:
         cls,
         labels: Tensor,
         num_heads: int,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        inputs: Mapping[str, Any] | None = None,
         fraction: float = 1.0,
         seed: int = 0,
         draw_predicted: bool = False,
@@ -59,24 +62,26 @@ class Supervision:
         """Find the positions of all heads in one pass; the host waits for the device once.
 
         Position t has a target k tokens ahead if label[t+k] is set. For a head, neither t nor t+k
-        is padding, and both are in one document: their ``position_ids``, which packed batches
-        restart, differ by k.
+        is padding, and both are in one document.
 
         Args:
             labels: int64 ``(batch, tokens)``, unshifted, -100 where unsupervised.
             num_heads: number of heads, n - 1.
-            attention_mask: ``(batch, tokens)``, 0 for padding; masks of other shapes are ignored.
-            position_ids: int64 ``(batch, tokens)`` or ``(1, tokens)``.
+            inputs: keyword arguments of the model, among them what tells `Documents` and padding.
             fraction: p in (0, 1], which leaves the expectation of loss and gradient unchanged.
             seed: seed of the draw, on which no other random number depends. It is over all
                 positions, on the CPU, so that all heads and all devices draw the same.
             draw_predicted: keep a row if the position before its target, which predicts it without
                 a head, is drawn, rather than the row itself.
+
+        Raises:
+            ValueError: if documents cannot be told by what ``inputs`` hold.
         """
         is_target = labels != IGNORE_INDEX
+        documents = Documents.of(inputs or {}, labels)
         before = torch.stack([
             _with_target(is_target, 1),
-            *(_with_target(is_target, k, attention_mask, position_ids) for k in range(2, num_heads + 2)),
+            *(_with_target(is_target, k, documents) for k in range(2, num_heads + 2)),
         ])  # fmt: skip
         kept = before
         if fraction < 1:
@@ -104,19 +109,12 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-def _with_target(
-    is_target: Tensor, tokens_ahead: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-) -> Tensor:
+def _with_target(is_target: Tensor, tokens_ahead: int, documents: Documents | None = None) -> Tensor:
     """Whether each position has a target so many tokens ahead, bool ``(batch, tokens)``."""
-    tokens, device = is_target.shape[1], is_target.device
     valid = is_target[:, tokens_ahead:]
-    if attention_mask is not None and attention_mask.shape == is_target.shape:
-        attended = attention_mask.to(device) != 0
-        valid = valid & attended[:, tokens_ahead:] & attended[:, :-tokens_ahead]
-    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == tokens:
-        position_ids = position_ids.to(device)
-        valid = valid & (position_ids[:, tokens_ahead:] - position_ids[:, :-tokens_ahead] == tokens_ahead)
-    return torch.nn.functional.pad(valid, (0, tokens - valid.shape[1]))
+    for in_one in documents.contain_both(tokens_ahead) if documents else []:
+        valid = valid & in_one
+    return torch.nn.functional.pad(valid, (0, is_target.shape[1] - valid.shape[1]))
 
 
 def _indices(mask: Tensor, count: int) -> Tensor:

@@ -122,7 +122,7 @@ def batch_totals(
     accepted = torch.ones(labels.numel(), dtype=torch.bool, device=labels.device)
     lengths = torch.zeros(labels.numel(), device=labels.device)
     has_all = torch.ones_like(accepted)
-    for index, own in enumerate(Supervision.of(labels, len(heads.heads), attention_mask).heads):
+    for index, own in enumerate(Supervision.of(labels, len(heads.heads), {"attention_mask": attention_mask}).heads):
         rows, states = own.rows, heads.states(index, captured, own.rows, backbone, most=own.most)
         cross_entropies, hits = target_scores(states, own.targets, unembedding, TOP)
         values = (cross_entropies.sum(), hits[:, 0].sum(), hits.sum())

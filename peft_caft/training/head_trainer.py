@@ -108,7 +108,7 @@ class HeadPretraining(nn.Module):
         supervision = Supervision.of(  # before the model runs, while the host need not wait long for the device
             labels,
             len(self.heads.heads),
-            attention_mask,
+            {"attention_mask": attention_mask},
             fraction=self.aux_token_fraction,
             seed=next(self._sampling_seeds),
             draw_predicted=self.targets == "soft",

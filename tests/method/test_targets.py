@@ -19,11 +19,13 @@ def test_targets_skip_padding_and_other_documents():
     labels = torch.arange(12).view(2, 6)
     mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
-    found = Supervision.of(labels, 1, mask, positions)
+    found = Supervision.of(labels, 1, {"attention_mask": mask, "position_ids": positions})
     assert found.heads[0].rows.tolist() == [3, 6, 7]
     assert found.heads[0].targets.tolist() == [5, 8, 9]
     assert found.next_token.count == 10  # as in the model's own loss, which knows neither
-    shared = Supervision.of(labels, 1, mask, positions[:1])  # one row of positions for the whole batch
+    shared = Supervision.of(
+        labels, 1, {"attention_mask": mask, "position_ids": positions[:1]}
+    )  # one row of positions for the whole batch
     assert shared.heads[0].rows.tolist() == [3, 6]
 
 
@@ -44,7 +46,7 @@ def test_rows_equal_those_of_nonzero():
         labels[labels < 0] = -100
         mask = torch.rand(3, 11, generator=generator) > 0.2
         for fraction, predicted in ((1.0, False), (0.4, False), (0.4, True)):
-            found = Supervision.of(labels, 3, mask, None, fraction, seed, draw_predicted=predicted)
+            found = Supervision.of(labels, 3, {"attention_mask": mask}, fraction, seed, draw_predicted=predicted)
             drawn = torch.rand(33, generator=torch.Generator().manual_seed(seed)) < fraction
             for k, head in enumerate(found.heads, start=2):
                 plain = (labels[:, k:] != -100) & mask[:, k:] & mask[:, :-k]
