@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import LoraConfig
 from peft.utils import PeftType, TaskType
 
+from ..basics.adapter_files import adapter_file, read_lora_config
 from ..basics.file_names import CAFT_CONFIG_NAME
 from ..basics.files import write_text
 from ..basics.reading import read_json
@@ -100,10 +99,13 @@ class CAFTConfig(ObjectiveConfig, LoraConfig):
             ValueError: if the format version or a field is unknown.
         """
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
-        lora = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        caft = _read_caft_config(str(pretrained_model_name_or_path), subfolder, hub_kwargs)
+        lora = read_lora_config(str(pretrained_model_name_or_path), subfolder, hub_kwargs)
+        path, caft = _read_caft_config(str(pretrained_model_name_or_path), subfolder, hub_kwargs)
         shared = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
-        return cls(**{**shared, "peft_type": peft_type(), **caft})
+        try:
+            return cls(**{**shared, "peft_type": peft_type(), **caft})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 CAFTConfig.__module__ = "peft_caft"  # pickles load it from there, which registers it with PEFT
@@ -119,20 +121,14 @@ def caft_field_names() -> list[str]:
     return [f.name for f in dataclasses.fields(ObjectiveConfig)]
 
 
-def _read_caft_config(source: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
-    folder = Path(source, subfolder or "")
-    path, reason = folder / CAFT_CONFIG_NAME, None
-    if not folder.is_dir():
-        try:
-            path = Path(hf_hub_download(source, CAFT_CONFIG_NAME, subfolder=subfolder, **hub_kwargs))
-        except (EntryNotFoundError, HFValidationError) as error:
-            reason = error
-    if not path.is_file():
+def _read_caft_config(source: str, subfolder: str | None, hub: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    path = adapter_file(source, CAFT_CONFIG_NAME, subfolder, hub)
+    if path is None:
         raise FileNotFoundError(
             f"{CAFT_CONFIG_NAME} not found in {source!r}: this is not a CAFT adapter, or a plain LoRA one. To go on "
             "training a LoRA adapter with CAFT, pass a CAFTConfig with the same r, lora_alpha and target_modules as "
             "`config` to PeftModel.from_pretrained(..., is_trainable=True)."
-        ) from reason
+        )
     caft = read_json(path, "Save the adapter again.")
     version = caft.pop("format_version", None)
     if version != CAFT_CONFIG_FORMAT_VERSION:
@@ -142,4 +138,4 @@ def _read_caft_config(source: str, subfolder: str | None, hub_kwargs: dict[str, 
         )
     if unknown := sorted(set(caft) - set(caft_field_names())):
         raise ValueError(f"{path}: unknown field(s) {', '.join(unknown)}; known: {', '.join(caft_field_names())}.")
-    return caft
+    return path, caft

@@ -6,6 +6,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from ..basics.adapter_files import load_peft_model
 from .model import CAFTConfig
 
 
@@ -30,6 +31,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: if the adapter is not a CAFT adapter.
+        ValueError: if it is damaged, or was made for another model.
 
     Example:
         >>> base = AutoModelForCausalLM.from_pretrained("organisation/base")
@@ -39,10 +41,11 @@ def load_adapter(
     source = os.fspath(adapter)
     config = CAFTConfig.from_pretrained(source, **kwargs)
     if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(
-            model, source, adapter_name=adapter_name, config=config, is_trainable=is_trainable, **kwargs
-        )
+        return load_peft_model(model, source, adapter_name, is_trainable, config=config, **kwargs)
     config.inference_mode = not is_trainable
     model.add_adapter(adapter_name, config)
-    model.load_adapter(source, adapter_name, is_trainable=is_trainable, **kwargs)
-    return model
+    try:
+        return load_peft_model(model, source, adapter_name, is_trainable, **kwargs)
+    except BaseException:
+        model.delete_adapter(adapter_name)
+        raise

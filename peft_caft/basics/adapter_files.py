@@ -1,0 +1,131 @@
+"""The files of an adapter, read and loaded with errors that name file and field."""
+
+import warnings
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from .checkpoints import readable
+from .checks import described, fits, is_plain
+from .file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from .hub_errors import explained
+from .reading import is_file, read_json
+from .tensors import Tensors, require_finite
+
+
+def adapter_file(
+    source: str, name: str, subfolder: str | None = None, hub: dict[str, Any] | None = None
+) -> Path | None:
+    """A file of an adapter in a folder, or downloaded from the Hub; None if it is not there.
+
+    Args:
+        subfolder: folder inside of ``source``.
+        hub: further arguments of ``huggingface_hub.hf_hub_download``.
+    """
+    folder = Path(source, subfolder or "")
+    if folder.is_dir():
+        return folder / name if is_file(folder / name) else None
+    with explained("adapter", source, (hub or {}).get("revision")):
+        try:
+            return Path(hf_hub_download(source, name, subfolder=subfolder, **hub or {}))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+
+def read_lora_config(source: str, subfolder: str | None = None, hub: dict[str, Any] | None = None) -> LoraConfig:
+    """The configuration of a LoRA or CAFT adapter as plain LoRA; `adapter_file` explains the rest.
+
+    Raises:
+        FileNotFoundError: if there is no adapter.
+        ValueError: if it is damaged, or that of another PEFT method.
+    """
+    path = adapter_file(source, ADAPTER_CONFIG_NAME, subfolder, hub)
+    if path is None:
+        raise FileNotFoundError(
+            f"adapter: no {ADAPTER_CONFIG_NAME} in {source!r}, expected a folder or repository that `peft-caft train` or "
+            "save_pretrained wrote."
+        )
+    values = read_json(path, "Save the adapter again.")
+    if values.get("peft_type") != "LORA":
+        raise ValueError(
+            f"peft_type: got {values.get('peft_type')!r} in {path.name} of {source!r}, expected 'LORA', as CAFT and LoRA adapters "
+            "have."
+        )
+    for name, hint in get_type_hints(LoraConfig).items():
+        value = values.get(name)
+        loose = float if hint is int and name != "r" else hint  # PEFT computes with an alpha of 16.0 too
+        if value is not None and is_plain(hint) and not fits(value, loose):
+            raise ValueError(f"{path}: {name}: got {value!r}, expected {described(hint)}. Save the adapter again.")
+    with readable("adapter", source, "a LoRA adapter"):
+        return LoraConfig.from_pretrained(str(path.parent))
+
+
+def load_peft_model(
+    model: nn.Module,
+    source: str,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: LoraConfig | None = None,
+    **arguments: Any,
+) -> PeftModel:
+    """``model`` with a saved adapter, of which every tensor is there, fits and is finite.
+
+    Args:
+        model: base model; or a ``PeftModel`` with an adapter of this name, which gets the values.
+        source: folder, or repository id on the Hub.
+        config: configuration for a base model; None takes the one in ``source``.
+        arguments: further ones of ``PeftModel.from_pretrained``.
+
+    Raises:
+        FileNotFoundError: if there is no adapter.
+        ValueError: if it is damaged, or was made for another model.
+    """
+    subfolder = arguments.get("subfolder")
+    hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+    recorded = read_lora_config(source, subfolder, hub)
+    weights = adapter_file(source, ADAPTER_WEIGHTS_NAME, subfolder, hub)
+    if weights is not None:
+        _require_rank(recorded, weights)
+    elif adapter_file(source, "adapter_model.bin", subfolder, hub) is None:
+        raise FileNotFoundError(
+            f"adapter: no {ADAPTER_WEIGHTS_NAME} in {source!r}, expected one. Save the adapter again."
+        )
+    with readable("adapter", source, "an adapter of the base model"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        if not isinstance(model, PeftModel):
+            model = PeftModel.from_pretrained(model, source, adapter_name, is_trainable, config, **arguments)
+        # Once more: only this says what the file lacks, and what PEFT (0.21) left out in silence.
+        result = model.load_adapter(source, adapter_name, is_trainable=is_trainable, **arguments)
+    for names, what in (
+        (result.missing_keys, "lacks"),
+        (result.unexpected_keys, "holds what the model has no place for:"),
+    ):
+        if names:
+            raise ValueError(
+                f"adapter: {source!r} {what} {names[0]!r} ({len(names)} such tensors). It was made for another model or other "
+                "target_modules, or is damaged: save it again."
+            )
+    own = {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter_name}" in name}
+    require_finite(own, f"adapter: {source}")
+    return model
+
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def _require_rank(config: LoraConfig, weights: Path) -> None:
+    """Raise a ValueError if the rank, for which memory would be taken, is that of no tensor."""
+    largest = max((side for shape in Tensors.of(weights).shapes.values() for side in shape), default=0)
+    ranks = {"r": config.r} | {f"rank_pattern.{name}": rank for name, rank in (config.rank_pattern or {}).items()}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or rank > largest:
+            raise ValueError(
+                f"{name}: got {rank!r} in {ADAPTER_CONFIG_NAME}, expected at most {largest:,}, the largest side of a tensor in "
+                f"{weights}. Save the adapter again."
+            )

@@ -1,0 +1,79 @@
+"""Models, tokenizers and configurations, loaded with errors that name the option and what to do."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .hub_errors import first_line
+
+
+@contextmanager
+def readable(field: str, source: str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises for files that it cannot use into one error.
+
+    Readers raise anything for damaged files: KeyError, RecursionError, a bare Exception (tokenizers
+    0.22). What this package raises itself, what says that a package is missing and what says that
+    memory is, passes as it is.
+
+    Args:
+        field: name of the argument that gave ``source``.
+        what: kind of files that was expected, such as ``"a tokenizer"``.
+
+    Raises:
+        OSError: if the library raised one.
+        ValueError: for its other errors.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (
+            isinstance(error, (ImportError, MemoryError))
+            or type(error).__name__ == "OutOfMemoryError"
+            or _is_own(error)
+        ):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{field}: {source!r} cannot be loaded as {what} ({type(error).__name__}: {first_line(error)}). If its files are damaged or of "
+            "another kind, download or save them again."
+        ) from error
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether code of this package raised the error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == "peft_caft"
+
+
+def load_config(source: str, field: str = "model") -> Any:
+    """The configuration of a model, folder or Hub id."""
+    with readable(field, source, "the configuration of a model"):
+        return AutoConfig.from_pretrained(source)
+
+
+def load_tokenizer(source: str, field: str = "model", **kwargs: Any) -> Any:
+    """The tokenizer of a model, folder or Hub id; ``kwargs`` are those of ``AutoTokenizer``."""
+    with readable(field, source, "a tokenizer"):
+        return AutoTokenizer.from_pretrained(source, **kwargs)
+
+
+def load_causal_lm(source: str, field: str = "model", **kwargs: Any) -> Any:
+    """The causal language model in a folder or repository, in evaluation mode.
+
+    Args:
+        kwargs: those of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        OSError, ValueError: if it cannot be loaded, or lacks a tensor of the model.
+    """
+    with readable(field, source, "a causal language model"):
+        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{field}: {source!r} lacks {len(missing)} tensor(s) of {type(model).__name__}, first {missing[0]!r}, which transformers would "
+            "fill with random numbers. Download or save it again."
+        )
+    return model
