@@ -69,6 +69,7 @@ def read_lora_config(source: str, subfolder: str | None = None, hub: dict[str, A
 def load_peft_model(
     model: nn.Module,
     source: str,
+    field: str = "adapter",
     adapter_name: str = "default",
     is_trainable: bool = False,
     config: LoraConfig | None = None,
@@ -79,6 +80,7 @@ def load_peft_model(
     Args:
         model: base model; or a ``PeftModel`` with an adapter of this name, which gets the values.
         source: folder, or repository id on the Hub.
+        field: name of the argument that gave ``source``, for messages.
         config: configuration for a base model; None takes the one in ``source``.
         arguments: further ones of ``PeftModel.from_pretrained``.
 
@@ -94,9 +96,9 @@ def load_peft_model(
         _require_rank(recorded, weights)
     elif adapter_file(source, "adapter_model.bin", subfolder, hub) is None:
         raise FileNotFoundError(
-            f"adapter: no {ADAPTER_WEIGHTS_NAME} in {source!r}, expected one. Save the adapter again."
+            f"{field}: no {ADAPTER_WEIGHTS_NAME} in {source!r}, expected one. Save the adapter again."
         )
-    with readable("adapter", source, "an adapter of the base model"), warnings.catch_warnings():
+    with readable(field, source, "an adapter of the base model"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
         if not isinstance(model, PeftModel):
             model = PeftModel.from_pretrained(model, source, adapter_name, is_trainable, config, **arguments)
@@ -104,19 +106,26 @@ def load_peft_model(
         result = model.load_adapter(source, adapter_name, is_trainable=is_trainable, **arguments)
     for names, what in (
         (result.missing_keys, "lacks"),
-        (result.unexpected_keys, "holds what the model has no place for:"),
+        (
+            [name for name in result.unexpected_keys if not name.endswith(SAVED_TWICE)],
+            "holds what the model has no place for:",
+        ),
     ):
         if names:
             raise ValueError(
-                f"adapter: {source!r} {what} {names[0]!r} ({len(names)} such tensors). It was made for another model or other "
+                f"{field}: {source!r} {what} {names[0]!r} ({len(names)} such tensors). It was made for another model or other "
                 "target_modules, or is damaged: save it again."
             )
     own = {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter_name}" in name}
-    require_finite(own, f"adapter: {source}")
+    require_finite(own, f"{field}: {source}")
     return model
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+# PEFT (0.21) writes these too where it saves a whole embedding, since tokens were added.
+SAVED_TWICE = (".modules_to_save.weight", ".original_module.weight", ".trainable_tokens_delta")
 
 
 def _require_rank(config: LoraConfig, weights: Path) -> None:

@@ -41,11 +41,13 @@ def load_adapter(
     source = os.fspath(adapter)
     config = CAFTConfig.from_pretrained(source, **kwargs)
     if not isinstance(model, PeftModel):
-        return load_peft_model(model, source, adapter_name, is_trainable, config=config, **kwargs)
+        return load_peft_model(
+            model, source, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
+        )
     config.inference_mode = not is_trainable
     model.add_adapter(adapter_name, config)
     try:
-        return load_peft_model(model, source, adapter_name, is_trainable, **kwargs)
+        return load_peft_model(model, source, adapter_name=adapter_name, is_trainable=is_trainable, **kwargs)
     except BaseException:
         model.delete_adapter(adapter_name)
         raise
