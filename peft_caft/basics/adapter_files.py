@@ -1,5 +1,6 @@
 """The files of an adapter, read and loaded with errors that name file and field."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -60,7 +61,8 @@ def read_lora_config(source: str, subfolder: str | None = None, hub: dict[str, A
     for name, hint in get_type_hints(LoraConfig).items():
         value = values.get(name)
         loose = float if hint is int and name != "r" else hint  # PEFT computes with an alpha of 16.0 too
-        if value is not None and is_plain(hint) and not fits(value, loose):
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if endless or (value is not None and is_plain(hint) and not fits(value, loose)):
             raise ValueError(f"{path}: {name}: got {value!r}, expected {described(hint)}. Save the adapter again.")
     with readable("adapter", source, "a LoRA adapter"):
         return LoraConfig.from_pretrained(str(path.parent))

@@ -1,12 +1,12 @@
 """Models, tokenizers and configurations, loaded with errors that name the option and what to do."""
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .checks import is_own
 from .hub_errors import first_line
 
 
@@ -32,7 +32,7 @@ def readable(field: str, source: str, what: str) -> Iterator[None]:
         if (
             isinstance(error, (ImportError, MemoryError))
             or type(error).__name__ == "OutOfMemoryError"
-            or _is_own(error)
+            or is_own(error)
         ):
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
@@ -40,12 +40,6 @@ def readable(field: str, source: str, what: str) -> Iterator[None]:
             f"{field}: {source!r} cannot be loaded as {what} ({type(error).__name__}: {first_line(error)}). If its files are damaged or of "
             "another kind, download or save them again."
         ) from error
-
-
-def _is_own(error: BaseException) -> bool:
-    """Whether code of this package raised the error."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] == "peft_caft"
 
 
 def load_config(source: str, field: str = "model") -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import traceback
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -132,3 +133,9 @@ def _is_choice(value: Any, choice: Any) -> bool:
         return type(value) is type(choice) and value == choice
     pattern = ".+".join(map(re.escape, re.split(r"\[.*?\]", choice)))
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether code of this package raised the error, so that its message is for the user."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == "peft_caft"

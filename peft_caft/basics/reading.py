@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got {_kind(value)}, expected a mapping (key: value). {advice}")
     return value
+
+
+def require_whole_archive(path: str | os.PathLike) -> None:
+    """Raise a ValueError if a zip archive, as torch writes them, has a sum that does not agree.
+
+    torch.load takes the bytes as they are. Files that are no archives pass.
+    """
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+            raise ValueError(f"{path}: damaged ({error}). Get or write the file again.") from error
+        if damaged is not None:
+            raise ValueError(f"{path}: damaged, the sum of {damaged} does not agree. Get or write the file again.")
 
 
 def _require_few_values(value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,11 @@ class Tensors:
         return f"{count:,} in {len(self.shapes)} tensors, {dtypes}, {self.size / 2**20:,.1f} MiB on disk"
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Name -> tensor as saved, on the CPU.
 
@@ -67,7 +72,7 @@ def require_finite(tensors: dict[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ValueError(f"{where}: {name!r} is {tensor.dtype}, expected floating point of 2 bytes or more.")
-        if not tensor.isfinite().all():
+        if not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(
                 f"{where}: {name!r} holds infinite values or NaN, expected finite ones. Get the file again, or train again: the run "
                 "that made it diverged."

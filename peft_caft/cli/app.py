@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from ..basics.checks import is_own
 from ..training.defaults import STAGE_1, STAGE_2, training_note
 from . import concepts, demo, evaluation, hub, planning, training
 from .options import PASS_THROUGH, Command, Commands
@@ -41,9 +42,10 @@ def main() -> None:
     """Run the command line; expected errors are one clear message, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        if os.environ.get("PEFT_CAFT_TRACEBACK"):
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if os.environ.get("PEFT_CAFT_TRACEBACK") or (isinstance(error, RuntimeError) and not is_own(error)):
             raise
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        text = str(error).encode(errors="backslashreplace").decode()  # names of files may be no Unicode
+        typer.secho(f"Error: {text}", fg=typer.colors.RED, err=True)
         typer.echo("(PEFT_CAFT_TRACEBACK=1 shows where.)", err=True)
         sys.exit(1)

@@ -14,14 +14,15 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..basics.file_names import CARD_NAME, CONFIG_NAME, PLOT_NAME, WEIGHTS_NAME
 from ..basics.files import file_sha256, replacing, write_text
 from ..basics.hub_errors import explained
-from .card import write_card
+from ..basics.reading import is_file
+from ..basics.tensors import Tensors, read_tensors
+from .card import heads_card, write_card
 from .config import HeadsConfig
 
 PENDING_CONFIG_NAME = ".config.json.pending"
@@ -82,27 +83,49 @@ class HeadsFiles:
             ValueError: if it describes no heads, or the weights are damaged.
         """
         pending = self.config.with_name(PENDING_CONFIG_NAME)
-        config = HeadsConfig.from_file(self.config if self.config.is_file() else pending)
-        if config.weights_sha256 is None:
-            return config
-        digest = file_sha256(self.weights)
-        if config.weights_sha256 != digest and pending.is_file():
-            config = HeadsConfig.from_file(pending)
+        path = self.config if is_file(self.config) else pending
+        config = HeadsConfig.from_file(path)
+        digest = None if config.weights_sha256 is None else file_sha256(self.weights)
+        if config.weights_sha256 != digest and is_file(pending):
+            config = HeadsConfig.from_file(path := pending)
         if config.weights_sha256 != digest:
             raise ValueError(
                 f"{self.weights}: damaged. Its sha256 is {digest}, expected {config.weights_sha256} as "
                 f"recorded in {self.config.name}. Save the heads again, or download them again (force_download=True)."
             )
+        _require_blocks(config, self.weights)
+        _require_record(config, path)
         return config
 
     def read_weights(self) -> dict[str, Tensor]:
         """Name -> tensor as saved, on the CPU; a ValueError if the file is damaged."""
-        try:
-            return load_file(self.weights)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self.weights}: damaged or truncated, not a readable safetensors file ({error}). Download or save the heads again."
-            ) from error
+        return read_tensors(self.weights)
+
+
+def _require_blocks(config: HeadsConfig, weights: Path) -> None:
+    """Raise a ValueError unless the file has the heads and layers that the configuration says.
+
+    It is read before the heads are made, for which memory would be taken.
+    """
+    expected = {f"heads.{head}.{layer}" for head in range(config.num_heads) for layer in range(config.head_num_layers)}
+    got = {".".join(name.split(".")[:3]) for name in Tensors.of(weights).shapes}
+    if got != expected:
+        odd = min(got ^ expected)
+        raise ValueError(
+            f"{weights}: {'holds' if odd in got else 'lacks'} {odd!r}, expected {config.num_heads} heads of {config.head_num_layers} blocks or layers "
+            f"each, as {CONFIG_NAME} says. One of the two files is of other heads, or damaged: download or save the heads again."
+        )
+
+
+def _require_record(config: HeadsConfig, path: Path) -> None:
+    """Raise a ValueError if the record of training, free as it is, cannot be shown on a card."""
+    try:
+        heads_card(config).encode()
+    except Exception as error:
+        raise ValueError(
+            f"{path}: training: a value has another kind than `peft-caft train-heads` records ({type(error).__name__}: {error}). Download or "
+            "save the heads again."
+        ) from error
 
 
 def find_heads(source: str, field: str = "heads", revision: str | None = None, **hub: Any) -> HeadsFiles:
@@ -122,9 +145,9 @@ def find_heads(source: str, field: str = "heads", revision: str | None = None, *
     folder = Path(source)
     if folder.is_dir():
         files = HeadsFiles(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
-        interrupted = files.weights.is_file() and (folder / PENDING_CONFIG_NAME).is_file()  # the very first save
+        interrupted = is_file(files.weights) and is_file(folder / PENDING_CONFIG_NAME)  # the very first save
         for path in (files.config, files.weights):
-            if not path.is_file() and not interrupted:
+            if not is_file(path) and not interrupted:
                 raise FileNotFoundError(
                     f"{field}: no {path.name} in {source!r}, expected a folder written by AuxiliaryHeads.save_pretrained."
                     " Train heads with `peft-caft train-heads`, or give a Hub repository id."
@@ -148,11 +171,6 @@ def _download(field: str, repo_id: str, name: str, revision: str | None, hub: di
             f"{field}: no {name} in the Hub repository {repo_id!r} (revision {revision or 'main'}). Expected a repository "
             "that holds auxiliary heads, not an adapter or a model."
         ) from error
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def shape_difference(got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str | None:

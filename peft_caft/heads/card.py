@@ -228,7 +228,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> str:
         ["head (tokens ahead)", "cross entropy (nats/token)", "top-1", "top-5"],
         [
             [
-                str(a["tokens_ahead"]),
+                f"{a['tokens_ahead']:d}",
                 f"{b['cross_entropy']:.3f} -> {a['cross_entropy']:.3f}",
                 f"{b['top1']:.1%} -> {a['top1']:.1%}",
                 f"{b['top5']:.1%} -> {a['top5']:.1%}",

@@ -21,14 +21,17 @@ from typing import get_args
 import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from ..basics.adapters import whole_model
 from ..basics.checks import require_choice
 from ..basics.files import file_sha256, new_folder
 from ..basics.hub_errors import explained
 from ..basics.provenance import provenance
-from ..heads.artifact import shape_difference, shapes_of
+from ..basics.reading import require_whole_archive
+from ..basics.tensors import shapes_of
+from ..heads.artifact import shape_difference
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.config import HeadInput
@@ -77,7 +80,7 @@ def import_heads(
     record = {"imported_from": "caft-llm", "file": path.name, "file_sha256": file_sha256(path)}
     if not Path(source).exists():  # then the file lies under snapshots/COMMIT of the Hub's cache
         record |= {"repository": source, "revision": path.parent.name}
-    heads = heads_of(read_state_dict(path), AutoModelForCausalLM.from_pretrained(model, dtype="auto"), head_input)
+    heads = heads_of(read_state_dict(path), whole_model(model, dtype="auto"), head_input)
     config = heads.config
     config.base_model_name_or_path = base_model_id or config.base_model_name_or_path
     config.license = license
@@ -94,6 +97,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         ValueError: if the file holds anything else than finite floating-point tensors.
     """
     try:
+        require_whole_archive(path)
         # Only a zip archive, the format since torch 1.6, can be mapped instead of read.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the unpickler may raise anything for bytes that are no pickle

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..basics.checks import described, is_plain, parsed
+from ..basics.checks import described, fits, is_plain, parsed
 from ..basics.reading import read_yaml
 from .data import require_file
 from .defaults import COMMON
@@ -52,15 +52,17 @@ def trainer_arguments(
     for name, reason in (SET_BY_COMMAND | dict(set_by_command or {})).items():
         if name in given:
             raise ValueError(f"{name}: given, but this command sets it: {reason}. Leave it out.")
-    # Pinning without a GPU only warns.
-    values = {"dataloader_pin_memory": torch.cuda.is_available()} | COMMON | defaults | own
+    # Pinning for a CPU or for Apple's devices only warns.
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    pins = accelerator is not None and accelerator.type != "mps"
+    values = {"dataloader_pin_memory": pins} | COMMON | defaults | own
     parser = HfArgumentParser(TrainingArguments, exit_on_error=False, allow_abbrev=False)
     parser.set_defaults(**values)
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(
             ["--output_dir", str(Path(output) / "checkpoints"), *(options or [])], return_remaining_strings=True
         )
-    except ArgumentError as error:
+    except (ArgumentError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise ValueError(f"training options: {error}. Expected a value that TrainingArguments takes.") from error
     if unknown:
         raise _unknown(unknown[0], also_known)
@@ -135,6 +137,12 @@ def _yaml(path: str | None) -> dict[str, Any]:
         return {}
     require_file("--training-yaml", Path(path), "a YAML mapping of TrainingArguments")
     values = read_yaml(path)
+    for name, hint in get_type_hints(TrainingArguments).items():
+        value = values.get(name, "")  # a text is parsed as on a command line
+        if not isinstance(value, str) and is_plain(hint) and not fits(value, hint):
+            raise ValueError(f"{path}: {name}: got {value!r}, expected {described(hint)}.")
     if wrong := sorted(map(repr, values.keys() - {field.name for field in dataclasses.fields(TrainingArguments)})):
-        raise ValueError(f"{path}: got {', '.join(wrong)}, expected a mapping of fields of transformers.TrainingArguments.")
+        raise ValueError(
+            f"{path}: got {', '.join(wrong)}, expected a mapping of fields of transformers.TrainingArguments."
+        )
     return values

@@ -186,7 +186,7 @@ def test_truncated_weights_without_recorded_hash_are_refused(tmp_path):
         ({"head_input": "embeddings"}, "head_input: got 'embeddings', expected one of"),
         ({"format_version": 99}, "format_version: got 99, expected 1"),
         ({"num_heads": 0}, "num_heads: got 0, expected"),
-        ({"num_heads": 2}, "do not fit"),
+        ({"num_heads": 2}, r"holds 'heads.2.0', expected 2 heads of 1 blocks"),
         ({"colour": "blue"}, r"unknown field\(s\) colour"),
     ],
 )
