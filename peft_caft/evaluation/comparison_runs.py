@@ -1,11 +1,10 @@
 """One resumable run of a comparison: fine-tunes an arm from one seed and answers one split."""
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils.memory import clear_device_cache
 
 from ..basics.reading import read_json
 from ..basics.run_folder import RunFolder
@@ -191,6 +190,4 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def free_memory() -> None:
     """Free the memory of a finished run. Models hold reference cycles, which only gc collects."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from torch import Tensor
+
+from ..basics import devices
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,7 @@ def chunk_size_on(device: torch.device) -> ChunkSize:
 
 def free_bytes(device: torch.device) -> float:
     """Bytes that a tensor on ``device`` could take; infinite if unknown or in a simulation."""
-    if _planned_kind.get() is not None:
-        return float("inf")
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available if device.type == "cpu" else float("inf")
+    return devices.free_bytes(device) if _planned_kind.get() is None else float("inf")
 
 
 @dataclass(frozen=True)

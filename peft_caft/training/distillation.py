@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
@@ -55,7 +56,8 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
     git_commit()  # cached now, so that a long run records the code that it started with
     # Without ``cpu`` on a machine that has no accelerator, each process takes itself for the only
     # one. Processes that are done wait for the others, however long those take.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(days=30))
     if settings.backend == "vllm" and state.num_processes > 1:
         raise ValueError(
             f"backend: got 'vllm' in {state.num_processes} processes, expected one, since vLLM starts its own. Run the "

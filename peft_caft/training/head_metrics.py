@@ -112,12 +112,13 @@ def batch_totals(
         attention_mask: ``(batch, tokens)``, 0 for padding, or None.
 
     Returns:
-        float64 ``(heads + 1, 4)``, fp32 on MPS: for each head the sum of cross entropies (nats),
-        top-1 hits, top-5 hits, and the number of targets; in the last row the sum of accepted
-        lengths, two zeros, and the number of positions with all targets.
+        ``(heads + 1, 4)``, float64 on CPU and CUDA, else fp32: for each head the sum of cross
+        entropies (nats), top-1 hits, top-5 hits, and the number of targets; in the last row the
+        sum of accepted lengths, two zeros, and the number of positions with all targets.
     """
     unembedding = backbone.unembedding(captured)
-    exact = torch.float32 if labels.device.type == "mps" else torch.float64  # Apple's devices have no double
+    # Apple's devices have no double, nor have some of Intel's.
+    exact = torch.float64 if labels.device.type in ("cpu", "cuda") else torch.float32
     sums = torch.zeros(len(heads.heads) + 1, 4, dtype=exact, device=labels.device)
     accepted = torch.ones(labels.numel(), dtype=torch.bool, device=labels.device)
     lengths = torch.zeros(labels.numel(), device=labels.device)

@@ -13,6 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..basics.devices import chosen_device
 from .engine import zero_stage
 from .settings import FineTuningSettings
 
@@ -23,12 +24,12 @@ def load_for_inference(source: str, dtype: str, adapter: str | None = None, devi
     Args:
         source, adapter: folder or Hub id.
         dtype: ``"auto"`` for the checkpoint's, or the name of a torch dtype.
-        device: None takes the GPU if there is one, else the CPU.
+        device: None takes the one that accelerate chooses.
     """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return model.to(device or chosen_device()).eval()
 
 
 def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
