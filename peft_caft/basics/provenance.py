@@ -74,16 +74,14 @@ def provenance() -> dict[str, object]:
 
 
 def machine() -> str:
-    """System, cores and GPUs in words, such as "Linux x86_64, 2 x AMD EPYC"."""
-    import torch
+    """System, cores and accelerators in words, such as "Linux x86_64, 2 x AMD EPYC"."""
+    from .devices import accelerators
 
     cpuinfo = Path("/proc/cpuinfo")
     models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.is_file() else []
     processor = models[0].partition(":")[2].strip() if models else "cores"
     parts = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} x {processor}"]
-    if torch.cuda.is_available():
-        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *filter(None, [accelerators()])])
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -96,11 +94,11 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def peak_memory_mib() -> float | None:
-    """Peak memory of this process in MiB, of the GPU if it used one; None on Windows."""
-    import torch
+    """Peak memory of this process in MiB, of the accelerator if it used one; None on Windows."""
+    from .devices import peak_bytes
 
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return torch.cuda.max_memory_allocated() / 2**20
+    if peak := peak_bytes():
+        return peak / 2**20
     try:
         import resource
     except ImportError:
