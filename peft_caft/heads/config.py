@@ -171,11 +171,12 @@ def agree(first: float, second: float) -> bool:
     """Whether two numbers of a `fingerprint` stand for the same row, rounding aside.
 
     Two models are the same one if `SHARE_THAT_AGREES` of the rows that both have agree, and both
-    have `FEWEST_SHARED_ROWS` of the 16, which are spread evenly over the vocabulary. Rows of two
-    models agree by chance with a probability of 0.011, so another model passes as the same one with
-    one of 7e-21 if no row is left out, and of 6e-6 if twelve are. The same model, in which a share
-    of the tokens drawn at random has new rows, is refused with a probability of 4e-7 for 1 %, 9e-4
-    for 5 % and 0.02 for 10 %.
+    have `FEWEST_SHARED_ROWS` of the 16, which are spread evenly over the vocabulary. Rows of other
+    tokens agree by chance with a probability of 0.015 (a million pairs of SmolLM2-135M-Instruct;
+    0.011 for normally distributed numbers), so another model passes as the same one with one of
+    2e-19 if no row is left out, and of 1e-5 if twelve are. The same model, in which a share of the
+    tokens drawn at random has new rows, is refused with a probability of 4e-7 for 1 %, 9e-4 for 5 %
+    and 0.02 for 10 %.
     """
     return abs(first - second) <= FINGERPRINT_TOLERANCE
 
