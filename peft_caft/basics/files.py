@@ -19,22 +19,42 @@ try:
 except ImportError:  # Windows, where two runs into one output are not noticed
     fcntl = None  # type: ignore[assignment]
 
+KEPT = "All other files are"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ROOM = 2**20  # bytes; a disk with less is full
+
+
+class FullDiskError(OSError):
+    """A disk is full; the message says what was kept."""
+
+
+@contextmanager
+def writable(target: Path) -> Iterator[None]:
+    """Name ``target`` in the system's errors, except for a full disk's (`full_disk_explained`)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.errno in FULL:  # without a number, the error is one of ours
+            raise
+        raise type(error)(
+            f"output: {target} cannot be written ({error.strerror or error}). Choose another place, or change what lies there."
+        ) from error
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path, which is renamed to ``path`` on success and removed on error."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writable(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -44,10 +64,8 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
     No file in ``folder`` is ever half written, and other files in it stay.
     """
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
-    ) as scratch:
+    with full_disk_explained(target, KEPT), writable(target), _scratch(target) as scratch:
+        target.mkdir(exist_ok=True)
         yield Path(scratch)
         for path in sorted(Path(scratch).iterdir()):
             os.replace(path, target / path.name)
@@ -60,11 +78,15 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     So ``folder``, which must be new or empty, appears whole or not at all.
     """
     target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+    with full_disk_explained(target, KEPT), writable(target), _scratch(target) as scratch:
         made = Path(scratch, target.name)
         yield made
         made.rename(target)
+
+
+def _scratch(target: Path) -> tempfile.TemporaryDirectory:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -113,14 +135,14 @@ def full_disk_explained(output: Path, kept: str) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_full(error, output):
             raise
-        raise OSError(
+        raise FullDiskError(
             f"output: the disk of {output} is full. {kept} kept: make room there and run the same command again to go on."
         ) from error
 
 
 def _is_full(error: Exception, output: Path) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in FULL or isinstance(error, FullDiskError)  # of a file in it: the folder's says more
     # torch.save and safetensors raise errors of their own, without the system's number.
     folder = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     return "No space left" in str(error) or shutil.disk_usage(folder).free < NO_ROOM

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import full_disk_explained, lock, write_text
+from .files import full_disk_explained, lock, writable, write_text
 from .provenance import git_commit
 from .reading import json_or_none, read_json
 
@@ -46,7 +46,8 @@ class RunFolder:
             BlockingIOError: if another process runs in the folder and this one does not ``wait``.
             OSError: if the disk is full.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writable(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / ".lock"
         with full_disk_explained(self.path, "Checkpoints that were finished are"), open(path, "ab") as file:
             lock(file, self.path, wait)

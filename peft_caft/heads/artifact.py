@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..basics.file_names import CARD_NAME, CONFIG_NAME, PLOT_NAME, WEIGHTS_NAME
-from ..basics.files import file_sha256, replacing, write_text
+from ..basics.files import file_sha256, full_disk_explained, replacing, writable, write_text
 from ..basics.hub_errors import explained
 from ..basics.reading import is_file
 from ..basics.tensors import Tensors, read_tensors
@@ -37,11 +37,18 @@ def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weight
 
     Raises:
         NotADirectoryError: if ``save_directory`` is a file.
+        OSError: if the disk is full, or the folder cannot be written.
     """
     folder = Path(save_directory)
     if folder.is_file():
         raise NotADirectoryError(f"save_directory: got the file {folder}, expected a folder to write heads into.")
-    folder.mkdir(parents=True, exist_ok=True)
+    with full_disk_explained(folder, "Heads that were there are"):
+        _save(folder, config, weights)
+
+
+def _save(folder: Path, config: HeadsConfig, weights: dict[str, Tensor]) -> None:
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     _finish_interrupted_save(folder)
     with replacing(folder / WEIGHTS_NAME) as temporary:
         save_file(
