@@ -49,7 +49,7 @@ def score_tokens(
     for indices in tqdm(batches, desc=description, unit=" batches", leave=False):
         batch = collate([rows[index].encoded for index in indices]).to(backbone.lm_head.weight.device)
         if not scores:
-            plain = plain and _is_plain(model, backbone, batch)
+            plain = plain and _is_plain(backbone)
         found = _scores_in_chunks(backbone, batch) if plain else _scores_of_logits(model, batch)
         counts = [len(rows[index].targets) for index in indices]
         cross_entropies, hits = (values.cpu().split(counts) for values in found)
@@ -58,15 +58,10 @@ def score_tokens(
     return [scores[index] for index in range(len(rows))]
 
 
-def _is_plain(model: nn.Module, backbone: Backbone, batch: dict[str, Tensor]) -> bool:
-    """Whether only norm and lm_head follow the layers, by logits of the first row's last token."""
-    row = {name: batch[name][:1] for name in ("input_ids", "attention_mask")}
-    with backbone.capture() as records:
-        logits = model(**row, use_cache=False).logits
-    unembedding = backbone.unembedding()
-    own = unembedding.logits(records[-1].last_hidden_state[:, -1:].to(unembedding.weight.dtype))
+def _is_plain(backbone: Backbone) -> bool:
+    """Whether only norm and lm_head follow the layers."""
     try:
-        backbone.verify(records[-1], "logits", own, logits[:, -1:])
+        backbone.ready()
     except TypeError:
         return False
     return True

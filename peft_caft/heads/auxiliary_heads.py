@@ -197,7 +197,15 @@ class AuxiliaryHeads(PretrainedHeads):
 
         Returns:
             ``(selected, hidden)`` in the dtype of the hidden states.
+
+        Raises:
+            TypeError: if decoder-layer heads cannot be called as the model calls its last layer.
         """
+        if self.config.head_type == "decoder_layer" and not backbone.probed().layer_replays:
+            raise TypeError(
+                f"head_type: got 'decoder_layer' with {type(backbone.model).__name__}, whose last layer needs more than its "
+                "arguments (called again, it gives something else), expected 'residual'. Set head_type='residual'."
+            )
         hidden = getattr(captured, self.config.head_input)
         head = self.heads[index]
         # Heads that train in fp32 run in the base model's half precision, as mixed precision does.

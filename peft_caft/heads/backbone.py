@@ -1,11 +1,13 @@
 """The parts of a causal language model that heads use: layers, final norm and unembedding.
 
-They are found by structure, not by the name of an architecture. `Backbone.verify` compares what
-they compute with the model's own output, to refuse a model that does something else there.
+They are found by structure, not by the name of an architecture. Before their first use, `probe`
+compares what they compute with the model's own output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .probe import Probe, probe
 from .sharding import parameter_of, whole, whole_shape
 from .unembedding import Unembedding
 from .watched_pass import Captured, LayerStack
@@ -43,27 +46,24 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 @dataclass(kw_only=True)
 class Backbone(LayerStack):
-    """References to the parts of one base model, found once, before FSDP wraps the modules.
+    """References to the parts of one base model, which are found again when they are replaced.
 
     Attributes:
         model: the transformers model.
-        final_norm: norm between the last layer and the lm_head, None if there is none.
         lm_head: linear layer with a floating-point weight.
         logit_scale: factor on the logits.
         logit_softcap: c of ``c * tanh(logits / c)``, or None.
-        verified: whether `verify` has passed.
         shift_verified: whether it was checked that the model shifts its labels itself.
-        logits_needed: whether the model has no loss if it computes no logits.
+        logits_needed: whether the model has no loss if it computes no logits; None if unknown.
     """
 
     model: PreTrainedModel
-    final_norm: nn.Module | None
     lm_head: nn.Module
     logit_scale: float
     logit_softcap: float | None
-    verified: bool = False
     shift_verified: bool = False
-    logits_needed: bool = False
+    logits_needed: bool | None = None
+    _probe: Probe | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Backbone:
@@ -99,7 +99,6 @@ class Backbone(LayerStack):
             model=base,
             trunk=trunk,
             layers=layers,
-            final_norm=_final_norm(trunk, layers),
             lm_head=lm_head,
             logit_scale=float(scale),
             logit_softcap=getattr(config, "final_logit_softcapping", None),
@@ -134,38 +133,60 @@ class Backbone(LayerStack):
             captured.unembedding = unembedding
         return unembedding
 
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The base model's norm between the last layer and the lm_head; None if there is none."""
+        name = self.probed().norm_name
+        return None if name is None else beneath_adapters(self.trunk.get_submodule(name))
+
     def normed(self, states: Tensor) -> Tensor:
         """Final norm of ``(..., hidden)``, same shape; ``states`` itself if the model has none."""
-        return states if self.final_norm is None else self.final_norm(states)
+        norm = self.final_norm
+        return states if norm is None else norm(states)
 
-    @torch.no_grad()
-    def verify(self, captured: Captured, what: str, own: Tensor, expected: Tensor) -> None:
-        """Check that the model does nothing after its layers that this class does not know.
+    @contextmanager
+    def capture(self) -> Iterator[list[Captured]]:
+        """`LayerStack.capture`, of a model that was probed."""
+        self.ready()
+        with super().capture() as records:
+            yield records
 
-        Args:
-            captured: record of a forward pass; the norm of its first row's last token is checked.
-            what: name of the next two in the message.
-            own: logits or log-probabilities of any shape, from ``captured`` and `unembedding`.
-            expected: the same from the model, of the same shape, any floating dtype.
+    def ready(self) -> None:
+        """Find the parts that were replaced, as by ``resize_token_embeddings``, and probe new ones.
 
         Raises:
-            TypeError: if norm or values differ; training would follow a wrong gradient.
+            TypeError: if the model does something between its last layer and its logits that this
+                class does not know.
         """
-        own_norm, norm = self.normed(captured.last_layer_output[:1, -1:]), captured.last_hidden_state[:1, -1:]
-        # Under autocast the hidden states may be fp32 and the logits bf16.
-        half = {norm.dtype, expected.dtype} & {torch.bfloat16, torch.float16} or torch.is_autocast_enabled(
-            norm.device.type
-        )
-        tolerance = 5e-2 if half else 1e-3
-        for name, got, wanted in (("final norm", own_norm, norm), (what, own, expected)):
-            got, wanted = got.float(), wanted.float()
-            if got.shape != wanted.shape or (got - wanted).norm() > tolerance * wanted.norm() + 1e-6:
-                raise TypeError(
-                    f"model: {type(self.model).__name__} does more between its last layer and its logits than a norm, "
-                    f"an lm_head, a scale and a soft cap (its {name} differ). CAFT does not know this architecture "
-                    "yet; please report it."
-                )
-        self.verified = True
+        found = Backbone.of(self.model)
+        if any(getattr(found, name) is not getattr(self, name) for name in ("trunk", "layers", "lm_head")):
+            vars(self).update(vars(found))
+        self.probed()
+
+    def probed(self) -> Probe:
+        """What a pass over a few tokens has shown of these parts; a TypeError as `ready`."""
+        if self._probe is None:
+            self._probe = probe(self.model, LayerStack(trunk=self.trunk, layers=self.layers), self._logits)
+        return self._probe
+
+    def adapted_parts(self) -> list[str]:
+        """Names of the parts behind the layers that PEFT has wrapped: the lm_head, a norm."""
+        embedding, inside = self.model.get_input_embeddings(), set(self.layers.modules())
+        parts = {"lm_head": self.model.get_output_embeddings()}
+        parts |= {
+            name: part for name, part in self.trunk.named_children() if part not in inside and part is not embedding
+        }
+        wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        return [name for name, part in parts.items() if isinstance(part, wrappers)]
+
+    @property
+    def verified(self) -> bool:
+        """Whether a pass has shown that the parts compute what the model does."""
+        return self._probe is not None
+
+    def _logits(self, states: Tensor) -> Tensor:
+        unembedding = self.unembedding()
+        return unembedding.logits(states.to(unembedding.weight.device, unembedding.weight.dtype))
 
 
 def _require_weights_at_hand(model: PreTrainedModel) -> None:
@@ -201,24 +222,19 @@ def _with_graph_if_trained(parameter: Tensor) -> Tensor:
     return parameter
 
 
-def _trunk_and_layers(model: nn.Module, count: int) -> tuple[nn.Module, nn.ModuleList | None]:
-    """The shallowest module with a child list of ``count`` layers, and that list."""
-    queue = [model]
+def _trunk_and_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, nn.ModuleList | None]:
+    """The text decoder, and the shallowest list of ``count`` layers in it.
+
+    Towers for images or sound, which may have as many layers, lie beside the decoder.
+    """
+    trunk = model.get_decoder()
+    while isinstance(trunk, PreTrainedModel) and (inner := trunk.get_decoder()) is not trunk:
+        trunk = inner
+    queue = [trunk]
     while queue:
         module = queue.pop(0)
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, child
+                return module if trunk is model else trunk, child
         queue.extend(module.children())
-    return model, None
-
-
-def _final_norm(trunk: nn.Module, layers: nn.ModuleList) -> nn.Module | None:
-    """The trunk's last norm after the layers, or before them (OPT), beside norms of embeddings."""
-    children = [(name, beneath_adapters(child)) for name, child in trunk.named_children()]
-    position = next(index for index, (_, child) in enumerate(children) if child is layers)
-    for candidates in (children[position + 1 :], children[:position]):
-        norms = [child for name, child in candidates if "norm" in type(child).__name__.lower() and "emb" not in name]
-        if norms:
-            return norms[-1]
-    return None
+    return trunk, None

@@ -1,7 +1,7 @@
 """A decoder layer of a head, run on hidden states of a forward pass that the base model has made.
 
-`replay` runs it for all positions. `LayerAtRows` computes keys and values of all positions, but
-queries and everything after them of selected ones. Both call the layer whatever its architecture.
+`watched_pass.replay` runs it for all positions. `LayerAtRows` computes keys and values of all
+positions, but queries and everything after them of selected ones, whatever the architecture.
 """
 
 import inspect
@@ -12,19 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .sharding import is_sharded
-from .watched_pass import CACHES, Captured, layer_output
+from .watched_pass import CACHES, Captured, evaluating, layer_output, replay
 
 logger = logging.getLogger(__name__)
 
 WORTHWHILE = 0.9  # above this share of the positions, running for all of them is no slower
-
-
-def replay(layer: nn.Module, hidden: Tensor, captured: Captured) -> Tensor:
-    """Output of ``layer`` for ``hidden``, both ``(batch, tokens, hidden)`` in the layer's dtype.
-
-    The mask and positions are those of the captured pass.
-    """
-    return layer_output(layer(hidden, *captured.layer_args, **captured.layer_kwargs))
 
 
 class LayerAtRows:
@@ -117,17 +109,13 @@ class _Cache:
 def _agrees_with_replay(
     layer: nn.Module, hidden: Tensor, rows: Tensor, captured: Captured, selection: Selection, arguments: dict[str, Any]
 ) -> bool:
-    training = [module for module in layer.modules() if module.training]
-    layer.eval()  # no dropout, whose draws would differ and would not repeat after a resume
     try:
-        got = _at_selection(layer, hidden, captured, selection, arguments).float()
-        expected = replay(layer, hidden, captured).flatten(0, 1)[rows].float()
+        with evaluating(layer):  # draws would differ, and would not repeat after a resume
+            got = _at_selection(layer, hidden, captured, selection, arguments).float()
+            expected = replay(layer, hidden, captured).flatten(0, 1)[rows].float()
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         logger.info("%s with the queries of some positions: %s", type(layer).__name__, error)
         return False
-    finally:
-        for module in training:
-            module.training = True
     half = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype in (torch.bfloat16, torch.float16)
     return bool((got - expected).norm() <= (3e-2 if half else 1e-4) * expected.norm())
 

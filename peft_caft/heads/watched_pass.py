@@ -129,6 +129,27 @@ class _PassedOver(nn.Module):
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside the block ``module`` is in evaluation mode, so that no dropout draws anything."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def replay(layer: nn.Module, hidden: Tensor, captured: Captured) -> Tensor:
+    """Output of ``layer`` for ``hidden``, both ``(batch, tokens, hidden)`` in the layer's dtype.
+
+    The mask and positions are those of the captured pass.
+    """
+    return layer_output(layer(hidden, *captured.layer_args, **captured.layer_kwargs))
+
+
 def layer_output(output: Any) -> Tensor:
     """Hidden states ``(batch, tokens, hidden)`` in what a decoder layer returned."""
     return output if isinstance(output, Tensor) else output[0]  # a tuple: written for transformers 4

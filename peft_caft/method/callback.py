@@ -4,13 +4,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..basics.files import replacing
+from ..basics.reading import is_file
+from ..basics.tensors import read_tensors
 from ..heads.sharding import copy_into, refuse_fsdp1, whole
 from .objective import AuxiliaryObjective
+from .trainer import require_usual_loss, running_trainer, trains_on_next_tokens
 
 OLDEST_TRL = (1, 16)
 TRAINED_HEADS_NAME = "caft_trained_heads.safetensors"
@@ -21,11 +24,14 @@ class CAFTCallback(TrainerCallback):
 
     It tells the schedule the optimizer step. It adds ``caft/gamma``, ``caft/aux_loss`` and
     ``caft/loss_head_2`` ... ``caft/loss_head_n`` (nats/token, means of this process since the last
-    log) to the log history. Unless ``train_heads`` is ``"frozen"``, it saves the heads' trained
-    parameters in every checkpoint and restores them when a run is resumed.
+    log) to the logs, before the callbacks of ``report_to`` read them. Unless ``train_heads`` is
+    ``"frozen"``, it saves the heads' trained parameters in every checkpoint and restores them when
+    a run is resumed. Under TRL's other trainers, which train without the auxiliary loss, it does
+    nothing.
 
     Raises:
-        RuntimeError: if a training step has no auxiliary loss, or a checkpoint no trained heads.
+        RuntimeError: if a training step has no auxiliary loss, or the trainer's loss leaves it out,
+            or if a checkpoint has no trained heads.
         TypeError: if the model has no CAFT adapter.
         ValueError: if TRL is too old or uses another loss, or FSDP1 shards the model.
 
@@ -34,24 +40,42 @@ class CAFTCallback(TrainerCallback):
         >>> trainer.train()
     """
 
+    _on = True
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         refuse_fsdp1(kwargs["model"])
+        trainer = running_trainer()
+        self._on = trainer is None or trains_on_next_tokens(trainer)
+        if not self._on:
+            return
+        if (
+            trainer is not None
+        ):  # whose callbacks for reports would run before this one, and read logs without its values
+            others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
+            trainer.callback_handler.callbacks = [self, *others]
         _refuse_other_objectives(args)
         trained = _trained_head_parameters(objective_of(kwargs["model"]))
         if state.global_step > 0 and trained:
             _restore(trained, _checkpoint(args, state) / TRAINED_HEADS_NAME)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        objective_of(kwargs["model"]).set_training_progress(state.global_step, state.max_steps)
+        if self._on:
+            objective_of(kwargs["model"]).set_training_progress(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if objective_of(kwargs["model"]).auxiliary_loss_is_missing():
+        missing = objective_of(kwargs["model"]).what_is_missing() if self._on else None
+        advice = "To train without the auxiliary loss on purpose, use `model.auxiliary_loss_enabled(False)` or CAFTConfig(aux_loss_weight=0)."
+        if missing == "loss":
             raise RuntimeError(
                 f"step {state.global_step} ended without an auxiliary loss, expected one in every training forward: "
                 "the model saw no labels, or its adapters are disabled. `label_smoothing_factor` (got "
                 f"{args.label_smoothing_factor}, expected 0) and `compute_loss_func` make Trainer strip the labels; "
-                "leave both unset. To train without the auxiliary loss on purpose, use "
-                "`model.auxiliary_loss_enabled(False)` or CAFTConfig(aux_loss_weight=0)."
+                f"leave both unset. {advice}"
+            )
+        if missing == "backward":
+            raise RuntimeError(
+                f"step {state.global_step} ended without a backward pass through the auxiliary loss, which is part of outputs.loss: "
+                f"the trainer's own loss (`compute_loss`) leaves that out. Add outputs.loss to it, or return outputs.loss. {advice}"
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -60,7 +84,7 @@ class CAFTCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any
     ) -> None:
-        if logs is None or "loss" not in logs:
+        if not self._on or logs is None or "loss" not in logs:
             return
         metrics = {f"caft/{name}": value for name, value in objective_of(kwargs["model"]).read_metrics().items()}
         logs.update(metrics)  # which the callbacks after this one read
@@ -78,11 +102,7 @@ def _refuse_other_objectives(args: TrainingArguments) -> None:
     """Raise a ValueError for settings of TRL's SFTTrainer with which CAFT would not train."""
     if type(args).__name__ != "SFTConfig":
         return
-    if args.loss_type == "dft":
-        raise ValueError(
-            "loss_type: got 'dft', expected 'nll'. DFT weighs tokens by their probability, and the auxiliary loss is defined "
-            "beside the next-token loss. Set SFTConfig(loss_type='nll'), or train LoRA."
-        )
+    require_usual_loss(args)
     if tuple(int(part) for part in version("trl").split(".")[:2]) < OLDEST_TRL:
         raise ValueError(
             f"trl: got version {version('trl')}, expected {'.'.join(map(str, OLDEST_TRL))} or newer: older ones need Triton, or the logits "
@@ -110,14 +130,15 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _restore(trained: dict[str, Tensor], path: Path) -> None:
-    if not path.is_file():
+    if not is_file(path):
         raise RuntimeError(
             f"{path}: not found, expected the trained auxiliary heads of the checkpoint to resume from. The run before "
             "trained with another `train_heads`, without CAFTCallback, or in another output_dir; start anew or resume "
             "with the same settings."
         )
-    saved = load_file(path)
-    if saved.keys() != trained.keys():
+    saved = read_tensors(path)
+    expected = {name: getattr(p, "ds_shape", p.shape) for name, p in trained.items()}  # under ZeRO-3, the whole shape
+    if {name: tensor.shape for name, tensor in saved.items()} != expected:
         raise RuntimeError(f"{path}: holds other parameters than this run trains. Resume with the same settings.")
     for name, parameter in trained.items():
         copy_into(parameter, saved[name])

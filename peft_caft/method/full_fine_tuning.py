@@ -99,9 +99,6 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
     def heads_for_training(self) -> AuxiliaryHeads:
         return self.auxiliary_heads
 
-    def _output_is_the_base_models(self) -> bool:
-        return True
-
     def _note_precision(self, trunk: nn.Module, args: tuple) -> None:
         # accelerate switches autocast on inside of the model's hooks; the losses need the same.
         device_type = self.gamma.device.type
@@ -113,6 +110,8 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
 
     @torch.compiler.disable(recursive=False)
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self._pass is not None:  # torch calls no hook after KeyboardInterrupt
+            self._pass.close()
         self._pass = self._training_pass(kwargs)
         if self._pass is None:
             return args, kwargs

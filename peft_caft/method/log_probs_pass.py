@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from ..heads.backbone import Backbone
-from ..heads.sharding import is_sharded
-from .linear_cross_entropy import linear_cross_entropy
 from .supervised_pass import SupervisedPass
 from .targets import SupervisedRows
 
@@ -29,23 +27,7 @@ class LogProbsPass(SupervisedPass):
 
     ``outputs`` hold ``log_probs``, fp32 ``(batch, tokens - 1)``, nats, 0 where there is no label,
     and ``label_mask``, bool of that shape. ``divisor`` is 1, since the trainer divides.
-
-    Attributes:
-        labels: int64 ``(batch, tokens)``, unshifted.
     """
-
-    labels: Tensor
-
-    @torch.no_grad()
-    def verify(self, backbone: Backbone) -> None:
-        """Call `Backbone.verify` with all log-probabilities."""
-        if not self.supervised and not is_sharded(backbone.lm_head):  # a sharded one needs all processes
-            return
-        states, expected = self.captured.last_hidden_state, self.outputs.log_probs[self.outputs.label_mask]
-        mask = self.outputs.label_mask.to(states.device)
-        targets = self.labels[:, 1:].to(states.device)[mask]
-        _, losses = linear_cross_entropy(states[:, :-1][mask], targets, backbone.unembedding(self.captured))
-        backbone.verify(self.captured, "log-probabilities", -losses, expected.to(losses.device))
 
     def with_auxiliary(self, total: Tensor) -> Any:
         """The outputs with the gradient of ``total``, fp32 scalar, in their log-probabilities.
@@ -65,7 +47,7 @@ def log_probs_pass(
     with backbone.capture() as records:
         outputs = yield kwargs
     one = torch.ones((), device=outputs.log_probs.device)
-    return LogProbsPass(outputs, records[-1], supervised.count, one, kwargs["labels"])
+    return LogProbsPass(outputs, records[-1], supervised.count, one)
 
 
 class _CarryingGradient(torch.autograd.Function):
@@ -85,8 +67,8 @@ class _CarryingGradient(torch.autograd.Function):
             return grad, grad.new_zeros(()), None
         if bool((factors != factors[0]).any()):
             raise ValueError(
-                "log_probs: the trainer's loss weighs tokens differently, expected the mean of their negative "
-                "log-probabilities (in TRL loss_type='nll'; got for instance 'dft'), which the auxiliary loss is defined "
-                "beside. Set loss_type='nll', or wrap the step in auxiliary_loss_enabled(False)."
+                "log_probs: the loss weighs tokens differently, expected their negative sum times one factor, as in SFTTrainer: "
+                "the auxiliary loss is defined beside that. Weigh all tokens alike, or wrap the step in "
+                "auxiliary_loss_enabled(False)."
             )
         return grad, -factors[0], None

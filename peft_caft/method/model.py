@@ -50,6 +50,7 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self._begin_objective()
+        self._new_heads: list[AuxiliaryHeads] = []  # in a list, since a module would be registered
         super().__init__(model, *args, **kwargs)
         self.register_load_state_dict_post_hook(heads_are_never_missing)
 
@@ -58,14 +59,6 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the LoRA layers of an adapter, and heads unless it is loaded for inference."""
         config = self.peft_config[adapter_name]
-        backbone = self._backbone or Backbone.of(model)
-        heads = None if config.inference_mode else make_heads(config, model)
-        if config.modules_to_save and any(name.split(".")[-1] == "lm_head" for name in config.modules_to_save):
-            warnings.warn(
-                "modules_to_save=['lm_head']: the trained copy of the lm_head learns from the next-token loss alone. "
-                "The auxiliary heads keep using the base model's frozen lm_head, so no auxiliary gradient reaches it.",
-                stacklevel=2,
-            )
         # peft.utils.transformers_weight_conversion (peft 0.21) converts mixtures of experts for
         # type LORA alone, in convert_peft_config_for_transformers.
         config.peft_type = PeftType.LORA
@@ -73,15 +66,35 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.peft_type = PeftType.CAFT
+        assert self._backbone is not None
         if "gamma" not in self._buffers:
-            self._register_gamma(backbone.lm_head.weight.device)
+            self._register_gamma(self._backbone.lm_head.weight.device)
             self.auxiliary_heads = nn.ModuleDict()
-        self._backbone = backbone
-        if heads is not None:
+        if self._new_heads:
+            heads = self._new_heads.pop()
             if config.train_heads == "lora":
                 add_lora(heads, config, adapter_name)
             self.auxiliary_heads[adapter_name] = heads
+            self._warn_of_changed_parts()
         self._set_heads_trainable()
+
+    def _prepare_model(self, peft_config: CAFTConfig, model: nn.Module) -> None:
+        """Make the heads: after PEFT has replicated layers, and before it changes any."""
+        super()._prepare_model(peft_config, model)
+        self._backbone = self._backbone or Backbone.of(model)
+        if not peft_config.inference_mode:
+            self._new_heads.append(make_heads(peft_config, model))
+
+    def _warn_of_changed_parts(self) -> None:
+        """Warn if an adapter changes a part behind the layers, whose old form the heads use."""
+        assert self._backbone is not None
+        for name in self._backbone.adapted_parts():
+            warnings.warn(
+                f"{name}: an adapter changes it (modules_to_save, trainable_token_indices, target_modules, or a tied embedding). The "
+                f"auxiliary heads keep using the base model's frozen {name}, so no auxiliary gradient reaches the change, "
+                "and they aim at the old rows of trained tokens.",
+                stacklevel=2,
+            )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -142,9 +155,9 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward; in training with ``labels`` the auxiliary loss is in its loss.
 
-        Then the output holds no logits, unless the call asks for them, for instance with
-        ``logits_to_keep=0``, transformers' value for all tokens. If TRL's SFTTrainer asks for
-        log-probabilities, they carry the auxiliary gradient (`peft_caft.method.log_probs_pass`).
+        Then the output holds no logits (their use is an error), unless the call asks for them, for
+        instance with ``logits_to_keep=0``, transformers' value for all tokens. If TRL's SFTTrainer
+        asks for log-probabilities, they carry the auxiliary gradient (`log_probs_pass`).
 
         Args:
             args, kwargs: arguments of the base model; ``labels``: int64 ``(batch, tokens)``.
@@ -175,14 +188,6 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
                 "is_trainable=True)`, or call model.eval() if you only want the next-token loss."
             )
         return self.auxiliary_heads[name]
-
-    def _output_is_the_base_models(self) -> bool:
-        """Whether the base model's own norm and lm_head run, so that its logits can be compared."""
-        assert self._backbone is not None
-        lm_head, norm = self._backbone.lm_head, self._backbone.final_norm
-        return self.model.get_output_embeddings() is lm_head and all(
-            getattr(module, "original_module", None) is not norm for module in self.model.modules()
-        )
 
     # Saving: the heads are an artifact of their own.
 

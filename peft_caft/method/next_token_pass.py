@@ -20,6 +20,29 @@ from .linear_cross_entropy import as_scalar, linear_cross_entropy, split_factor
 from .supervised_pass import SupervisedPass
 from .targets import IGNORE_INDEX, SupervisedRows
 
+LOGITS_LEFT_OUT = (
+    "logits: left out in training, where CAFT computes the loss without them. Call the model with logits_to_keep=0 to have them "
+    "all. A loss of one's own must contain outputs.loss, of which the auxiliary loss is a part."
+)
+
+
+class LogitsLeftOut:
+    """Stands where the logits would be; whoever uses it is told how to get them."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(LOGITS_LEFT_OUT)
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __array__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __neg__ = __radd__ = __rmul__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name}: {LOGITS_LEFT_OUT}")  # so that hasattr is False
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise ValueError(LOGITS_LEFT_OUT)
+
 
 @dataclass
 class NextToken(SupervisedPass):
@@ -30,26 +53,18 @@ class NextToken(SupervisedPass):
     Attributes:
         loss: CE_1 and what the model adds to it, such as the load balancing of a mixture of
             experts; scalar with graph, nats, 0 if there is no target.
-        logits_left_out: whether ``outputs`` hold no logits, or those of one token per row.
+        logits_left_out: whether ``outputs`` hold no logits.
     """
 
     loss: Tensor
     logits_left_out: bool
 
-    @torch.no_grad()
-    def verify(self, backbone: Backbone) -> None:
-        """Compare the logits of the first row's last token."""
-        unembedding = backbone.unembedding(self.captured)
-        states = self.captured.last_hidden_state[:1, -1:].to(unembedding.weight.dtype)
-        logits = _loss_and_logits(self.outputs)[1]
-        backbone.verify(self.captured, "logits", unembedding.logits(states), logits[:1, -1:])
-
     def with_auxiliary(self, total: Tensor) -> Any:
-        """Outputs with ``total`` in the loss; logits are complete or None."""
+        """Outputs with ``total`` in the loss; logits are complete or a `LogitsLeftOut`."""
         loss = self.loss + total.to(self.loss.device)
         if not isinstance(self.outputs, ModelOutput):
             return (loss, *self.outputs[1:])
-        changed = {"loss": loss, "logits": None} if self.logits_left_out else {"loss": loss}
+        changed = {"loss": loss, "logits": LogitsLeftOut()} if self.logits_left_out else {"loss": loss}
         return type(self.outputs)(**dict(self.outputs) | changed)
 
 
@@ -70,14 +85,15 @@ def next_token_pass(
     """
     if leave_out_logits and logits_can_be_left_out(backbone, kwargs):
         with backbone.capture() as records:
-            outputs = yield _without_logits(kwargs, tokens=0 if backbone.verified else 1)
-        # A model that does not understand these arguments takes the mean over no tokens: NaN.
-        if backbone.verified or (outputs.loss is not None and bool(torch.isfinite(outputs.loss.detach()))):
+            outputs = yield _without_logits(kwargs)
+        if backbone.logits_needed is None:
+            # A model that does not understand these arguments takes the mean over no tokens: NaN.
+            backbone.logits_needed = outputs.loss is None or not bool(torch.isfinite(outputs.loss.detach()))
+        if not backbone.logits_needed:
             divisor, loss = _mean_loss(backbone, records[-1], kwargs, supervised)
             # Without any target the loss is 0, whatever the model adds to it.
             loss = loss + outputs.loss.to(loss.device) * float(supervised.count > 0)
             return NextToken(outputs, records[-1], supervised.count, divisor, loss, True)
-        backbone.logits_needed = True
     with backbone.capture() as records:
         outputs = yield kwargs
     loss, logits = _loss_and_logits(outputs)
@@ -109,17 +125,15 @@ def logits_can_be_left_out(backbone: Backbone, kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _without_logits(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Arguments for logits of the last ``tokens`` (0 or 1) of each row, and a loss without targets.
+def _without_logits(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for no logits at all, and a loss without targets.
 
-    That loss is what the model adds to the cross entropy, else 0. Tokens are given as indices: a
-    slice of hidden states is not contiguous, and for its product torch may copy the lm_head once
-    per row (bf16 on a CPU, pytorch/pytorch#151934).
+    That loss is what the model adds to the cross entropy, else 0.
     """
     labels = kwargs["labels"]
-    nothing = labels.new_full((len(labels), tokens), IGNORE_INDEX)
-    kept = torch.arange(labels.shape[1] - tokens, labels.shape[1], device=labels.device)
-    return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": kept}
+    nothing = labels.new_empty((len(labels), 0))
+    no_tokens = torch.empty(0, dtype=torch.long, device=labels.device)
+    return kwargs | {"labels": nothing, "shift_labels": nothing, "num_items_in_batch": 1, "logits_to_keep": no_tokens}
 
 
 def _mean_loss(

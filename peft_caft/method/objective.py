@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from .objective_config import ObjectiveConfig
 from .progress import Progress
 from .supervised_pass import SupervisedPass
 from .targets import Supervision
+from .trainer import require_usual_loss, running_trainer, trains_on_next_tokens
 
 HEADS_PREFIX = "auxiliary_heads."
 
@@ -41,13 +43,13 @@ class AuxiliaryObjective:
 
         def _active_config(self) -> ObjectiveConfig: ...
         def heads_for_training(self) -> AuxiliaryHeads: ...
-        def _output_is_the_base_models(self) -> bool: ...
 
     def _begin_objective(self) -> None:
         self._progress = Progress()
         self._backbone = None
         self._auxiliary_loss_enabled = True
         self._fast_paths_enabled = True
+        self._told_trainers: set[str] = set()
 
     def _register_gamma(self: Any, device: torch.device) -> None:
         self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
@@ -71,9 +73,14 @@ class AuxiliaryObjective:
         """End a run: the next one must tell its own progress."""
         self._progress = Progress()
 
-    def auxiliary_loss_is_missing(self) -> bool:
-        """Whether it is enabled and was not computed since `set_training_progress`."""
-        return self._auxiliary_loss_enabled and not self._progress.computed
+    def what_is_missing(self) -> str | None:
+        """What the enabled auxiliary loss lacks since `set_training_progress`, or None.
+
+        ``"loss"`` if it was not computed, ``"backward"`` if no backward pass has reached it.
+        """
+        if not self._auxiliary_loss_enabled:
+            return None
+        return "loss" if not self._progress.computed else "backward" if not self._progress.trained else None
 
     def read_metrics(self) -> dict[str, float]:
         """``gamma``, and the losses since the last call as `RecentLosses.read` names them, nats."""
@@ -102,19 +109,41 @@ class AuxiliaryObjective:
     @torch.compiler.disable
     def _training_pass(self, kwargs: dict[str, Any]) -> TrainingPass | None:
         """The call of the base model with the auxiliary loss, for `run`; None if it gets none."""
-        if not self._wants_auxiliary_loss():
+        if not self._wants_auxiliary_loss() or not self._trainer_wants_auxiliary_loss():
             return None
         _refuse_parts_of_rows(kwargs)
         if kwargs.get("labels") is None:
             return None
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "nn.DataParallel: got copies of the model in one process, expected one process per GPU. Start with `accelerate "
+                "launch` or `torchrun`, or choose one GPU with CUDA_VISIBLE_DEVICES."
+            )
         config = self._active_config()
         heads = self.heads_for_training()
         self._progress.begin_forward(config)
         self._update_gamma(config)
         if config.aux_loss_weight == 0:
-            self._progress.auxiliary_loss_computed(None, 0)
+            self._progress.nothing_to_train()
             return None
         return self._with_auxiliary_loss(config, heads, kwargs)
+
+    def _trainer_wants_auxiliary_loss(self) -> bool:
+        """Whether the running Trainer, if any, trains on the next-token loss; else warn once."""
+        trainer = running_trainer()
+        if trainer is None:
+            return True
+        if trains_on_next_tokens(trainer):
+            require_usual_loss(trainer.args)
+            return True
+        if (name := type(trainer).__name__) not in self._told_trainers:
+            self._told_trainers.add(name)
+            warnings.warn(
+                f"{name}: the auxiliary loss of CAFT is off, since this trainer has another loss than the next-token loss beside "
+                "which it is defined. The model trains as with LoRA alone. transformers' Trainer and TRL's SFTTrainer train it.",
+                stacklevel=2,
+            )
+        return False
 
     def _with_auxiliary_loss(
         self, config: ObjectiveConfig, heads: AuxiliaryHeads, kwargs: dict[str, Any]
@@ -132,8 +161,6 @@ class AuxiliaryObjective:
             own = yield from log_probs_pass(self._backbone, kwargs, supervision.next_token)
         else:
             own = yield from next_token_pass(self._backbone, kwargs, supervision.next_token, self._fast_paths_enabled)
-        if not self._backbone.verified and self._output_is_the_base_models():
-            own.verify(self._backbone)
         auxiliary = auxiliary_loss(
             heads,
             self._backbone,
@@ -160,17 +187,23 @@ def _switched(objective: AuxiliaryObjective, name: str, enabled: bool) -> Iterat
 @torch.compiler.disable(recursive=False)  # the base model that it calls is compiled
 def run(training_pass: TrainingPass, model: Callable[..., Any], args: tuple) -> Any:
     """Call ``model`` as ``training_pass`` wants, and return the outputs for the caller."""
-    return finish(training_pass, model(*args, **begin(training_pass)), model, args)
+    try:
+        return finish(training_pass, model(*args, **begin(training_pass)), model, args)
+    finally:
+        training_pass.close()  # its hooks would stay for as long as somebody keeps the traceback of an exception
 
 
 @torch.compiler.disable(recursive=False)
 def finish(training_pass: TrainingPass, outputs: Any, model: Callable[..., Any], args: tuple) -> Any:
     """Continue `run` after the first call of ``model``, which returned ``outputs``."""
-    while True:
-        done, value = _advance(training_pass, outputs)
-        if done:
-            return value
-        outputs = model(*args, **value)
+    try:
+        while True:
+            done, value = _advance(training_pass, outputs)
+            if done:
+                return value
+            outputs = model(*args, **value)
+    finally:
+        training_pass.close()
 
 
 @torch.compiler.disable
@@ -189,12 +222,20 @@ def _advance(training_pass: TrainingPass, outputs: Any) -> tuple[bool, Any]:
 
 
 def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
-    """Raise a ValueError for shifted labels, which context and sequence parallelism pass."""
+    """Raise a ValueError for parts of sequences, in which a head lacks what comes before or after.
+
+    Context and sequence parallelism pass ``shift_labels``.
+    """
     if kwargs.get("shift_labels") is not None:
         raise ValueError(
             "shift_labels: given, expected labels alone. Under context or sequence parallelism (cp_size or sp_size > 1) the "
             "tokens that a head predicts lie in other processes, which CAFT does not support. Set both sizes to 1, or wrap "
             "the step in auxiliary_loss_enabled(False)."
+        )
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values: given in training, expected none: the heads would not see the tokens in the cache. Pass whole "
+            "sequences, or wrap the step in auxiliary_loss_enabled(False)."
         )
 
 

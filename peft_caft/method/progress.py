@@ -1,5 +1,7 @@
 """`RecentLosses`, auxiliary losses since the last log, and `Progress`, the step of the run."""
 
+import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +69,7 @@ class Progress:
         told: whether `set` was ever called.
         forwards_since_told: number of training forwards since then.
         computed: number of them whose auxiliary loss was computed, or is 0 by its weight.
+        trained: number of backward passes through such a loss since then.
         recent: auxiliary losses since they were last read.
     """
 
@@ -75,11 +78,14 @@ class Progress:
     told: bool = False
     forwards_since_told: int = 0
     computed: int = 0
+    trained: int = 0
     recent: RecentLosses = field(default_factory=RecentLosses)
+    _first: weakref.ref | None = None  # of the first loss, as long as no backward pass has reached any
+    _ever_trained: bool = False
 
     def set(self, step: int, total_steps: int | None) -> None:
         self.step, self.total_steps, self.told = step, total_steps, True
-        self.forwards_since_told = self.computed = 0
+        self.forwards_since_told = self.computed = self.trained = 0
 
     def begin_forward(self, config: ObjectiveConfig) -> None:
         """Count one training forward, as one optimizer step if `set` was never called.
@@ -97,6 +103,13 @@ class Progress:
                 )
             self.step = self.forwards_since_told
         self.forwards_since_told += 1
+        if self._first is not None and self._first() is None and not self._ever_trained:
+            self._first = None
+            warnings.warn(
+                "auxiliary loss: computed, but its graph was freed before a backward pass: it trains nothing. It is part of "
+                "outputs.loss; take your loss from there, or add outputs.loss to it.",
+                stacklevel=2,
+            )
 
     def gamma(self, config: ObjectiveConfig) -> float:
         """gamma(s) of the schedule; a ValueError if it needs a number of steps that nobody told."""
@@ -115,7 +128,38 @@ class Progress:
         """Seed of the draw of positions: new in each forward pass, but the same after a resume."""
         return self.step * 1_000_003 + self.forwards_since_told
 
-    def auxiliary_loss_computed(self, auxiliary: AuxiliaryLoss | None, supervised: int) -> None:
+    def nothing_to_train(self) -> None:
+        """Count a forward whose auxiliary loss is 0 by its weight."""
         self.computed += 1
-        if auxiliary is not None:
-            self.recent.add(auxiliary, supervised)
+        self.trained += 1
+
+    def auxiliary_loss_computed(self, auxiliary: AuxiliaryLoss, supervised: int) -> None:
+        """Count a forward and, later, the backward pass through its auxiliary loss."""
+        self.computed += 1
+        self.recent.add(auxiliary, supervised)
+        if not auxiliary.total.requires_grad:
+            self.trained += 1
+            if not self._ever_trained:
+                self._ever_trained = True
+                warnings.warn(
+                    "auxiliary loss: it trains nothing, since no trained parameter has an effect on what the frozen heads read "
+                    "(head_input). Adapt a layer before the last one (target_modules, layers_to_transform), train the heads "
+                    "(train_heads), or save the time with aux_loss_weight=0.",
+                    stacklevel=2,
+                )
+            return
+        watch = _Watch(self)
+        auxiliary.total.register_hook(watch)
+        if self._first is None:
+            self._first = weakref.ref(watch)
+
+
+class _Watch:
+    """Counts a backward pass. Autograd keeps it for as long as that is possible."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __call__(self, grad: Tensor) -> None:
+        self._progress.trained += 1
+        self._progress._ever_trained = True

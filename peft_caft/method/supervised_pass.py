@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..heads.backbone import Backbone
 from ..heads.watched_pass import Captured
 
 
@@ -25,10 +24,6 @@ class SupervisedPass(ABC):
     captured: Captured
     supervised: int
     divisor: Tensor
-
-    @abstractmethod
-    def verify(self, backbone: Backbone) -> None:
-        """Call `Backbone.verify`, which may raise a TypeError, with what the model returned."""
 
     @abstractmethod
     def with_auxiliary(self, total: Tensor) -> Any:

@@ -139,6 +139,8 @@ class _Phase:
             hook.remove()
 
     def _after_trunk(self, module: torch.nn.Module, args: tuple, output: dict) -> None:
+        if not torch.is_grad_enabled():  # a pass before the step, by which `Backbone` knows the model
+            return
         self._in_trunk = False
         output["last_hidden_state"].register_hook(self._back_in_trunk)
 

@@ -218,7 +218,7 @@ def test_dft_is_refused(tmp_path):
 
 def test_dft_is_refused_without_the_callback(tmp_path):
     model = caft_model(aux_loss_schedule="constant")
-    with pytest.raises(ValueError, match="loss weighs tokens differently"):
+    with pytest.raises(ValueError, match="loss_type: got 'dft', expected 'nll'"):
         sft_trainer(model, tmp_path, rows_of_ids(tmp_path), callbacks=(), loss_type="dft").train()
 
 

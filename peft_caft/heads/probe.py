@@ -1,0 +1,170 @@
+"""Runs a base model on a few tokens, to see what it does between its last layer and its logits.
+
+`Backbone` knows of a final norm, an lm_head, a factor and a soft cap. A model that does anything
+else is refused here: training would follow a wrong gradient, and nothing else would show it.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .watched_pass import Captured, LayerStack, evaluating, replay
+
+TOKENS = 4
+UNKNOWN = "CAFT does not know this architecture yet; please report it."
+# What a model that is not understood may raise.
+ERRORS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a pass over a few tokens has shown.
+
+    Attributes:
+        norm_name: name of the final norm within the trunk; None if there is none.
+        layer_replays: whether the last layer gives the same if it is called again.
+    """
+
+    norm_name: str | None
+    layer_replays: bool
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, stack: LayerStack, logits_of: Callable[[Tensor], Tensor]) -> Probe:
+    """Run ``model`` without adapters behind its layers, and compare its parts with its output.
+
+    Args:
+        stack: its layers.
+        logits_of: logits ``(..., vocabulary)`` of hidden states ``(..., hidden)`` after the norm.
+
+    Raises:
+        TypeError: if the model cannot be run, or does something that ``logits_of`` does not.
+    """
+    token_ids = _ordinary_token_ids(model)
+    outputs: dict[str, Tensor] = {}
+    try:
+        with ExitStack() as context:
+            context.enter_context(evaluating(model))
+            context.enter_context(_base_model_alone(model, stack))
+            context.enter_context(_outputs_behind_the_layers(stack, outputs))
+            records = context.enter_context(stack.capture())
+            # Without hooks on the model, which may be those of `FullFineTuning`, and without what
+            # accelerate or TRL put in the place of its forward. Not compiled, since the graph would
+            # be one with these hooks.
+            with torch.compiler.set_stance("force_eager"):
+                logits = type(model).forward(
+                    model,
+                    input_ids=token_ids,
+                    attention_mask=torch.ones_like(token_ids),
+                    use_cache=False,
+                    return_dict=True,
+                ).logits
+            captured = records[-1]
+            norm_name = _name_of_norm(captured, outputs, stack.trunk)
+            if norm_name is None:
+                _require_equal(model, "final norm", captured.last_layer_output, captured.last_hidden_state)
+            _require_equal(model, "logits", logits_of(captured.last_hidden_state), logits)
+            return Probe(norm_name, _replays(stack.last_layer, captured))
+    except torch.OutOfMemoryError:
+        raise
+    except ERRORS as error:
+        raise TypeError(
+            f"model: {type(model).__name__} cannot be run on {TOKENS} tokens to see what it does between its last layer "
+            f"and its logits ({type(error).__name__}: {error}). {UNKNOWN}"
+        ) from error
+
+
+def _ordinary_token_ids(model: PreTrainedModel) -> Tensor:
+    """Token ids, int64 ``(1, TOKENS)``, but none that the configuration gives a meaning."""
+    numbers = re.findall(r'"\w*token\w*": (\d+)', model.config.to_json_string(use_diff=False))
+    special = {int(number) for number in numbers}
+    ids = [token for token in range(TOKENS + len(special)) if token not in special][:TOKENS]
+    return torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+
+
+@contextmanager
+def _base_model_alone(model: nn.Module, stack: LayerStack) -> Iterator[None]:
+    """Inside the block, adapters behind the layers take no part, unless they are merged.
+
+    Those in the layers change nothing that is compared.
+    """
+    inside = set(stack.layers.modules())
+    wrappers = [
+        module
+        for module in model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        and module not in inside
+        and not getattr(module, "merged", False)
+    ]
+    before = [wrapper._disable_adapters for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:  # enable_adapters(True) afterwards would make frozen adapters trainable
+            wrapper._disable_adapters = True
+        yield
+    finally:
+        for wrapper, disabled in zip(wrappers, before, strict=True):
+            wrapper._disable_adapters = disabled
+
+
+@contextmanager
+def _outputs_behind_the_layers(stack: LayerStack, outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Inside the block, keep what each part of the trunk that holds no layer returned last."""
+    inside = set(stack.layers.modules())
+    with ExitStack() as hooks:
+        for name, module in stack.trunk.named_modules():
+            if module not in inside and all(part is not stack.layers for part in module.modules()):
+                hooks.enter_context(
+                    module.register_forward_hook(
+                        lambda module, args, output, name=name: outputs.update({name: output})
+                    )
+                )
+        yield
+
+
+def _name_of_norm(captured: Captured, outputs: dict[str, Tensor], trunk: nn.Module) -> str | None:
+    """Name of the part, if any, that maps the last layer's output to the last hidden state."""
+    states, wanted = captured.last_layer_output, captured.last_hidden_state
+    if states is wanted or states.shape != wanted.shape:
+        return None
+    names = [name for name, output in outputs.items() if isinstance(output, Tensor) and output.shape == wanted.shape]
+    outermost_first = sorted(names, key=lambda name: name.count("."))
+    for is_it in (
+        lambda output: output is wanted,
+        lambda output: output.equal(wanted),
+    ):  # a simulation knows no values
+        for name in outermost_first:
+            if is_it(outputs[name]) and _equal(trunk.get_submodule(name)(states), wanted):
+                return name
+    return None
+
+
+def _replays(layer: nn.Module, captured: Captured) -> bool:
+    try:
+        got = replay(layer, captured.last_layer_input, captured)
+    except (*ERRORS, TypeError):
+        return False
+    return _equal(got, captured.last_layer_output)
+
+
+def _require_equal(model: nn.Module, what: str, got: Tensor, wanted: Tensor) -> None:
+    if not _equal(got, wanted):
+        raise TypeError(
+            f"model: {type(model).__name__} does more between its last layer and its logits than a norm, an lm_head, a "
+            f"scale and a soft cap (its {what} differ). {UNKNOWN}"
+        )
+
+
+def _equal(got: Tensor, wanted: Tensor) -> bool:
+    if got.shape != wanted.shape:
+        return False
+    # Under autocast the hidden states may be fp32 and the logits bf16.
+    half = {got.dtype, wanted.dtype} & {torch.bfloat16, torch.float16} or torch.is_autocast_enabled(got.device.type)
+    got, wanted = got.float(), wanted.to(got.device).float()
+    return bool((got - wanted).norm() <= (5e-2 if half else 1e-3) * wanted.norm() + 1e-6)
