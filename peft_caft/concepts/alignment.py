@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..method.targets import IGNORE_INDEX
+from ..training.chats import content_text
 from ..training.data import encode_row, require_supervised
 from ..training.generation import special_token_ids
 from .terms import Span
@@ -55,10 +56,10 @@ class LocatingTokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
-    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[LocatedToken]]:
-        found = self.tokenizer(text, return_offsets_mapping=True, **kwargs)
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[Any]]:
+        found = self.tokenizer(text, **kwargs | {"return_offsets_mapping": True})
         pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
-        return {"input_ids": [LocatedToken.at(token_id, text, span) for token_id, span in pairs]}
+        return {**found, "input_ids": [LocatedToken.at(token_id, text, span) for token_id, span in pairs]}
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,11 @@ def answer_texts(rows: Iterable[dict[str, Any]]) -> list[str]:
     """The answers of rows, without what the chat template adds."""
     texts: list[str] = []
     for row in rows:
-        if "messages" in row:
-            texts += [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        answer = next(row[name] for name in ("completion", "messages", "text") if name in row)
+        if isinstance(answer, str):
+            texts.append(answer)
         else:
-            texts.append(row["completion"] if "completion" in row else row["text"])
+            texts += [content_text(message) for message in answer if message["role"] == "assistant"]
     return texts
 
 

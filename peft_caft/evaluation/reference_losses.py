@@ -11,20 +11,29 @@ from transformers import PreTrainedTokenizerBase
 
 from ..heads.backbone import base_model_of
 from ..method.targets import IGNORE_INDEX
-from ..training.data import encode
+from ..training.chats import prompt_and_answer
+from ..training.data import asked, encode
 from ..training.generation import until_stop
 
 
 @dataclass(frozen=True)
 class PromptAndAnswer:
-    """Token ids of one row: the prompt, and the last answer up to and including its end."""
+    """Token ids of one row.
+
+    Attributes:
+        prompt: what the model is asked with.
+        context: what stands before the answer in training; it differs from the prompt if a token
+            spans both, or the chat template shows the prompt differently.
+        answer: the last answer, up to and including its end.
+    """
 
     prompt: list[int]
+    context: list[int]
     answer: list[int]
 
     @property
     def ids(self) -> list[int]:
-        return self.prompt + self.answer
+        return self.context + self.answer
 
 
 def encode_answers(
@@ -43,11 +52,17 @@ def encode_answers(
             )
         try:
             (tokens,) = encode([row | {"last_answer_only": True}], tokenizer, max_length=2**31, quiet=True).rows
+            prompt, _ = prompt_and_answer(row)
+            if not prompt:
+                raise ValueError("messages: got one answer and nothing before it, expected a prompt to answer.")
+            prompt_ids = asked(prompt, tokenizer, row)
         except ValueError as error:
             raise ValueError(f"row {number}: {str(error).removeprefix('row 1: ')}") from error
-        start = next(i for i, label in enumerate(tokens["labels"]) if label != IGNORE_INDEX)
-        prompt, answer = tokens["input_ids"][:start], tokens["input_ids"][start:]
-        encoded.append(PromptAndAnswer(prompt, until_stop(answer, stop_token_ids)))
+        supervised = [label != IGNORE_INDEX for label in tokens["labels"]]
+        start = supervised.index(True)
+        end = supervised.index(False, start) if False in supervised[start:] else len(supervised)
+        answer = until_stop(tokens["input_ids"][start:end], stop_token_ids)
+        encoded.append(PromptAndAnswer(prompt_ids, tokens["input_ids"][:start], answer))
     return encoded
 
 
@@ -63,10 +78,10 @@ def answer_losses(model: nn.Module, rows: Sequence[PromptAndAnswer], pad_token_i
         for each row, one value per answer token, nats, computed in fp32.
 
     Raises:
-        ValueError: if a prompt has no tokens.
+        ValueError: if nothing stands before an answer.
     """
     longest = max(len(row.ids) for row in rows)
-    first = min(len(row.prompt) for row in rows) - 1  # no earlier logits are needed
+    first = min(len(row.context) for row in rows) - 1  # no earlier logits are needed
     if first < 0:
         raise ValueError("prompt: got one without tokens, expected at least one, from which to predict the answer.")
     device = next(model.parameters()).device
@@ -79,7 +94,7 @@ def answer_losses(model: nn.Module, rows: Sequence[PromptAndAnswer], pad_token_i
         logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, kept]
     losses = []
     for row, own in zip(rows, logits, strict=True):
-        start = len(row.prompt) - 1 - first
+        start = len(row.context) - 1 - first
         targets = torch.tensor(row.answer, device=own.device)
         loss = nn.functional.cross_entropy(own[start : start + len(targets)].float(), targets, reduction="none")
         losses.append(loss.tolist())

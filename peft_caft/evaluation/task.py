@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from ..basics.files import file_sha256
+from ..training.chats import content_text, prompt_and_answer
 from ..training.data import require_file
 
 CUT_SHARES = ((0, "0 %"), (0.5, "up to 50 %"), (0.75, "up to 75 %"), (1 - 1e-9, "up to 99 %"), (1, "100 %"))
@@ -110,13 +111,15 @@ def chat(system: str, user: str, assistant: str) -> Row:
 
 
 def answer_of(row: Row) -> str:
-    """The reference answer."""
-    return row["messages"][-1]["content"] if "messages" in row else row["completion"]
+    """The reference answer: the text of the last one."""
+    _, answer = prompt_and_answer(row)
+    return answer if isinstance(answer, str) else content_text(answer[-1])
 
 
 def prompt_of(row: Row) -> str:
     """The question: the last message of a chat before the answer, or the whole prompt."""
-    return row["messages"][-2]["content"] if "messages" in row else row["prompt"]
+    prompt, _ = prompt_and_answer(row)
+    return prompt if isinstance(prompt, str) else content_text(prompt[-1])
 
 
 def share_of_cut_words(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

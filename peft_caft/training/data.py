@@ -4,26 +4,43 @@ A row has one of three forms:
 
 - ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}``:
   the tokenizer's chat template is applied, and the loss is on what the assistant says;
-- ``{"prompt": "...", "completion": "..."}``: plain text, the loss is on the completion and its end;
+- ``{"prompt": "...", "completion": "..."}``: text, or lists of messages; the loss is on the
+  completion, up to its end;
 - ``{"text": "..."}``: the loss is on every token.
 
-``"complete": false`` says that the row's last answer was cut off when it was generated, so that its
-end is not learned (`peft-caft distill` writes it). ``"last_answer_only": true`` leaves earlier
-answers of a chat unsupervised, because the model did not give them.
+In chats, ``"tools"`` (a list, or its JSON) and ``"chat_template_kwargs"`` go to the chat template,
+and so does all that a message holds, such as ``tool_calls`` and ``name``. A content may be a list
+of ``{"type": "text", "text": "..."}``, and null in a message with ``tool_calls``.
+
+Tokens and mask of a row are those of TRL's SFTTrainer (1.16), with ``assistant_only_loss`` for
+``messages``. It departs from TRL where that would train on what nobody meant:
+
+- a tokenizer that appends the end of text by itself gives one at the end, and not two;
+- a content goes to the chat template in the form that it reads, a string or a list of text parts,
+  where the other would be printed as a list or left out;
+- an answer is supervised to its end, also where a character of several tokens ends it;
+- a row whose only supervised token is its first is left out, since nothing predicts that token.
+
+Two fields are this package's own. ``"complete": false`` says that the row's last answer was cut off
+when it was generated, so that its end is not learned (`peft-caft distill` writes it).
+``"last_answer_only": true`` leaves earlier answers of a chat unsupervised, because the model did
+not give them.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tqdm import tqdm
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..basics.reading import json_object
 from ..method.targets import IGNORE_INDEX
+from .chats import Message, Span, answers_in, rendered, require_messages, require_supported, shown, template_arguments
+from .generation import context_length
 
 FORMS = "{'messages': [...]}, {'prompt': ..., 'completion': ...} or {'text': ...}"
 
@@ -62,7 +79,8 @@ def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if there is no row, or a line is no row of a known form, naming file and line.
+        ValueError: if there is no row, or a line is no row of a known form, naming file, line and
+            field.
     """
     path = Path(path)
     require_file("data", path, f"a JSONL file with rows of the form {FORMS}")
@@ -78,47 +96,80 @@ def require_file(field: str, path: Path, expected: str) -> None:
         raise FileNotFoundError(f"{field}: {path} is not a file, expected {expected}.")
 
 
-def json_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield ``("FILE, line N", value)`` for each of the first ``limit`` lines that are not blank.
+def json_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ``("FILE, line N", object)`` for each of the first ``limit`` lines that are not blank.
 
     Raises:
-        ValueError: if a line is not JSON in UTF-8, naming file and line.
+        ValueError: if a line is not a JSON object in UTF-8 (a byte order mark is left out), naming
+            file and line.
     """
     with open(path, "rb") as file:
-        lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip())
-        for where, line in islice(lines, limit):
+        lines = ((number, line) for number, line in enumerate(file, start=1) if line.removeprefix(BOM_UTF8).strip())
+        for index, (number, line) in enumerate(islice(lines, limit)):
+            where = f"{path}, line {number}"
             try:
-                value = json.loads(line.decode("utf-8"))
-                json.dumps(value, ensure_ascii=False).encode("utf-8")  # "\\ud800" is JSON, but not text
+                text = line.decode("utf-8-sig").strip()
             except UnicodeError as error:
-                raise ValueError(f"{where}: not valid UTF-8 ({error}). Save the file as UTF-8.") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON ({error}). Expected one JSON object a line.") from error
-            yield where, value
+                raise ValueError(
+                    f"{where}: not valid UTF-8 ({error}). Save the file as UTF-8; UTF-16 and compressed files are not read."
+                ) from error
+            if index == 0 and text.startswith("["):
+                raise ValueError(
+                    f"{where}: got a JSON array, expected JSONL: one JSON object a line. Write each element of the array on a "
+                    "line of its own, for example with jq -c '.[]'."
+                )
+            yield where, json_object(text, where, "Expected one JSON object a line.")
 
 
-def _row(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: got a {type(row).__name__}, expected an object of the form {FORMS}.")
-    if "messages" in row:
-        if not is_chat(row["messages"]) or not any(m["role"] == "assistant" for m in row["messages"]):
-            raise ValueError(
-                f"{where}: messages: expected a list of {{'role': ..., 'content': ...}} with string values, at least "
-                "one of role 'assistant'."
-            )
-        return row
-    needed = ("prompt", "completion") if {"prompt", "completion"} & row.keys() else ("text",)
-    wrong = [name for name in needed if not isinstance(row.get(name), str)]
-    if wrong:
-        raise ValueError(f"{where}: got keys {sorted(row)}, expected {FORMS} with strings; {wrong[0]!r} is missing.")
+def _row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        if "conversations" in row and "messages" not in row:
+            row = {**row, "messages": _renamed(row["conversations"])}
+        require_supported(row)
+        if "completion" in row or ("prompt" in row and "messages" not in row):
+            _require_prompt_and_completion(row)
+        elif "messages" in row:
+            require_messages(row["messages"], "messages")
+            roles = [message["role"] for message in row["messages"]]
+            if "assistant" not in roles:
+                raise ValueError(
+                    f"messages: got the roles {roles}, expected at least one message of role 'assistant'."
+                )
+        else:
+            _require_text(row, "text")
+        if not any(isinstance(row.get(name), list) for name in ("messages", "prompt")):
+            for name in ("tools", "chat_template_kwargs"):
+                if row.get(name):
+                    raise ValueError(
+                        f"{name}: given in a row of plain text, which has no chat template. Give 'messages'."
+                    )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return row
 
 
-def is_chat(value: Any) -> bool:
-    """Whether ``value`` is a list of ``{"role": ..., "content": ...}`` with string values."""
-    return isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )
+def _renamed(conversation: Any) -> Any:
+    """A chat whose messages have ``from`` and ``value``, with the usual names, as TRL reads it."""
+    names = {"from": "role", "value": "content"}
+    if not isinstance(conversation, list) or not all(isinstance(message, dict) for message in conversation):
+        return conversation
+    return [{names.get(name, name): value for name, value in message.items()} for message in conversation]
+
+
+def _require_prompt_and_completion(row: dict[str, Any]) -> None:
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        for name in ("prompt", "completion"):
+            require_messages(row[name], name)
+    else:
+        for name in ("prompt", "completion"):
+            _require_text(row, name, " as the other field is" if isinstance(row.get(name), list) else "")
+
+
+def _require_text(row: dict[str, Any], name: str, why: str = "") -> None:
+    if name not in row:
+        raise ValueError(f"{name!r} is missing: got keys {sorted(row)}, expected {FORMS}.")
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name}: got {shown(row[name])}, expected a string{why}.")
 
 
 def encode(
@@ -151,6 +202,16 @@ def encode(
     return EncodedData(encoded, truncated, dropped)
 
 
+def require_positions(rows: Sequence[dict[str, list[int]]], config: PreTrainedConfig, max_length: int) -> None:
+    """Raise a ValueError if a row of `encode` is longer than the model's context."""
+    context, longest = context_length(config), max((len(row["input_ids"]) for row in rows), default=0)
+    if longest > context:
+        raise ValueError(
+            f"max_length: got {max_length:,} and a row of {longest:,} tokens, expected at most {context:,}, the model's context. "
+            f"Pass --max-length {context}, which cuts longer rows, or shorten them."
+        )
+
+
 def require_supervised(kept: Sequence[Any], rows: Sequence[Any], max_length: int) -> None:
     """Raise a ValueError if no row was kept, because none has a supervised token."""
     if not kept:
@@ -163,70 +224,87 @@ def require_supervised(kept: Sequence[Any], rows: Sequence[Any], max_length: int
 def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids of one whole row, and its labels: unshifted, -100 where unsupervised."""
     complete = row.get("complete", True)
+    if "completion" in row:
+        prompt = asked(row["prompt"], tokenizer, row)
+        if isinstance(row["prompt"], str):
+            completion = _ended(row["completion"], tokenizer) if complete else row["completion"]
+            input_ids = _tokens(row["prompt"] + completion, tokenizer)
+        else:
+            chat = row["prompt"] + row["completion"]
+            text = rendered(chat, tokenizer, template_arguments(row), continue_final_message=not complete)
+            input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Perhaps less than the prompt: a token may span the seam, or the template show it anew.
+        pairs = enumerate(zip(prompt, input_ids, strict=False))
+        common = next((place for place, (one, other) in pairs if one != other), min(len(prompt), len(input_ids)))
+        return input_ids, [IGNORE_INDEX] * common + input_ids[common:]
     if "messages" in row:
-        return _encode_chat(row["messages"], tokenizer, complete, row.get("last_answer_only", False))
-    if "text" in row:
-        input_ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
-        return input_ids, list(input_ids)
-    # Prompt and answer are tokenized apart, since at inference the prompt's tokens are fixed first.
-    prompt = tokenizer(row["prompt"])["input_ids"]
-    answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-    if complete:
-        answer = [*answer, tokenizer.eos_token_id]
-    return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
+        last_only = row.get("last_answer_only", False)
+        text, answers = answers_in(row["messages"], tokenizer, template_arguments(row), complete, last_only)
+        return _tokens_with_labels(text, answers, tokenizer)
+    input_ids = _tokens(_ended(row["text"], tokenizer), tokenizer)
+    return input_ids, list(input_ids)
 
 
-def _encode_chat(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, complete: bool, last_only: bool
-) -> tuple[list[int], list[int]]:
-    if tokenizer.chat_template is None:
+def asked(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> list[int]:
+    """Token ids of a prompt, text or a chat, after which the model answers.
+
+    Args:
+        row: holds ``tools`` and ``chat_template_kwargs`` if there are any.
+    """
+    if isinstance(prompt, str):
+        return _tokens(prompt, tokenizer)
+    text = rendered(prompt, tokenizer, template_arguments(row), add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text as the tokenizer makes them, without an end of text that it appends."""
+    input_ids = tokenizer(text)["input_ids"]
+    with_specials, without = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    appends = with_specials[-1:] == [tokenizer.eos_token_id] != without[-1:]
+    return input_ids[:-1] if appends else input_ids
+
+
+def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text with the tokenizer's end of text, once."""
+    if tokenizer.eos_token is None:
         raise ValueError(
-            "messages: the tokenizer has no chat template, expected one. Use rows with 'prompt' and 'completion', or "
-            "the tokenizer of an instruct model."
+            'eos_token: the tokenizer has none, expected an end of text to learn. Set "eos_token" in tokenizer_config.json of the '
+            "model's folder, or use rows of 'messages', whose ends the chat template writes."
         )
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    text = ""
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for index in answers[-1:] if last_only else answers:
-        cut_off = not complete and index == len(messages) - 1
-        before = rendered(messages[:index], tokenizer, add_generation_prompt=True)
-        after = rendered(messages[: index + 1], tokenizer, continue_final_message=cut_off)
-        if not before.startswith(text) or not after.startswith(before):
-            raise ValueError(
-                "messages: the chat template rewrites earlier turns when a later one is added, so the answers cannot "
-                "be told from the prompts. Give one answer a row, or use 'prompt' and 'completion'."
-            )
-        for longer, supervised in ((before, False), (after, True)):
-            added = _tokens_after(input_ids, text, longer, tokenizer)
-            labels += added if supervised else [IGNORE_INDEX] * len(added)
-            input_ids, text = input_ids + added, longer
-    return input_ids, labels
+    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
 
 
-def _tokens_after(input_ids: list[int], text: str, longer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that ``longer`` adds to ``text``, whose tokens are ``input_ids``."""
-    whole = tokenizer(longer, add_special_tokens=False)["input_ids"]
-    if whole[: len(input_ids)] == input_ids:
-        return whole[len(input_ids) :]
-    # A token spans both, for example white space at the end of the prompt and the start of the
-    # answer. At inference the prompt's tokens are fixed before the first token of the answer.
-    return tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"]
-
-
-def rendered(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
-    """The text of a chat as the model reads it, or a ValueError if the template refuses it."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError as error:
+def _tokens_with_labels(
+    text: str, supervised: list[Span], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Tokens of a rendered chat; a token of which one character is supervised is supervised."""
+    if not tokenizer.is_fast:
         raise ValueError(
-            f"messages: the tokenizer's chat template refuses them: {error}. Change their roles."
-        ) from error
+            f"tokenizer: got {type(tokenizer).__name__}, expected a fast one, which tells the characters of its tokens. Load it "
+            "with AutoTokenizer, and save it once so that tokenizer.json is in the model's folder."
+        )
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels, begun = [], 0
+    for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        # Some tokenizers leave white space at the start of a token out of its range.
+        start, begun = min(start, begun), end
+        labels.append(token if any(start < b and a < end for a, b in supervised) else IGNORE_INDEX)
+    return found["input_ids"], labels
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-    """Collator that pads rows on the right to int64 ``(batch, tokens)``; padded labels are -100."""
+    """Collator that pads rows on the right to int64 ``(batch, tokens)``; padded labels are -100.
+
+    Raises:
+        ValueError: if the tokenizer has neither a token for padding nor an end of text.
+    """
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "pad_token: the tokenizer has neither pad_token nor eos_token, expected one to pad rows with. Set "
+                '"pad_token" in tokenizer_config.json of the model\'s folder to any of its tokens.'
+            )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..basics.parts import Parts
+from .chats import rendered
 
 Request = TypeVar("Request")
 Answers = Callable[[list[Request], int], tuple[list[dict[str, Any]], int]]
@@ -131,7 +132,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
     if tokenizer.chat_template is not None:
         # Instruct models whose eos is the end of text may well end their turns with another token.
         turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("answer")[2]
+        _, shown, after = rendered(turn, tokenizer, {}).rpartition("answer")
+        after = after if shown else ""
         specials = special_token_ids(tokenizer)
         ids = tokenizer(after, add_special_tokens=False)["input_ids"]
         stops |= {next((i for i in ids if i in specials), None)}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..basics.files import file_sha256
-from .data import is_chat, json_lines, rendered, require_file
+from .chats import UNSUPPORTED, Message, require_messages, require_supported, shown
+from .data import asked, json_lines, require_file
 
 DATASET = "hf:"
+ARGUMENTS = ("tools", "chat_template_kwargs")  # fields that go to the chat template
 PROMPT_FORMS = "{'prompt': '...'} or {'messages': [{'role': 'user', 'content': '...'}, ...]}"
 
 
@@ -23,17 +25,19 @@ class Prompt:
     Attributes:
         index: number of its row in the source, from 0; blank lines do not count.
         messages: the chat so far.
+        arguments: the row's ``tools`` and ``chat_template_kwargs``, if any.
     """
 
     index: int
-    messages: list[dict[str, str]] | None
+    messages: list[Message] | None
     text: str | None
     input_ids: list[int]
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     def row(self, answer: str) -> dict[str, Any]:
         """The row of training data with this prompt and its answer."""
         if self.messages is not None:
-            row: dict[str, Any] = {"messages": [*self.messages, {"role": "assistant", "content": answer}]}
+            row = {**self.arguments, "messages": [*self.messages, {"role": "assistant", "content": answer}]}
             if any(message["role"] == "assistant" for message in self.messages):
                 row["last_answer_only"] = True  # the earlier answers are not this model's own
             return row
@@ -107,12 +111,14 @@ def _read_dataset(source: str, split: str, column: str | None, limit: int | None
     else:
         name, _, config = name.partition(":")
         data = datasets.load_dataset(name, config or None, split=split)
-    column = column or next((known for known in ("messages", "prompt") if known in data.column_names), None)
+    column = column or next((name for name in ("messages", "prompt") if name in data.column_names), None)
     if column not in data.column_names:
         raise ValueError(
             f"column: got {column!r}, expected one of {', '.join(data.column_names)}, the columns of {source}. Pass --column."
         )
-    named = ((f"{source}, row {number}", row) for number, row in enumerate(data.select_columns([column])))
+    known = {*ARGUMENTS, *UNSUPPORTED, column}
+    columns = [name for name in data.column_names if name in known]
+    named = ((f"{source}, row {number}", row) for number, row in enumerate(data.select_columns(columns)))
     rows = [(where, _renamed(row, column, where)) for where, row in islice(named, limit)]
     digest = hashlib.sha256(json.dumps([row for _, row in rows]).encode()).hexdigest()
     return PromptRows(rows, f"{DATASET}{folder.name}" if folder.is_dir() else source, digest)
@@ -122,9 +128,16 @@ def _renamed(row: Any, column: str | None, where: str) -> Any:
     """The row with the column under its usual name, ``prompt`` or ``messages``."""
     if column is None:
         return row
-    if not isinstance(row, dict) or not isinstance(row.get(column), (str, list)):
-        raise ValueError(f"{where}: column {column!r}: expected a string or a list of messages.")
-    return {"prompt" if isinstance(row[column], str) else "messages": row[column]}
+    if column not in row:
+        raise ValueError(
+            f"{where}: column {column!r}: expected one of the row's fields, {sorted(row)}. Pass --column."
+        )
+    if not isinstance(row[column], (str, list)):
+        raise ValueError(
+            f"{where}: column {column!r}: got {shown(row[column])}, expected a string or a list of messages."
+        )
+    others = {name: value for name, value in row.items() if name not in (column, "prompt", "messages")}
+    return {**others, "prompt" if isinstance(row[column], str) else "messages": row[column]}
 
 
 def prepare_prompts(
@@ -159,36 +172,44 @@ def prepare_prompts(
             )
         if isinstance(chat_or_text, list) and system is not None and chat_or_text[0]["role"] != "system":
             chat_or_text = [{"role": "system", "content": system}, *chat_or_text]
-        key = json.dumps(chat_or_text)
+        arguments = {name: row[name] for name in ARGUMENTS if row.get(name)}
+        if arguments and isinstance(chat_or_text, str):
+            raise ValueError(
+                f"{where}: {', '.join(arguments)}: the tokenizer has no chat template, expected one. Leave it out."
+            )
+        key = json.dumps([chat_or_text, arguments])
         if key in seen:
             continue
         seen.add(key)
+        try:
+            input_ids = asked(chat_or_text, tokenizer, arguments)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         if isinstance(chat_or_text, str):
-            prompts.append(Prompt(index, None, chat_or_text, tokenizer(chat_or_text)["input_ids"]))
+            prompts.append(Prompt(index, None, chat_or_text, input_ids))
         else:
-            try:
-                text = rendered(chat_or_text, tokenizer, add_generation_prompt=True)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-            input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            prompts.append(Prompt(index, chat_or_text, None, input_ids))
+            prompts.append(Prompt(index, chat_or_text, None, input_ids, arguments))
     return prompts, len(rows) - len(prompts)
 
 
-def _chat_or_text(row: Any, where: str) -> str | list[dict[str, str]]:
-    if isinstance(row, dict) and "messages" in row:
-        messages = row["messages"]
-        if not is_chat(messages):
-            raise ValueError(f"{where}: messages: expected a list of {{'role': ..., 'content': ...}} with strings.")
-        asked = [{"role": m["role"], "content": m["content"]} for m in messages]
-        while asked and asked[-1]["role"] == "assistant":
-            asked.pop()
-        if all(m["role"] == "system" for m in asked):
-            raise ValueError(f"{where}: messages: expected a message of the user for the model to answer.")
-        return asked
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        if not row["prompt"].strip():
-            raise ValueError(f"{where}: prompt: got {row['prompt']!r}, expected text. Drop the row.")
-        return row["prompt"]
-    got = f"keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-    raise ValueError(f"{where}: got {got}, expected {PROMPT_FORMS}.")
+def _chat_or_text(row: dict[str, Any], where: str) -> str | list[Message]:
+    name = "messages" if "messages" in row else "prompt"
+    if name not in row:
+        raise ValueError(f"{where}: got keys {sorted(row)}, expected {PROMPT_FORMS}.")
+    try:
+        require_supported(row)
+        if not isinstance(row[name], str) or name == "messages":
+            require_messages(row[name], name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if isinstance(row[name], str):
+        if not row[name].strip():
+            raise ValueError(f"{where}: prompt: got {row[name]!r}, expected text. Drop the row.")
+        return row[name]
+    # A dataset's rows hold null where other rows have a field.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in row[name]]
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if all(message["role"] == "system" for message in messages):
+        raise ValueError(f"{where}: {name}: expected a message of the user for the model to answer.")
+    return messages

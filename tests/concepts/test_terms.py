@@ -159,7 +159,7 @@ def test_tokens_are_counted_inside_their_terms_and_leading_spaces_belong_to_them
         (" ", BETWEEN, 0),
         ("acid", 1, 1),
         (".", BETWEEN, 0),
-        ("", SPECIAL, 0),
+        ("</s>", SPECIAL, 0),
     ]
     assert [(term.text, term.targets) for term in row.terms] == [("ribon", (0, 1)), ("acid", (3,))]
     assert [row.length_of(target) for target in row.targets] == [2, 2, 0, 1, 0, 0]
@@ -197,7 +197,7 @@ def test_terms_that_the_maximal_length_cuts_off_are_none():
 
 def test_first_token_of_a_row_is_no_target_and_its_term_none():
     (row,) = align([{"text": "ab cd"}], byte_tokenizer(), prose_terms, 99)
-    assert described(row) == [("b", CUT, 0), (" ", BETWEEN, 0), ("c", 0, 1), ("d", 0, 2), ("", SPECIAL, 0)]
+    assert described(row) == [("b", CUT, 0), (" ", BETWEEN, 0), ("c", 0, 1), ("d", 0, 2), ("</s>", SPECIAL, 0)]
 
 
 def test_every_answer_of_a_chat_is_aligned_and_the_template_is_not():
@@ -230,7 +230,7 @@ def test_unknown_token_stands_for_characters():
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<s>": 2, "ab": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    assert described(aligned(fast, "ab new ab")) == [("ab", 0, 1), ("new", 1, 1), ("ab", 2, 1), ("", SPECIAL, 0)]
+    assert described(aligned(fast, "ab new ab")) == [("ab", 0, 1), ("new", 1, 1), ("ab", 2, 1), ("</s>", SPECIAL, 0)]
 
 
 @pytest.mark.parametrize("max_length", [12, 999])

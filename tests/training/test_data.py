@@ -35,16 +35,14 @@ def test_earlier_answers_of_somebody_else_are_not_learned():
     assert tiny_tokenizer().decode(row["input_ids"]) == tiny_tokenizer().apply_chat_template(CHAT, tokenize=False)
 
 
-def test_a_token_that_spans_prompt_and_answer_is_cut_at_the_seam():
+def test_a_token_that_spans_prompt_and_answer_is_supervised():
+    """As in TRL, which tokenizes the whole chat at once."""
     tokenizer = tiny_tokenizer(["a\n\n"] * 9)  # two newlines become one token
     assert len(tokenizer("\n\n")["input_ids"]) == 1
     messages = [*CHAT[:1], {"role": "assistant", "content": "\n\nCCO"}, *CHAT[2:]]
     (row,) = encode([{"messages": messages}], tokenizer, 128).rows
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert row["input_ids"][: len(prompt)] == prompt
-    assert row["labels"][: len(prompt)] == [IGNORE_INDEX] * len(prompt)
-    assert tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX]) == "\n\nCCO</s>\nCCC</s>\n"
-    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX]) == "\n\n\nCCO</s>\nCCC</s>\n"
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
 
 
 def test_chat_that_the_template_refuses_is_named_by_its_row():
@@ -121,9 +119,44 @@ def test_chat_template_that_rewrites_earlier_turns_is_refused():
         ('["a"]', "got a list"),
         ('{"question": "a"}', "expected"),
         ('{"prompt": "a"}', "'completion' is missing"),
-        ('{"prompt": "a", "completion": 3}', "'completion' is missing"),
-        ('{"messages": "hello"}', "expected a list"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "role 'assistant'"),
+        ('{"completion": "a"}', "'prompt' is missing"),
+        ('{"prompt": "a", "completion": 3}', "completion: got 3, expected a string"),
+        ('{"prompt": null, "completion": "a"}', "prompt: got null, expected a string"),
+        ('{"prompt": [], "completion": []}', r"prompt: got \[\], expected a list of"),
+        (
+            '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}',
+            "completion.*string.*list|prompt.*as the other",
+        ),
+        ('{"text": null}', "text: got null, expected a string"),
+        ('{"text": "a", "text": "b"}', "twice"),
+        ('{"messages": "hello"}', 'messages: got "hello", expected a list'),
+        ('{"messages": []}', r"messages: got \[\], expected a list"),
+        ('{"messages": ["a"]}', r'messages\[0\]: got "a", expected'),
+        ('{"messages": [{"role": "user", "content": "a"}]}', r"messages: got the roles \['user'\], .*'assistant'"),
+        ('{"messages": [{"content": "a"}]}', r"messages\[0\].role: got keys \['content'\] without it"),
+        ('{"messages": [{"role": 3, "content": "a"}]}', r"messages\[0\].role: got 3"),
+        ('{"messages": [{"role": "user", "content": 3}]}', r"messages\[0\].content: got 3, expected a string"),
+        ('{"messages": [{"role": "user", "content": null}]}', r"messages\[0\].content: got null, .*'tool_calls'"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', r"messages\[0\].content\[0\]: got \"a\""),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "such as images, are not supported"),
+        ('{"conversations": [{"from": "human", "value": "a"}]}', r"got the roles \['human'\]"),
+        ('{"text": "a", "tools": [{}]}', "tools: given in a row of plain text"),
+        ('{"text": "a", "images": ["b.png"]}', "images: rows with this field are not supported"),
+        ('{"input_ids": [1]}', "input_ids: .* give their text"),
+        ('{"text": "a", "complete": "no"}', 'complete: got "no", expected true or false'),
+        (
+            '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
+            r"messages\[0\].weight: .*last_answer_only",
+        ),
+        ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "{"}', "tools: .* not valid JSON"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "tools": ["a"]}',
+            "tools: .* expected a list of JSON schemas",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "chat_template_kwargs": {"tokenize": false}}',
+            "chat_template_kwargs: tokenize is decided by the command",
+        ),
     ],
 )
 def test_malformed_row_names_file_and_line(line, message, tmp_path):
@@ -137,7 +170,7 @@ def test_malformed_row_names_file_and_line(line, message, tmp_path):
 @pytest.mark.parametrize("line", [b'{"text": "\xff"}', b'{"text": "\\ud800"}'], ids=["latin-1", "surrogate"])
 def test_text_that_is_no_unicode_names_file_and_line(line, tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "a"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=r"data.jsonl, line 2: not valid UTF-8"):
+    with pytest.raises(ValueError, match=r"data.jsonl, line 2: not valid"):
         read_jsonl(tmp_path / "data.jsonl")
 
 
