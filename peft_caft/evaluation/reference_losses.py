@@ -53,7 +53,7 @@ def encode_answers(
         try:
             (tokens,) = encode([row | {"last_answer_only": True}], tokenizer, max_length=2**31, quiet=True).rows
             prompt, _ = prompt_and_answer(row)
-            if not prompt:
+            if prompt == []:
                 raise ValueError("messages: got one answer and nothing before it, expected a prompt to answer.")
             prompt_ids = asked(prompt, tokenizer, row)
         except ValueError as error:

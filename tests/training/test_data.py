@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from codecs import BOM_UTF8
 
 import pytest
 
@@ -172,6 +174,56 @@ def test_text_that_is_no_unicode_names_file_and_line(line, tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "a"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=r"data.jsonl, line 2: not valid"):
         read_jsonl(tmp_path / "data.jsonl")
+
+
+ROW = b'{"text": "ethanol"}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(BOM_UTF8 + ROW + b"\n" + ROW + b"\n", ROW + b"\r\n" + ROW + b"\r\n", ROW + b"\n \n\n" + ROW),
+        ROW + b"\n" + BOM_UTF8 + ROW,
+    ],
+    ids=["byte order mark", "lines of Windows", "blank lines and no end of the last", "two files joined"],
+)
+def test_files_of_other_systems_are_read(content, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    assert read_jsonl(tmp_path / "data.jsonl") == [{"text": "ethanol"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "got no rows"),
+        (BOM_UTF8, "got no rows"),
+        (ROW.decode().encode("utf-16"), "line 1: not valid UTF-8 .* UTF-16 and compressed files are not read"),
+        (gzip.compress(ROW), "line 1: not valid UTF-8 .* compressed"),
+        (b"[" + ROW + b"]", r"line 1: got a JSON array, expected JSONL.* jq -c '\.\[\]'"),
+        (b"\n[\n" + ROW + b",\n" + ROW + b"\n]", "line 2: got a JSON array"),
+        (b'{\n"text": "ethanol"\n}', "line 1: not valid JSON .* Expected one JSON object a line"),
+        (ROW + b"\n" + b"3", "line 2: got a int"),
+        (b'{"text": ' + b"[" * 100_000, "line 1: not valid JSON"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "line 1: not valid JSON"),
+    ],
+    ids=[
+        "empty",
+        "a byte order mark alone",
+        "UTF-16",
+        "gzip",
+        "array",
+        "array over lines",
+        "indented",
+        "number",
+        "deep",
+        "long number",
+    ],
+)
+def test_files_that_are_no_jsonl_are_named(content, message, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data\.jsonl[,:].*{message}|{message}") as error:
+        read_jsonl(tmp_path / "data.jsonl")
+    assert "data.jsonl" in str(error.value)
 
 
 def test_empty_and_missing_files_are_named(tmp_path):

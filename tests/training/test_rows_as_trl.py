@@ -18,7 +18,7 @@ from peft_caft.evaluation.reference_losses import encode_answers
 from peft_caft.method.targets import IGNORE_INDEX
 from peft_caft.training.chats import training_template
 from peft_caft.training.data import collator, encode, encode_row, read_jsonl, require_positions
-from peft_caft.training.prompts import prepare_prompts
+from peft_caft.training.prompts import prepare_prompts, read_prompts
 
 from ..support.tiny_checkpoint import tiny_llama, tiny_tokenizer
 
@@ -333,6 +333,39 @@ def test_distill_asks_with_all_that_a_row_holds_and_writes_it_again():
         assert row["messages"][:-1] == chat
         assert CARRIED.items() <= row.items()
         assert encode_row(row, tokenizer)[0][: len(prompt.input_ids)] == prompt.input_ids
+
+
+def test_distill_takes_tools_from_a_dataset(tmp_path):
+    tokenizer, chat = tokenizer_with(TEMPLATES["tools"][0]), [user("ethanol")]
+    rows = [{"tools": json.dumps([SCHEMA]), "chat_template_kwargs": {"think": True}, "messages": chat, "other": 1}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "prompts")
+    (prompt,), _ = prepare_prompts(read_prompts(f"hf:{tmp_path / 'prompts'}").rows, tokenizer)
+    expected = tokenizer.apply_chat_template(chat, tools=[SCHEMA], think=True, add_generation_prompt=True)
+    assert prompt.input_ids == expected.input_ids
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": 3}, "prompt: got 3, expected a list"),
+        ({"prompt": "ethanol", "images": ["x.png"]}, "images: rows with this field are not supported"),
+        ({"messages": "ethanol"}, 'messages: got "ethanol", expected a list'),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\].content: got null"),
+        (
+            {"messages": [user("x"), said("y", function_call={"name": "f"}), user("z")]},
+            r"messages\[1\].function_call: .*Give 'tool_calls'",
+        ),
+        ({"messages": [user("x")], "tools": "search"}, 'tools: got "search", which is not valid JSON'),
+    ],
+)
+def test_prompts_that_cannot_be_asked_are_named(row, message):
+    with pytest.raises(ValueError, match=f"file, line 1: {message}"):
+        prepare_prompts([("file, line 1", row)], tokenizer_with(TEMPLATES["tools"][0]))
+
+
+def test_tools_without_a_chat_template_are_refused():
+    with pytest.raises(ValueError, match="line 1: tools: the tokenizer has no chat template"):
+        prepare_prompts([("line 1", {"prompt": "ethanol", "tools": [SCHEMA]})], tokenizer_with())
 
 
 def test_evaluate_asks_with_all_that_a_row_holds():
