@@ -1,9 +1,10 @@
 """Finished batches of `distill` and `evaluate`, kept so that a kill costs only those in work.
 
 A hidden folder beside the output holds ``settings.json`` and, for each process, ``part-RANK.jsonl``
-with one line per finished batch. A resumed run may have another number of processes.
+with one line per finished batch and its hash. A resumed run may have another number of processes.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import lock, write_text
-from .reading import json_object, json_or_none
-from .run_folder import ADVICE, first_difference, require_same_settings
+from .reading import is_file, json_object, json_or_none
+from .run_folder import ADVICE, require_same_settings
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Parts:
             self.discard()
             self.provenance_path.unlink(missing_ok=True)
         finished = json_or_none(self.provenance_path) if self.output.exists() else None
-        if finished is not None and first_difference(settings, finished.get("settings", {})) is None:
+        if finished is not None and settings == finished.get("settings"):
             self.discard()
             return finished
         settings_path = self.folder / "settings.json"
@@ -67,7 +68,7 @@ class Parts:
         if recorded is not None:
             require_same_settings(settings, recorded, f"{self.output} belongs to an interrupted run")
         elif self.output.exists() and not overwrite:
-            require_same_settings(settings, finished and finished.get("settings", {}), f"{self.output} exists, made")
+            require_same_settings(settings, finished and finished.get("settings"), f"{self.output} exists, made")
             raise FileExistsError(f"output: {self.output} exists. {ADVICE}")
         else:
             write_text(settings_path, json.dumps(settings, indent=2) + "\n")
@@ -81,7 +82,10 @@ class Parts:
         for part in self._parts():
             with open(part, "rb") as file:
                 for number, line in enumerate(file, start=1):
-                    yield json_object(line, f"{part}, line {number}", ADVICE)
+                    batch = json_object(line, f"{part}, line {number}", ADVICE)
+                    if batch.pop("sha256", None) != _sum_of(batch):
+                        raise ValueError(f"{part}, line {number}: damaged, its sum does not agree. {ADVICE}")
+                    yield batch
 
     @contextmanager
     def appending(self, rank: int) -> Iterator[Callable[[dict[str, Any]], None]]:
@@ -94,7 +98,7 @@ class Parts:
             lock(file, self.output)
 
             def append(batch: dict[str, Any]) -> None:
-                file.write((json.dumps(batch) + "\n").encode())
+                file.write((json.dumps(batch | {"sha256": _sum_of(batch)}) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -109,4 +113,8 @@ class Parts:
             shutil.rmtree(trash, ignore_errors=True)
 
     def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob("part-*.jsonl"))
+        return sorted(path for path in self.folder.glob("part-*.jsonl") if is_file(path))
+
+
+def _sum_of(batch: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(batch).encode()).hexdigest()

@@ -83,12 +83,12 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def require_whole_archive(path: str | os.PathLike) -> None:
+def require_whole_archive(path: str | os.PathLike, must_be: bool = False) -> None:
     """Raise a ValueError if a zip archive, as torch writes them, has a sum that does not agree.
 
-    torch.load takes the bytes as they are. Files that are no archives pass.
+    torch.load takes the bytes as they are. Files that are no archives pass unless they ``must_be``.
     """
-    if zipfile.is_zipfile(path):
+    if must_be or zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()

@@ -4,9 +4,9 @@
 written last: it holds the result and marks the run as finished.
 """
 
+import contextlib
 import json
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from typing import Any
 
 from .files import full_disk_explained, lock, writable, write_text
 from .provenance import git_commit
-from .reading import json_or_none, read_json
+from .reading import is_file, json_or_none, read_json, require_whole_archive
+from .tensors import Tensors
 
 ADVICE = "Choose another output, or pass --overwrite to replace it."
 
@@ -93,7 +94,15 @@ class RunFolder:
         else:
             self.require_free(settings)
         write_text(self.settings_path, json.dumps(settings, indent=2, default=str) + "\n")
-        return last_whole_checkpoint(self.checkpoints, checkpoint_files)
+        found = last_whole_checkpoint(self.checkpoints, checkpoint_files)
+        for damaged in _numbered(self.checkpoints)[
+            : None if found is None else _numbered(self.checkpoints).index(found)
+        ]:
+            print(
+                f"{damaged}: not whole, so that the run goes on from {'the beginning' if found is None else found.name}."
+            )
+            shutil.rmtree(damaged, ignore_errors=True)
+        return found
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, then remove checkpoints and what interrupted saves left."""
@@ -113,21 +122,28 @@ def first_difference(got: dict[str, Any], expected: dict[str, Any]) -> str | Non
 
 def require_same_settings(settings: dict[str, Any], recorded: dict[str, Any] | None, what: str) -> None:
     """Raise a FileExistsError if ``what``, a run, has recorded other settings."""
+    recorded = recorded if recorded is None or isinstance(recorded, dict) else {}  # of another program
     if recorded is not None and (different := first_difference(settings, recorded)):
         raise FileExistsError(f"output: {what} with other settings; {different} to resume it. {ADVICE}")
 
 
 def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | None:
-    """The newest ``checkpoint-N`` with all ``needed`` files and Trainer's state, saved last."""
-    numbered = [(int(p.name.removeprefix("checkpoint-")), p) for p in folder.glob("checkpoint-*") if p.is_dir()]
-    for _, checkpoint in sorted(numbered, reverse=True):
-        try:
-            read_json(checkpoint / "trainer_state.json")
-        except (OSError, ValueError):
-            continue
-        if all(_is_whole(checkpoint / name) for name in needed):
+    """The newest ``checkpoint-N`` with all ``needed`` files and Trainer's state, saved last.
+
+    Every file in it can be read. Trainer would go on without an optimizer that is not there.
+    """
+    for checkpoint in _numbered(folder):
+        with contextlib.suppress(OSError, ValueError):
+            for name in ("trainer_state.json", *needed, *(path.name for path in checkpoint.iterdir())):
+                _require_whole(checkpoint / name)
             return checkpoint
     return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Folders ``checkpoint-N``, the newest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 
 def random_states(processes: int) -> tuple[str, ...]:
@@ -135,6 +151,15 @@ def random_states(processes: int) -> tuple[str, ...]:
     return tuple(f"rng_state_{index}.pth" for index in range(processes)) if processes > 1 else ("rng_state.pth",)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file was written to its end: torch writes zip files, whose directory comes last."""
-    return zipfile.is_zipfile(path) if path.suffix == ".pth" else path.is_file()
+def _require_whole(path: Path) -> None:
+    """Raise an error if a file of a checkpoint cannot be read; folders are those of engines."""
+    if path.is_dir() and not path.is_symlink() and not path.suffix:
+        return
+    if not is_file(path):
+        raise FileNotFoundError(f"{path}: no such file.")
+    if path.suffix in (".pt", ".pth"):  # torch writes zip archives, whose directory comes last
+        require_whole_archive(path, must_be=True)
+    elif path.suffix == ".json":
+        read_json(path)
+    elif path.suffix == ".safetensors":
+        Tensors.of(path)

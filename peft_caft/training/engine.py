@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..basics.run_folder import random_states
 from ..heads.sharding import copy_into, whole
 
 
@@ -30,6 +31,12 @@ def engine_name(args: TrainingArguments) -> str | None:
     if (plugin := fsdp_plugin(args)) is not None:
         return f"FSDP{plugin.fsdp_version}"
     return None if args.deepspeed_plugin is None else f"ZeRO-{zero_stage(args)}"
+
+
+def checkpoint_files(args: TrainingArguments) -> tuple[str, ...]:
+    """Names of files without which Trainer would resume a run otherwise than it left off."""
+    own = ("optimizer.pt", "scheduler.pt") if engine_name(args) is None else ()
+    return (*random_states(args.world_size), *own)
 
 
 def divides_parameters(args: TrainingArguments) -> bool:
