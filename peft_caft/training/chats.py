@@ -264,7 +264,7 @@ def _rendered(
     try:
         chat = _readable(messages, tokenizer, template)
         named = {**tokenizer.special_tokens_map, **arguments, "chat_template": template, **kwargs}
-        marked = not kwargs
+        marked = not kwargs and GENERATION_TAG.search(template) is not None
         texts, spans = render_jinja_template([chat], return_assistant_tokens_mask=marked, **named)
     except (TemplateError, TypeError) as error:  # a TypeError is a template's own, as where it adds null to a string
         raise ValueError(
