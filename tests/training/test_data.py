@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from codecs import BOM_UTF8
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_caft.method.targets import IGNORE_INDEX
 from peft_caft.training.data import collator, encode, read_jsonl
 
+from ..support.commands import peft_caft
 from ..support.tiny_checkpoint import tiny_tokenizer
 
 CHAT = [
@@ -232,3 +235,18 @@ def test_empty_and_missing_files_are_named(tmp_path):
         read_jsonl(tmp_path / "empty.jsonl")
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
         read_jsonl(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize("command", ["train", "train-heads", "concepts"])
+def test_rows_beyond_the_positions_of_the_model_are_refused(command, tmp_path):
+    model = str(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=8, n_layer=2, n_head=2)).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "ethanol butane " * 40}) + "\n", encoding="utf-8")
+    data = str(tmp_path / "data.jsonl")
+    options = ["--eval-data", data] if command == "train-heads" else ["--method", "lora"] if command == "train" else []
+    output = peft_caft(
+        command, "--model", model, "--data", data, "--output", str(tmp_path / "out"), *options, expect=1
+    )
+    assert re.search(r"max_length: got 512 and a row of \d+ tokens, expected at most 32, the model's context", output)
+    assert not (tmp_path / "out").exists()
