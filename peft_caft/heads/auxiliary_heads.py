@@ -36,7 +36,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Map ``(rows, hidden)`` in the dtype of the parameters to the same shape and dtype."""
-        return states + nn.functional.silu(self.linear(states))
+        inputs = states
+        if not torch.is_autocast_enabled(states.device.type):  # the stream may be fp32 between layers in bf16 (Mamba)
+            inputs = states.to(self.linear.weight.dtype)
+        return states + nn.functional.silu(self.linear(inputs))
 
 
 class ResidualHead(nn.Sequential):

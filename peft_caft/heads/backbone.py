@@ -51,16 +51,12 @@ class Backbone(LayerStack):
     Attributes:
         model: the transformers model.
         lm_head: linear layer with a floating-point weight.
-        logit_scale: factor on the logits.
-        logit_softcap: c of ``c * tanh(logits / c)``, or None.
         shift_verified: whether it was checked that the model shifts its labels itself.
         logits_needed: whether the model has no loss if it computes no logits; None if unknown.
     """
 
     model: PreTrainedModel
     lm_head: nn.Module
-    logit_scale: float
-    logit_softcap: float | None
     shift_verified: bool = False
     logits_needed: bool | None = None
     _probe: Probe | None = None
@@ -88,20 +84,14 @@ class Backbone(LayerStack):
                 f"lm_head: got {type(lm_head).__name__} in {name}, expected a linear layer with a floating-point weight. "
                 "Load the model with the unembedding unquantised (llm_int8_skip_modules=['lm_head'] or alike)."
             )
-        config = base.config.get_text_config()
-        trunk, layers = _trunk_and_layers(base, config.num_hidden_layers)
+        trunk, layers = _trunk_and_layers(base)
         if layers is None:
-            raise TypeError(
-                f"model: got {name}, in which no list of {config.num_hidden_layers} layers was found. {advice}"
-            )
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+            raise TypeError(f"model: got {name}, in which no list of layers was found. {advice}")
         return cls(
             model=base,
             trunk=trunk,
             layers=layers,
             lm_head=lm_head,
-            logit_scale=float(scale),
-            logit_softcap=getattr(config, "final_logit_softcapping", None),
         )
 
     @property
@@ -120,16 +110,10 @@ class Backbone(LayerStack):
         """
         if captured is not None and captured.unembedding is not None:
             return captured.unembedding
-        weight, bias = parameter_of(self.lm_head, "weight"), parameter_of(self.lm_head, "bias")
-        assert weight is not None
-        unembedding = Unembedding(
-            weight=_with_graph_if_trained(weight),
-            bias=None if bias is None else _with_graph_if_trained(bias),
-            scale=self.logit_scale,
-            softcap=self.logit_softcap,
-        ).in_compute_dtype(weight.device.type)
-        # Without gradients, as in `verify`, a trained weight would be kept without its graph.
-        if captured is not None and (torch.is_grad_enabled() or not weight.requires_grad):
+        known = self.probed()
+        unembedding = self._unembedding(known.scale, known.softcap)
+        # Without gradients a trained weight would be kept without its graph.
+        if captured is not None and (torch.is_grad_enabled() or not self.lm_head.weight.requires_grad):
             captured.unembedding = unembedding
         return unembedding
 
@@ -145,10 +129,10 @@ class Backbone(LayerStack):
         return states if norm is None else norm(states)
 
     @contextmanager
-    def capture(self) -> Iterator[list[Captured]]:
+    def capture(self, labels: Tensor | None = None) -> Iterator[list[Captured]]:
         """`LayerStack.capture`, of a model that was probed."""
         self.ready()
-        with super().capture() as records:
+        with super().capture(labels) as records:
             yield records
 
     def ready(self) -> None:
@@ -166,7 +150,12 @@ class Backbone(LayerStack):
     def probed(self) -> Probe:
         """What a pass over a few tokens has shown of these parts; a TypeError as `ready`."""
         if self._probe is None:
-            self._probe = probe(self.model, LayerStack(trunk=self.trunk, layers=self.layers), self._logits)
+            config = self.model.config.get_text_config()
+            scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+            expected = self._unembedding(float(scale), getattr(config, "final_logit_softcapping", None))
+            stack = LayerStack(trunk=self.trunk, layers=self.layers)
+            self._probe = probe(self.model, stack, self.lm_head, expected)
+            self.layers_return_tuples = stack.layers_return_tuples
         return self._probe
 
     def adapted_parts(self) -> list[str]:
@@ -184,9 +173,15 @@ class Backbone(LayerStack):
         """Whether a pass has shown that the parts compute what the model does."""
         return self._probe is not None
 
-    def _logits(self, states: Tensor) -> Tensor:
-        unembedding = self.unembedding()
-        return unembedding.logits(states.to(unembedding.weight.device, unembedding.weight.dtype))
+    def _unembedding(self, scale: float, softcap: float | None) -> Unembedding:
+        weight, bias = parameter_of(self.lm_head, "weight"), parameter_of(self.lm_head, "bias")
+        assert weight is not None
+        return Unembedding(
+            weight=_with_graph_if_trained(weight),
+            bias=None if bias is None else _with_graph_if_trained(bias),
+            scale=scale,
+            softcap=softcap,
+        ).in_compute_dtype(weight.device.type)
 
 
 def _require_weights_at_hand(model: PreTrainedModel) -> None:
@@ -222,19 +217,26 @@ def _with_graph_if_trained(parameter: Tensor) -> Tensor:
     return parameter
 
 
-def _trunk_and_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, nn.ModuleList | None]:
-    """The text decoder, and the shallowest list of ``count`` layers in it.
+def _trunk_and_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList | None]:
+    """The transformers model that runs the decoder layers, and their list; None if unknown.
 
-    Towers for images or sound, which may have as many layers, lie beside the decoder.
+    Towers for images or sound, which may have as many layers, lie beside the text decoder.
     """
-    trunk = model.get_decoder()
-    while isinstance(trunk, PreTrainedModel) and (inner := trunk.get_decoder()) is not trunk:
-        trunk = inner
-    queue = [trunk]
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [*_lists_below(model.get_decoder()), *_lists_below(model)]
+    if not lists:
+        return model, None
+    return next((found for found in lists if len(found[1]) == count), lists[0])  # `probe` shows whether they are
+
+
+def _lists_below(top: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
+    """Lists of modules below ``top``, shallow ones first, with the transformers model around."""
+    queue = [(top, top)]
     while queue:
-        module = queue.pop(0)
+        module, around = queue.pop(0)
+        if isinstance(module, PreTrainedModel):
+            around = module
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module if trunk is model else trunk, child
-        queue.extend(module.children())
-    return trunk, None
+            if isinstance(child, nn.ModuleList) and len(child):
+                yield around, child
+            queue.append((child, around))

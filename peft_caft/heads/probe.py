@@ -5,9 +5,9 @@ else is refused here: training would follow a wrong gradient, and nothing else w
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,12 +15,22 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .unembedding import Unembedding
 from .watched_pass import Captured, LayerStack, evaluating, replay
 
 TOKENS = 4
 UNKNOWN = "CAFT does not know this architecture yet; please report it."
 # What a model that is not understood may raise.
-ERRORS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, ValueError)
+ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -29,49 +39,68 @@ class Probe:
 
     Attributes:
         norm_name: name of the final norm within the trunk; None if there is none.
+        scale: factor on the logits.
+        softcap: c of ``c * tanh(logits / c)``, or None.
         layer_replays: whether the last layer gives the same if it is called again.
     """
 
     norm_name: str | None
+    scale: float
+    softcap: float | None
     layer_replays: bool
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, stack: LayerStack, logits_of: Callable[[Tensor], Tensor]) -> Probe:
+def probe(model: PreTrainedModel, stack: LayerStack, lm_head: nn.Module, unembedding: Unembedding) -> Probe:
     """Run ``model`` without adapters behind its layers, and compare its parts with its output.
+
+    In place of the lm_head's output the model gets a ramp of numbers: they show all that it does
+    with logits, which random logits of a young model, all near 0, would not.
 
     Args:
         stack: its layers.
-        logits_of: logits ``(..., vocabulary)`` of hidden states ``(..., hidden)`` after the norm.
+        lm_head: its lm_head, without adapters.
+        unembedding: the same with the expected factor and soft cap.
 
     Raises:
-        TypeError: if the model cannot be run, or does something that ``logits_of`` does not.
+        TypeError: if the model cannot be run, or does something else.
     """
     token_ids = _ordinary_token_ids(model)
     outputs: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+
+    def ramp_instead(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        seen["linear"] = output
+        seen["ramp"] = ramp = 1000 * torch.linspace(-1, 1, output.shape[-1], device=output.device).pow(3).to(
+            output.dtype
+        )
+        return ramp.expand_as(output).clone()
+
     try:
         with ExitStack() as context:
             context.enter_context(evaluating(model))
             context.enter_context(_base_model_alone(model, stack))
             context.enter_context(_outputs_behind_the_layers(stack, outputs))
+            context.enter_context(lm_head.register_forward_hook(ramp_instead))
             records = context.enter_context(stack.capture())
             # Without hooks on the model, which may be those of `FullFineTuning`, and without what
             # accelerate or TRL put in the place of its forward. Not compiled, since the graph would
             # be one with these hooks.
             with torch.compiler.set_stance("force_eager"):
-                logits = type(model).forward(
-                    model,
-                    input_ids=token_ids,
-                    attention_mask=torch.ones_like(token_ids),
-                    use_cache=False,
-                    return_dict=True,
-                ).logits
+                logits = (
+                    type(model)
+                    .forward(
+                        model,
+                        input_ids=token_ids,
+                        attention_mask=torch.ones_like(token_ids),
+                        use_cache=False,
+                        return_dict=True,
+                    )
+                    .logits
+                )
             captured = records[-1]
             norm_name = _name_of_norm(captured, outputs, stack.trunk)
-            if norm_name is None:
-                _require_equal(model, "final norm", captured.last_layer_output, captured.last_hidden_state)
-            _require_equal(model, "logits", logits_of(captured.last_hidden_state), logits)
-            return Probe(norm_name, _replays(stack.last_layer, captured))
+            layer_replays = _replays(stack.last_layer, captured)
     except torch.OutOfMemoryError:
         raise
     except ERRORS as error:
@@ -79,6 +108,35 @@ def probe(model: PreTrainedModel, stack: LayerStack, logits_of: Callable[[Tensor
             f"model: {type(model).__name__} cannot be run on {TOKENS} tokens to see what it does between its last layer "
             f"and its logits ({type(error).__name__}: {error}). {UNKNOWN}"
         ) from error
+    if norm_name is None:
+        _require_equal(model, "final norm", captured.last_layer_output, captured.last_hidden_state)
+    states = captured.last_hidden_state.to(unembedding.weight.device, unembedding.weight.dtype)
+    plain = torch.nn.functional.linear(states, unembedding.weight, unembedding.bias)
+    if "ramp" not in seen:  # the model multiplies with the weight itself
+        _require_equal(model, "logits", unembedding.changed(plain), logits)
+        return Probe(norm_name, unembedding.scale, unembedding.softcap, layer_replays)
+    _require_equal(model, "lm_head", plain, seen["linear"])
+    scale, softcap = _factor_and_cap(seen["ramp"], logits[0, -1], unembedding)
+    expected = replace(unembedding, scale=scale, softcap=softcap).changed(seen["ramp"].expand_as(logits))
+    _require_equal(model, "logits", expected, logits)
+    return Probe(norm_name, scale, softcap, layer_replays)
+
+
+def _factor_and_cap(ramp: Tensor, logits: Tensor, expected: Unembedding) -> tuple[float, float | None]:
+    """Factor and soft cap that make ``logits`` of ``ramp``, both ``(vocabulary,)``."""
+    if _equal(expected.changed(ramp), logits):  # the configuration's numbers, which are exact
+        return expected.scale, expected.softcap
+    x, y = ramp.double(), logits.double()
+    cap = y.abs().max()
+    below = y.abs() < 0.9 * cap
+    inner = torch.atanh(y[below] / cap) * cap
+    capped = float(inner @ x[below] / (x[below] @ x[below])), float(cap)
+    linear = float(y @ x / (x @ x))
+    return (
+        capped
+        if _equal(replace(expected, scale=capped[0], softcap=capped[1]).changed(ramp), logits)
+        else (linear, None)
+    )
 
 
 def _ordinary_token_ids(model: PreTrainedModel) -> Tensor:
@@ -135,12 +193,9 @@ def _name_of_norm(captured: Captured, outputs: dict[str, Tensor], trunk: nn.Modu
         return None
     names = [name for name, output in outputs.items() if isinstance(output, Tensor) and output.shape == wanted.shape]
     outermost_first = sorted(names, key=lambda name: name.count("."))
-    for is_it in (
-        lambda output: output is wanted,
-        lambda output: output.equal(wanted),
-    ):  # a simulation knows no values
+    for is_it in (_shares_memory, torch.equal):  # the second is of values, which a simulation does not know
         for name in outermost_first:
-            if is_it(outputs[name]) and _equal(trunk.get_submodule(name)(states), wanted):
+            if is_it(outputs[name], wanted) and _equal(trunk.get_submodule(name)(states), wanted):
                 return name
     return None
 
@@ -148,9 +203,14 @@ def _name_of_norm(captured: Captured, outputs: dict[str, Tensor], trunk: nn.Modu
 def _replays(layer: nn.Module, captured: Captured) -> bool:
     try:
         got = replay(layer, captured.last_layer_input, captured)
-    except (*ERRORS, TypeError):
+    except ERRORS:
         return False
     return _equal(got, captured.last_layer_output)
+
+
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same tensor, or views of one."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _require_equal(model: nn.Module, what: str, got: Tensor, wanted: Tensor) -> None:
@@ -167,4 +227,5 @@ def _equal(got: Tensor, wanted: Tensor) -> bool:
     # Under autocast the hidden states may be fp32 and the logits bf16.
     half = {got.dtype, wanted.dtype} & {torch.bfloat16, torch.float16} or torch.is_autocast_enabled(got.device.type)
     got, wanted = got.float(), wanted.to(got.device).float()
-    return bool((got - wanted).norm() <= (5e-2 if half else 1e-3) * wanted.norm() + 1e-6)
+    largest = wanted.abs().max().clamp_min(1e-30)  # its square may be too large for fp32
+    return bool(((got - wanted) / largest).norm() <= (5e-2 if half else 1e-4) * (wanted / largest).norm() + 1e-6)

@@ -142,6 +142,10 @@ class Unembedding:
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias).to(self.logits_dtype)
         return self._scaled_and_capped(logits)
 
+    def changed(self, linear: Tensor) -> Tensor:
+        """What the architecture makes of the lm_head's output, ``(..., vocabulary)``, any dtype."""
+        return self._scaled_and_capped(linear.to(self.logits_dtype, copy=True))
+
     def _scaled_and_capped(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
             logits *= self.scale

@@ -56,12 +56,20 @@ class LayerStack:
         return self.layers[-1]
 
     @contextmanager
-    def capture(self) -> Iterator[list[Captured]]:
-        """Record each forward pass inside the block in the list that this yields."""
+    def capture(self, labels: Tensor | None = None) -> Iterator[list[Captured]]:
+        """Record each forward pass inside the block in the list that this yields.
+
+        Raises:
+            ValueError: if a pass has other positions than ``labels``, ``(batch, tokens)``.
+        """
         records: list[Captured] = []
         seen: dict[str, Any] = {}
 
         def before_last_layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if "hidden" in seen:
+                raise TypeError(
+                    "model: its last layer runs more than once in a pass, expected once. CAFT does not support it."
+                )
             kwargs = {n: v for n, v in kwargs.items() if n not in DROPPED_ARGUMENTS and not isinstance(v, Cache)}
             seen["hidden"] = args[0] if args else kwargs.pop("hidden_states")
             seen["args"] = tuple(None if isinstance(value, Cache) else value for value in args[1:])
@@ -79,6 +87,12 @@ class LayerStack:
                     "training, or use a newer torch."
                 )
             last_hidden_state = output["last_hidden_state"] if isinstance(output, dict) else output[0]
+            if labels is not None and labels.shape != last_hidden_state.shape[:2]:
+                raise ValueError(
+                    f"labels: got shape {tuple(labels.shape)}, expected {tuple(last_hidden_state.shape[:2])}, one label for each "
+                    "position of the last hidden state. Give a label to each token, -100 where there is none; a model that adds "
+                    "positions by itself, such as those of an image, is not supported."
+                )
             records.append(Captured(seen["hidden"], last_hidden_state, seen["output"], seen["args"], seen["kwargs"]))
             seen.clear()
 

@@ -96,8 +96,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file holds anything else than finite floating-point tensors.
     """
+    require_whole_archive(path)
     try:
-        require_whole_archive(path)
         # Only a zip archive, the format since torch 1.6, can be mapped instead of read.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the unpickler may raise anything for bytes that are no pickle
@@ -213,7 +213,8 @@ def _require_alike(backbone: Backbone, is_residual: bool) -> None:
             f"model: got one whose layers are {layer}, expected a Llama, since caft-llm's decoder-layer heads are "
             "LlamaDecoderLayer. Pass the base model that the heads were trained for."
         )
-    if backbone.logit_scale != 1 or backbone.logit_softcap:
+    known = backbone.probed()
+    if known.scale != 1 or known.softcap:
         raise TypeError(
             f"model: got {type(backbone.model).__name__}, which scales or caps its logits, expected one that does not: "
             "caft-llm leaves that out. Train heads for it with `peft-caft train-heads`."

@@ -14,7 +14,7 @@ from ..basics.settings import OBJECTIVE, setting
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from .configured_heads import make_heads
-from .objective import AuxiliaryObjective, TrainingPass, begin, finish, heads_are_never_missing
+from .objective import AuxiliaryObjective, TrainingPass, begin, finish, heads_are_never_missing, named_arguments
 from .objective_config import ObjectiveConfig
 
 NAME = "caft_objective"
@@ -112,14 +112,14 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self._pass is not None:  # torch calls no hook after KeyboardInterrupt
             self._pass.close()
-        self._pass = self._training_pass(kwargs)
+        self._pass = self._training_pass(named_arguments(model, args, kwargs))
         if self._pass is None:
             return args, kwargs
         # The model's switch has reached the heads too, whose layers are not run as a whole.
         for layer in self.auxiliary_heads.modules():
             if getattr(layer, "gradient_checkpointing", False):
                 layer.gradient_checkpointing = False
-        return args, begin(self._pass)
+        return (), begin(self._pass)
 
     @torch.compiler.disable(recursive=False)
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -129,7 +129,7 @@ class FullFineTuning(AuxiliaryObjective, nn.Module):
         if outputs is None:  # the model raised an error
             return training_pass.close()
         with torch.autocast(**self._precision):
-            return finish(training_pass, outputs, model.forward, args)
+            return finish(training_pass, outputs, model.forward)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Nothing, so that the model's state dict is the plain one."""

@@ -44,7 +44,7 @@ def log_probs_pass(
     backbone: Backbone, kwargs: dict[str, Any], supervised: SupervisedRows
 ) -> Generator[dict[str, Any], Any, LogProbsPass]:
     """A call of the base model: yields keyword arguments, is sent outputs, and returns the pass."""
-    with backbone.capture() as records:
+    with backbone.capture(kwargs["labels"]) as records:
         outputs = yield kwargs
     one = torch.ones((), device=outputs.log_probs.device)
     return LogProbsPass(outputs, records[-1], supervised.count, one)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
@@ -103,9 +104,9 @@ def _can_be_differentiated_at_once(heads: AuxiliaryHeads, captured: Captured, hi
     """Whether the heads and the arguments of their layers are constants, and ``hidden`` is not."""
     if is_sharded(heads):  # which needs whole backward passes
         return False
-    arguments = (*captured.layer_args, *captured.layer_kwargs.values())
-    flat = [part for value in arguments for part in (value if isinstance(value, tuple) else (value,))]
-    others = [*heads.parameters(), *(t for t in flat if isinstance(t, Tensor))]
+    # Keys and values of an earlier layer come in a dict (Gemma 4).
+    arguments = tree_leaves((captured.layer_args, captured.layer_kwargs))
+    others = [*heads.parameters(), *(t for t in arguments if isinstance(t, Tensor))]
     return torch.is_grad_enabled() and hidden.requires_grad and not any(tensor.requires_grad for tensor in others)
 
 

@@ -16,7 +16,7 @@ from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from .config import CAFTConfig
 from .configured_heads import add_lora, make_heads
-from .objective import HEADS_PREFIX, AuxiliaryObjective, heads_are_never_missing, run
+from .objective import HEADS_PREFIX, AuxiliaryObjective, heads_are_never_missing, named_arguments, run
 from .registration import register
 
 
@@ -169,8 +169,8 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
             ValueError: if the adapter was loaded for inference, the schedule does not know the step
                 of the run, more than one adapter is active, or rows are split over processes.
         """
-        training_pass = self._training_pass(kwargs)
-        return self.model(*args, **kwargs) if training_pass is None else run(training_pass, self.model, args)
+        training_pass = self._training_pass(named_arguments(self.model, args, kwargs))
+        return self.model(*args, **kwargs) if training_pass is None else run(training_pass, self.model)
 
     def _wants_auxiliary_loss(self) -> bool:
         return (

@@ -83,23 +83,24 @@ def next_token_pass(
     Raises:
         ValueError: if the model returns no loss.
     """
+    # The mean over no tokens is NaN. Then the loss is 0, whatever the model adds to it.
+    has_mean = supervised.count > 0 or kwargs.get("num_items_in_batch") is not None
     if leave_out_logits and logits_can_be_left_out(backbone, kwargs):
-        with backbone.capture() as records:
+        with backbone.capture(kwargs["labels"]) as records:
             outputs = yield _without_logits(kwargs)
         if backbone.logits_needed is None:
             # A model that does not understand these arguments takes the mean over no tokens: NaN.
             backbone.logits_needed = outputs.loss is None or not bool(torch.isfinite(outputs.loss.detach()))
         if not backbone.logits_needed:
             divisor, loss = _mean_loss(backbone, records[-1], kwargs, supervised)
-            # Without any target the loss is 0, whatever the model adds to it.
-            loss = loss + outputs.loss.to(loss.device) * float(supervised.count > 0)
+            loss = loss + outputs.loss.to(loss.device) * float(has_mean)
             return NextToken(outputs, records[-1], supervised.count, divisor, loss, True)
-    with backbone.capture() as records:
+    with backbone.capture(kwargs["labels"]) as records:
         outputs = yield kwargs
     loss, logits = _loss_and_logits(outputs)
-    if supervised.count == 0:  # the mean over no tokens is NaN; a zero with graph makes every gradient 0
+    if not has_mean:  # a zero with graph makes every gradient 0
         loss = logits[:1, :1].float().sum() * 0.0
-    elif not backbone.shift_verified:
+    elif supervised.count and not backbone.shift_verified:
         _refuse_shifted_labels(backbone, loss, logits, kwargs["labels"])
     divisor = _divisor(kwargs, supervised.count, loss.device)
     return NextToken(outputs, records[-1], supervised.count, divisor, loss, False)

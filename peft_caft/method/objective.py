@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -114,6 +115,7 @@ class AuxiliaryObjective:
         _refuse_parts_of_rows(kwargs)
         if kwargs.get("labels") is None:
             return None
+        _require_labels_of_tokens(kwargs)
         if getattr(self, "_is_replica", False):
             raise ValueError(
                 "nn.DataParallel: got copies of the model in one process, expected one process per GPU. Start with `accelerate "
@@ -185,23 +187,23 @@ def _switched(objective: AuxiliaryObjective, name: str, enabled: bool) -> Iterat
 
 
 @torch.compiler.disable(recursive=False)  # the base model that it calls is compiled
-def run(training_pass: TrainingPass, model: Callable[..., Any], args: tuple) -> Any:
+def run(training_pass: TrainingPass, model: Callable[..., Any]) -> Any:
     """Call ``model`` as ``training_pass`` wants, and return the outputs for the caller."""
     try:
-        return finish(training_pass, model(*args, **begin(training_pass)), model, args)
+        return finish(training_pass, model(**begin(training_pass)), model)
     finally:
         training_pass.close()  # its hooks would stay for as long as somebody keeps the traceback of an exception
 
 
 @torch.compiler.disable(recursive=False)
-def finish(training_pass: TrainingPass, outputs: Any, model: Callable[..., Any], args: tuple) -> Any:
+def finish(training_pass: TrainingPass, outputs: Any, model: Callable[..., Any]) -> Any:
     """Continue `run` after the first call of ``model``, which returned ``outputs``."""
     try:
         while True:
             done, value = _advance(training_pass, outputs)
             if done:
                 return value
-            outputs = model(*args, **value)
+            outputs = model(**value)
     finally:
         training_pass.close()
 
@@ -221,6 +223,13 @@ def _advance(training_pass: TrainingPass, outputs: Any) -> tuple[bool, Any]:
         return True, end.value
 
 
+def named_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of ``model`` by name."""
+    if not args:
+        return kwargs
+    return inspect.signature(type(model).forward).bind_partial(model, *args).arguments | kwargs
+
+
 def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
     """Raise a ValueError for parts of sequences, in which a head lacks what comes before or after.
 
@@ -236,6 +245,18 @@ def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:
         raise ValueError(
             "past_key_values: given in training, expected none: the heads would not see the tokens in the cache. Pass whole "
             "sequences, or wrap the step in auxiliary_loss_enabled(False)."
+        )
+
+
+def _require_labels_of_tokens(kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError unless ``labels`` are ``(batch, tokens)``, as the tokens are."""
+    labels, tokens = kwargs["labels"], kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    expected = "(batch, tokens)" if tokens is None else tuple(tokens.shape[:2])
+    if labels.dim() != 2 or (tokens is not None and tuple(labels.shape) != expected):
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, expected {expected}, one for each token, -100 where there is none."
         )
 
 

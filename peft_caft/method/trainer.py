@@ -6,26 +6,27 @@ model with labels too, and then weigh what it returns in their own way.
 
 import sys
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
-def running_trainer() -> Trainer | None:
+def running_trainer() -> "Trainer | None":
     """The Trainer in whose step this thread is; None in a loop of one's own.
 
     Neither the model nor a callback is told, so that the calling functions are searched.
     """
+    module = sys.modules.get("transformers.trainer")  # whose import takes seconds
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        names = frame.f_code.co_varnames
-        if names[:1] == ("self",) and isinstance(frame.f_locals.get("self"), Trainer):
+    while module is not None and frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals.get("self"), module.Trainer):
             return frame.f_locals["self"]
         frame = frame.f_back
     return None
 
 
-def trains_on_next_tokens(trainer: Trainer) -> bool:
+def trains_on_next_tokens(trainer: "Trainer") -> bool:
     """Whether it is TRL's SFTTrainer, or no trainer of TRL but transformers' Trainer."""
     of_trl = [kind for kind in type(trainer).__mro__ if kind.__module__.partition(".")[0] == "trl"]
     return not of_trl or of_trl[0].__name__ == "SFTTrainer"
