@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..basics.adapters import resize_embedding, rows_held, tokenizer_of, with_adapter
 from ..basics.files import file_sha256, filling
 from ..basics.provenance import provenance
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from ..training.data import collator, read_jsonl
+from ..training.chats import content_text
+from ..training.data import collator, read_jsonl, require_positions
 from ..training.loading import load_for_inference, require_tokenizer_of
 from .alignment import AlignedRow, align, answer_texts
 from .density import USUAL_N, density, recommended_n
@@ -40,7 +40,7 @@ def concepts(settings: ConceptsSettings) -> Concepts:
     draw = _drawing() if settings.plots else None
     raw = read_jsonl(settings.data, settings.max_rows)
     unit = settings.unit if settings.unit != "auto" else guess_unit(answer_texts(raw[:GUESSED_FROM]))
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = _tokenizer(settings)
     rows = align(raw, tokenizer, UNITS[unit], settings.max_length)
     scores, heads = _score(settings, rows, tokenizer) if settings.loss else ({}, [])
     losses = ConceptLosses(rows, settings.resamples, settings.seed)
@@ -79,6 +79,23 @@ def concepts(settings: ConceptsSettings) -> Concepts:
     return found
 
 
+def _tokenizer(settings: ConceptsSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the models, the same for all, since they are compared token by token."""
+    sources = [(name, source) for name, of_name in settings.adapters.items() for source in of_name]
+    (first, found), *others = [
+        (f"{name}={source}", tokenizer_of(settings.model, source)) for name, source in sources
+    ] or [("", tokenizer_of(settings.model))]
+    for other, tokenizer in others:
+        for what in ("chat_template", "added_tokens_decoder", "special_tokens_map", "vocab"):
+            got, expected = (t.get_vocab() if what == "vocab" else getattr(t, what) for t in (tokenizer, found))
+            if got != expected:
+                raise ValueError(
+                    f"adapter: the tokenizers of {other} and {first} differ in {what}, expected the same in all models that are "
+                    "compared. Score them in commands of their own."
+                )
+    return found
+
+
 def _drawing() -> Any:
     """`plot_concepts`, imported before any work, so that a missing matplotlib shows at once."""
     try:
@@ -95,9 +112,12 @@ def _score(
     settings: ConceptsSettings, rows: list[AlignedRow], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, list[list[TokenScores]]], list[HeadKnowledge]]:
     """Model -> scores of each of its runs, and what the heads know."""
-    base = load_for_inference(settings.model, settings.dtype)
-    require_tokenizer_of(base, tokenizer)
     collate = collator(tokenizer)
+    base = load_for_inference(settings.model, settings.dtype, tokenizer)
+    resize_embedding(base, tokenizer)  # to added tokens, of which the base model knows nothing
+    ids = [row.encoded["input_ids"] for row in rows]
+    require_tokenizer_of(base, tokenizer, ids)
+    require_positions([row.encoded for row in rows], base.config, settings.max_length)
     scores = {BASE: [score_tokens(base, rows, collate, settings.batch_size, f"Scoring {BASE}")]}
     heads: list[HeadKnowledge] = []
     if settings.heads is not None:
@@ -107,14 +127,16 @@ def _score(
     for name, sources in settings.adapters.items():
         scores[name] = []
         for source in sources:
-            with _adapted(base, name, source, settings.dtype) as model:
-                require_tokenizer_of(model, tokenizer)
+            with _adapted(base, name, source, tokenizer, settings) as model:
+                require_tokenizer_of(model, tokenizer, ids)
                 scores[name].append(score_tokens(model, rows, collate, settings.batch_size, f"Scoring {name}"))
     return scores, heads
 
 
 @contextmanager
-def _adapted(base: PreTrainedModel, name: str, source: str, dtype: str) -> Iterator[nn.Module]:
+def _adapted(
+    base: PreTrainedModel, name: str, source: str, tokenizer: PreTrainedTokenizerBase, settings: ConceptsSettings
+) -> Iterator[Any]:
     """Yield ``base`` with the adapter that ``source`` holds, or the whole model that it holds."""
     folder = Path(source)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
@@ -123,12 +145,11 @@ def _adapted(base: PreTrainedModel, name: str, source: str, dtype: str) -> Itera
                 f"adapter {name}: neither adapter_config.json nor config.json in {source!r}, expected an adapter or a whole model, "
                 "such as `peft-caft train` writes."
             )
-        yield load_for_inference(source, dtype)
+        yield load_for_inference(source, settings.dtype, tokenizer)
         return
-    try:
-        model = PeftModel.from_pretrained(base, source)
-    except RuntimeError as error:  # sizes that differ
-        raise ValueError(f"adapter {name}: {source!r} does not fit the base model: {error}") from error
+    if rows_held(base, source):  # it would stay in the base model
+        base = load_for_inference(settings.model, settings.dtype, tokenizer)
+    model = with_adapter(base, source, tokenizer, f"adapter {name}")
     try:
         yield model.eval()
     finally:
@@ -137,7 +158,8 @@ def _adapted(base: PreTrainedModel, name: str, source: str, dtype: str) -> Itera
 
 def _prompt(row: dict[str, Any]) -> str:
     """The user's messages before the first answer of a row, or its prompt."""
-    if "messages" not in row:
-        return row.get("prompt", "")
-    first = next(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")
-    return "\n".join(m["content"] for m in row["messages"][:first] if m["role"] == "user")
+    messages = row.get("prompt", "") if "completion" in row else row.get("messages", "")
+    if isinstance(messages, str):
+        return messages
+    first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    return "\n".join(content_text(m) for m in messages[:first] if m["role"] == "user")

@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
+from ..basics.adapters import tokenizer_of
 from ..basics.files import file_sha256, write_text
 from ..basics.provenance import provenance, source_name
 from ..basics.reading import read_json
@@ -222,7 +222,7 @@ def _settings(arm: Arm) -> dict[str, Any]:
 def _tokens_of_an_epoch(place: Workplace) -> int:
     rows = read_jsonl(place.train, place.plan.sizes["train"])
     max_length = place.plan.arms[0].settings.get("max_length", FineTuningSettings.max_length)  # the same in all arms
-    return encode(rows, AutoTokenizer.from_pretrained(place.plan.model), max_length).tokens
+    return encode(rows, tokenizer_of(place.plan.model), max_length).tokens
 
 
 def _costs(summaries: list[dict[str, Any]], tokens: int) -> dict[str, float]:

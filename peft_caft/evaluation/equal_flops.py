@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from ..basics.adapters import tokenizer_of, whole_model
 from ..planning.flops import ModelShapes, caft_step, lora_step
 from ..training.data import EncodedData, encode, read_jsonl
 from ..training.fine_tuning import prepare
@@ -20,8 +19,8 @@ def equal_flops(plan: ComparisonPlan, arm: Arm, train: Path) -> float:
     """
     settings = FineTuningSettings(model=plan.model, data=str(train), output="", **arm.settings)
     rows = read_jsonl(train, plan.sizes["train"])
-    data = encode(rows, AutoTokenizer.from_pretrained(plan.model), settings.max_length)
-    model: Any = prepare(AutoModelForCausalLM.from_pretrained(plan.model, dtype=settings.loading_dtype), settings)
+    data = encode(rows, tokenizer_of(plan.model), settings.max_length)
+    model: Any = prepare(whole_model(plan.model, dtype=settings.loading_dtype), settings)
     heads = model.base_model.auxiliary_heads["default"].config
     return ratio(
         ModelShapes.of(model),

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from ..basics.adapters import named_base_model, tokenizer_of
 from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, peak_memory_mib, provenance, source_name, weights_digest
-from ..hub.merging import named_base_model
 from ..training.data import read_jsonl
 from ..training.generation import (
     Sampling,
@@ -61,16 +60,18 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
     task = load_task(settings.task)
     metrics_of(task)  # refuses a taken name before any work
     rows = read_jsonl(settings.data, settings.max_rows)
-    if settings.model is None and settings.adapter is None:
+    base, revision = settings.model, None
+    if settings.adapter is not None:
+        base, revision = named_base_model(settings.adapter, settings.model)
+    if base is None:
         raise ValueError("model: got neither --model nor --adapter, expected a model, an adapter, or both.")
-    base = settings.model or named_base_model(str(settings.adapter))
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = tokenizer_of(base, settings.adapter, revision)
     max_new_tokens = settings.max_new_tokens or task.max_new_tokens
     sampling = Sampling(settings.temperature, 1.0, 0, max_new_tokens, stop_tokens_of(base, tokenizer))
     encoded = encode_answers(rows, tokenizer, sampling.stop_token_ids)
-    model = load_for_inference(base, settings.dtype, settings.adapter)
-    _require_room(encoded, model, max_new_tokens)
-    require_tokenizer_of(model, tokenizer)
+    model = load_for_inference(base, settings.dtype, tokenizer, settings.adapter, revision)
+    _require_room(encoded, model, max_new_tokens if settings.answers else 0)
+    require_tokenizer_of(model, tokenizer, (row.ids for row in encoded))
     recorded = asdict(settings) | {
         "task": task.name,
         "task_sha256": file_sha256(settings.task),

@@ -14,16 +14,19 @@ import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from ..basics.adapter_files import read_lora_config
+from ..basics.adapters import of_vocabulary, rows_held
+from ..basics.checkpoints import load_causal_lm, load_config, readable
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CONFIG_NAME
 from ..basics.hub_errors import explained
-from ..basics.reading import read_json
+from ..basics.reading import is_file, read_json
 from ..basics.tables import markdown_table
-from ..heads.artifact import find_heads, shape_difference, shapes_of
+from ..basics.tensors import Tensors, one_tensor, shapes_of
+from ..heads.artifact import find_heads, shape_difference
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.card import evaluation_table, evaluations_of, training_lines
@@ -61,32 +64,6 @@ class Inspection:
 
     def to_json(self) -> str:
         return json.dumps({"facts": self.facts, "misfit": self.misfit, "config": self.record}, indent=2)
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The header of a safetensors file."""
-
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: set[str]
-    size: int  # bytes of the file
-
-    @classmethod
-    def of(cls, path: Path) -> Tensors:
-        try:
-            with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-                return cls(shapes, {s.get_dtype() for s in slices.values()}, path.stat().st_size)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path}: damaged or truncated, not a readable safetensors file ({error}). Download or save it again."
-            ) from error
-
-    def text(self) -> str:
-        count = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        dtypes = ", ".join(sorted(self.dtypes))
-        return f"{count:,} in {len(self.shapes)} tensors, {dtypes}, {self.size / 2**20:,.1f} MiB on disk"
 
 
 def inspect(artifact: str, model: str | None = None, revision: str | None = None) -> Inspection:
@@ -128,7 +105,7 @@ def _file(source: str, name: str, revision: str | None) -> Path | None:
     """Path of a file of a folder or repository, None if the file is not there."""
     if Path(source).is_dir():
         path = Path(source, name)
-        return path if path.is_file() else None
+        return path if is_file(path) else None
     with explained("artifact", source, revision):
         try:
             return Path(hf_hub_download(source, name, revision=revision))
@@ -172,13 +149,7 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
         )
     folder, tensors = str(config_path.parent), Tensors.of(weights)
     is_caft = _file(source, CAFT_CONFIG_NAME, revision) is not None
-    adapter = read_json(config_path)
-    if adapter.get("peft_type") != "LORA":
-        raise ValueError(
-            f"peft_type: got {adapter.get('peft_type')!r} in {config_path.name} of {source!r}, expected 'LORA', as CAFT and LoRA "
-            "adapters have."
-        )
-    lora = LoraConfig.from_pretrained(folder)
+    lora = read_lora_config(folder)
     targets = (
         lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules or []))
     )
@@ -188,7 +159,7 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
         "parameters": tensors.text(),
         "base model": f"{lora.base_model_name_or_path or 'unknown'}, revision {lora.revision or 'unknown'}",
     }
-    record = {"adapter_config": adapter}
+    record = {"adapter_config": read_json(config_path)}
     if is_caft:
         caft = CAFTConfig.from_pretrained(folder)
         heads_commit = caft.heads_revision or caft.heads_commit or "not recorded"
@@ -198,36 +169,41 @@ def _inspect_adapter(source: str, config_path: Path, model: str | None, revision
             f"beta {caft.aux_loss_weight:g}, alpha {caft.aux_loss_decay:g}, gamma {caft.aux_loss_schedule}",
         }
         record["caft_config"] = read_json(Path(folder, CAFT_CONFIG_NAME))
-    misfit = None if model is None else _misfit_of_adapter(lora, tensors, model)
+    misfit = None if model is None else _misfit_of_adapter(lora, tensors, model, folder)
     return Inspection(facts, record, misfit)
 
 
 def _fit_of_heads(config: HeadsConfig, tensors: Tensors, model: str, source: str) -> tuple[str | None, str | None]:
     """The misfit and the note of an `Inspection`."""
     base = _on_meta(model)
+    unembedding = _unembedding(model, base)
     try:
-        note = config.require_base_model(_unembedding(model, base), source)
+        note = config.require_base_model(unembedding, source)
         heads = AuxiliaryHeads.from_config(config, Backbone.of(base))
     except (ValueError, TypeError) as error:
         return str(error), None
     return shape_difference(tensors.shapes, shapes_of(heads.state_dict())), note
 
 
-def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str) -> str | None:
+def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str, folder: str) -> str | None:
+    base = _on_meta(model)
+    # PEFT saves embedding and lm_head too where they are adapted or resized.
+    own = {name for tensors in of_vocabulary(base, folder).values() for name in tensors}
+    if held := rows_held(base, folder):
+        base.resize_token_embeddings(max(held.values()), mean_resizing=False)
     try:
         with torch.device("meta"):
-            peft_model = get_peft_model(_on_meta(model), lora)
+            peft_model = get_peft_model(base, lora)
     except ValueError as error:  # target modules that the model lacks
         return str(error)
-    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    # Where embedding or lm_head are adapted, PEFT saves the base model's own beside the adapter.
-    own = {name: shape for name, shape in tensors.shapes.items() if ".base_layer." not in name}
-    return shape_difference(own, shapes_of(expected))
+    expected = shapes_of(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    got = {name: shape for name, shape in tensors.shapes.items() if name in expected or name not in own}
+    return shape_difference(got, expected)
 
 
 def _on_meta(model: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
+    config = load_config(model)
+    with readable("model", model, "a causal language model"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -236,12 +212,15 @@ def _unembedding(model: str, base: PreTrainedModel) -> Tensor:
     unembedding = base.get_output_embeddings().weight
     names = [name for name, p in base.named_parameters(remove_duplicate=False) if p is unembedding]  # two where tied
     index = cached_file(model, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    files = dict.fromkeys(names, "model.safetensors") if index is None else read_json(index)["weight_map"]
+    files = dict.fromkeys(names, "model.safetensors") if index is None else read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(
+            f"{index}: weight_map: got {files!r}, expected names of tensors and files. Download it again."
+        )
     for name in names:
         path = cached_file(model, files[name], _raise_exceptions_for_missing_entries=False) if name in files else None
         if path is None:
             continue
-        with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118 (not a mapping)
-                return file.get_tensor(name)
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto").get_output_embeddings().weight.detach()
+        if (found := one_tensor(Path(path), name)) is not None:
+            return found
+    return load_causal_lm(model, dtype="auto").get_output_embeddings().weight.detach()

@@ -3,18 +3,19 @@
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
 
-from ..basics.file_names import ADAPTER_CONFIG_NAME
+from ..basics.adapters import named_base_model, of_vocabulary, tokenizer_of, whole_model, with_adapter
 from ..basics.files import new_folder
-from ..basics.reading import read_json
 
 
 def merge(adapter: str, output: str, model: str | None = None, dtype: str = "auto") -> None:
     """Merge an adapter into its base model, and save it with the tokenizer, whole or not at all.
 
+    The tokenizer is the one beside the adapter, if there is one; the embedding has its tokens.
+
     Args:
-        adapter: folder of a LoRA or CAFT adapter.
+        adapter: LoRA or CAFT adapter, folder or Hub id.
         output: folder to make.
         model: base model, folder or Hub id; None takes the one that the adapter names.
         dtype: ``"auto"`` takes the base model's.
@@ -22,32 +23,32 @@ def merge(adapter: str, output: str, model: str | None = None, dtype: str = "aut
     Raises:
         FileNotFoundError: if ``adapter`` holds no adapter.
         FileExistsError: if ``output`` exists.
-        ValueError: if no base model is known.
+        ValueError: if no base model is known, or the adapter does not fit it.
     """
     if Path(output).exists():
         raise FileExistsError(f"output: {output} exists, expected a new folder. Remove it or choose another one.")
-    model = named_base_model(adapter, model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    model, revision = named_base_model(adapter, model)
+    base = whole_model(model, dtype=dtype, revision=revision)
+    tokenizer = tokenizer_of(model, adapter, revision)
+    adapted = [name for tensors in of_vocabulary(base, adapter).values() for name in tensors if ".lora_" in name]
+    peft_model = with_adapter(base, adapter, tokenizer)
+    if adapted:
+        _untie(peft_model)
+    merged = peft_model.merge_and_unload()
     with new_folder(output) as folder:
         merged.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
-def named_base_model(adapter: str, model: str | None = None) -> str:
-    """The base model that the adapter in a folder names, unless ``model`` is given.
+def _untie(model: PeftModel) -> None:
+    """Give the lm_head weights of its own, where LoRA changes it or the embedding, but not both.
 
-    Raises:
-        FileNotFoundError: if the folder holds no adapter.
-        ValueError: if no base model is known.
+    PEFT (0.21) would merge the change into the tied weight, and so into the other one.
     """
-    config = Path(adapter, ADAPTER_CONFIG_NAME)
-    if not config.is_file():
-        raise FileNotFoundError(
-            f"adapter: no {ADAPTER_CONFIG_NAME} in {adapter!r}, expected a folder that `peft-caft train` or save_pretrained "
-            "wrote. For an adapter on the Hub, name its base model with --model, which `peft-caft evaluate` takes."
-        )
-    named = model or read_json(config).get("base_model_name_or_path")
-    if not named:
-        raise ValueError(f"model: {config} names no base model, expected one. Pass --model.")
-    return named
+    base = model.get_base_model()
+    embedding, lm_head = (
+        getattr(module, "base_layer", module) for module in (base.get_input_embeddings(), base.get_output_embeddings())
+    )
+    if lm_head.weight is embedding.weight and not model.active_peft_config.ensure_weight_tying:
+        lm_head.weight = nn.Parameter(lm_head.weight.detach().clone())
+        base.config.get_text_config(decoder=True).tie_word_embeddings = base.config.tie_word_embeddings = False

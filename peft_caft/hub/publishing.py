@@ -25,14 +25,10 @@ from ..method.config import CAFTConfig
 from .adapter_card import PLACEHOLDER, adapter_card
 
 TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
+    *("added_tokens.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json"),
+    # The vocabulary, by the kind of tokenizer.
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "dict.txt", "bpe.codes"),
+    *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model"),
 )
 
 

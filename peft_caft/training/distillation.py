@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from ..basics.adapters import require_no_adapter, tokenizer_of
 from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, provenance, source_name, weights_digest
@@ -63,12 +64,13 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
             f"backend: got 'vllm' in {state.num_processes} processes, expected one, since vLLM starts its own. Run the "
             "command without accelerate launch."
         )
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    require_no_adapter(settings.model)
+    tokenizer = tokenizer_of(settings.model)
     source = read_prompts(settings.prompts, settings.split, settings.column, settings.max_prompts)
     prompts, duplicates = prepare_prompts(source.rows, tokenizer, settings.system)
     config = AutoConfig.from_pretrained(settings.model)
     fitting = _fitting(prompts, config, settings.max_new_tokens)
-    backend, weights_sha256 = _backend(settings, tokenizer, state)
+    backend, weights_sha256 = _backend(settings, tokenizer, [prompt.input_ids for prompt in fitting], state)
     requests = [(prompt, sample) for prompt in fitting for sample in range(settings.samples_per_prompt)]
     batches = batches_by_length(requests, lambda request: len(request[0].input_ids), backend.batch_size)
     reader = AnswerReader(tokenizer, backend.sampling.stop_token_ids, settings.max_repetition)
@@ -134,14 +136,14 @@ def _fitting(prompts: list[Prompt], config: Any, max_new_tokens: int) -> list[Pr
 
 
 def _backend(
-    settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase, state: PartialState
+    settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], state: PartialState
 ) -> tuple[Backend, str | None]:
     stops = stop_tokens_of(settings.model, tokenizer)
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens, stops)
     if settings.backend == "vllm":
         return VLLMBackend(settings.model, settings.dtype, sampling, settings.batch_size or 1024), None
-    model = load_for_inference(settings.model, settings.dtype, device=state.device)
-    require_tokenizer_of(model, tokenizer)
+    model = load_for_inference(settings.model, settings.dtype, tokenizer, device=state.device)
+    require_tokenizer_of(model, tokenizer, prompts)
     return TransformersBackend(model, tokenizer, sampling, settings.batch_size or 32), weights_digest(model)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from ..basics.adapters import tokenizer_of
 from ..basics.files import file_sha256, filling
 from ..basics.provenance import peak_memory_mib, provenance
-from ..basics.run_folder import RunFolder, random_states
+from ..basics.run_folder import RunFolder
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.sharding import whole
 from ..method.callback import TRAINED_HEADS_NAME, CAFTCallback, objective_of
@@ -24,9 +25,9 @@ from ..method.full_fine_tuning import FullFineTuningConfig, prepare_full_fine_tu
 from ..method.model import CAFTConfig
 from ..method.objective_config import ObjectiveConfig
 from .arguments import training_settings
-from .data import collator, encode, read_jsonl
-from .engine import divides_parameters, engine_name, gather, shards_parameters
-from .loading import load_base_model, require_dtype
+from .data import collator, encode, read_jsonl, require_positions
+from .engine import checkpoint_files, divides_parameters, engine_name, gather, shards_parameters
+from .loading import load_base_model, require_dtype, require_tokenizer_of
 from .settings import FineTuningSettings
 
 
@@ -106,19 +107,23 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         folder.require_free(recorded)
     if not is_first:
         disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = tokenizer_of(settings.model)
     model = load_base_model(settings)
     require_dtype(model, settings.loading_dtype, args)
     data = encode(rows, tokenizer, settings.max_length, quiet=not is_first)
     if is_first:
         print(f"Training data: {data.describe()}")
     held_out = encode(eval_rows, tokenizer, settings.max_length, quiet=not is_first).rows if eval_rows else None
+    all_rows = [*data.rows, *(held_out or [])]
+    require_positions(all_rows, model.config, settings.max_length)
+    require_tokenizer_of(model, tokenizer, (row["input_ids"] for row in all_rows))
     set_seed(args.seed)
     model = prepare(model, settings)
+    collate = collator(tokenizer)
     # All checks have passed; from here on the output is written.
     with folder.held() if is_first else nullcontext():
         with args.main_process_first(local=False):
-            needed = (*random_states(args.world_size), *([TRAINED_HEADS_NAME] if has_trained_heads else []))
+            needed = (*checkpoint_files(args), *([TRAINED_HEADS_NAME] if has_trained_heads else []))
             resume_from = folder.begin(recorded, overwrite and is_first, needed)
         initial = folder.checkpoints / "initial_adapter" if settings.changes_base_weights else None
         if initial is not None and is_first:
@@ -131,7 +136,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
             args,
             train_dataset=data.rows,
             eval_dataset=held_out,
-            data_collator=collator(tokenizer),
+            data_collator=collate,
             callbacks=[CAFTCallback()] if settings.has_auxiliary_loss else None,
         )
         trained_heads = heads = objective_of(model).heads_for_training() if has_trained_heads else None

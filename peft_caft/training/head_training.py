@@ -1,22 +1,30 @@
 """`train_heads`: one run of stage 1, from data files to heads that are evaluated and written."""
 
+from __future__ import annotations
+
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils.logging import disable_progress_bar
 
+from ..basics.adapters import tokenizer_of, whole_model
+from ..basics.files import file_sha256
 from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.reading import json_or_none
-from ..basics.run_folder import RunFolder, random_states
+from ..basics.run_folder import RunFolder
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from .arguments import training_settings
-from .data import collator
-from .engine import engine_name, sharding_requested
-from .head_data import read_files
+from .data import EncodedData, collator, encode, read_jsonl, require_positions
+from .engine import checkpoint_files, engine_name, sharding_requested
 from .head_trainer import HeadPretraining, HeadTrainer
 from .hidden_states_cache import cached_rows, with_hidden_states
 from .loading import require_dtype, require_tokenizer_of
@@ -58,16 +66,18 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     if not is_first:
         disable_progress_bar()
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype).eval()
+    tokenizer = tokenizer_of(settings.model)
+    model = whole_model(settings.model, dtype=settings.dtype).eval()
     require_dtype(model, settings.dtype, args)
     if not sharded:  # otherwise the engine moves each part to its device
         model.to(args.device)
-    require_tokenizer_of(model, tokenizer)
     train, evals = (
         [file.encoded(tokenizer, settings.max_length, quiet=not is_first) for file in files]
         for files in (train_files, eval_files)
     )
+    for file in (*train, *evals):
+        require_positions(file.encoded.rows, model.config, settings.max_length)
+        require_tokenizer_of(model, tokenizer, (row["input_ids"] for row in file.encoded.rows))
     if settings.init_heads is None:
         heads = AuxiliaryHeads.from_base_model(model, **settings.fresh_heads())
     else:
@@ -80,13 +90,13 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     if settings.base_model_id is not None:
         heads.config.base_model_name_or_path = settings.base_model_id
     heads.config.license = settings.license or heads.config.license
+    collate: Any = collator(tokenizer)
     # All checks have passed; from here on the output is written.
     with folder.held() if is_first else nullcontext():
         with args.main_process_first(local=False):
-            resume_from = folder.begin(recorded, overwrite and is_first, random_states(args.world_size))
+            resume_from = folder.begin(recorded, overwrite and is_first, checkpoint_files(args))
         dtype = model.dtype
         heads.float()  # the optimizer steps in fp32 even where the base model computes in half precision
-        collate: Any = collator(tokenizer)
         rows: Any = [row for file in train for row in file.encoded.rows]
         if settings.cache is not None:
             rows = cached_rows(Path(settings.cache), rows, model, collate, args.distributed_state)
@@ -162,3 +172,73 @@ class _EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+@dataclass
+class RawFile:
+    """A data file as `read_jsonl` read it; ``sha256`` is that of the whole file."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str, limit: int | None) -> RawFile:
+        return cls(Path(path), read_jsonl(path, limit), file_sha256(path))
+
+    def encoded(self, tokenizer: PreTrainedTokenizerBase, max_length: int, quiet: bool) -> DataFile:
+        """The file with its rows as tokens, at most ``max_length`` each."""
+        return DataFile(self.path, self.sha256, encode(self.rows, tokenizer, max_length, quiet))
+
+
+@dataclass
+class DataFile:
+    """An encoded data file, and its description for the provenance."""
+
+    path: Path
+    sha256: str
+    encoded: EncodedData
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "file": self.path.name,
+            "sha256": self.sha256,
+            "rows": len(self.encoded.rows),
+            "tokens": self.encoded.tokens,
+            "supervised_tokens": self.encoded.supervised_tokens,
+            "provenance": json_or_none(self.path.with_suffix(".provenance.json")),
+        }
+
+
+def read_files(
+    data: list[str], eval_data: list[str] | None, max_rows: int | None, eval_rows: int
+) -> tuple[list[RawFile], list[RawFile]]:
+    """Read the training files and the held-out files, JSONL.
+
+    Args:
+        eval_data: without any, the last tenth of each training file is held out.
+        max_rows: rows to use at most of each training file, those held out included.
+        eval_rows: rows to use at most of each held-out file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line is no row, too few rows are left, or two held-out files share a name.
+    """
+    train = [RawFile.read(path, max_rows) for path in data]
+    if eval_data:
+        evals = [RawFile.read(path, eval_rows) for path in eval_data]
+    else:
+        evals = []
+        for file in train:
+            held_out = min(eval_rows, len(file.rows) // 10)
+            if held_out < 1:
+                raise ValueError(
+                    f"data: got {len(file.rows)} rows in {file.path} and eval_rows={eval_rows}, expected at least 10 "
+                    "rows, of which one in ten is held out. Give more rows, or held-out ones with --eval-data."
+                )
+            evals.append(RawFile(file.path, file.rows[-held_out:], file.sha256))
+            file.rows = file.rows[:-held_out]
+    stems = [file.path.stem for file in evals]
+    if len(set(stems)) < len(stems):
+        raise ValueError(f"eval_data: got the names {stems}, expected different ones for the figures. Rename a file.")
+    return train, evals

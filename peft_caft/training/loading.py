@@ -1,34 +1,43 @@
 """Models loaded, to be trained or to be evaluated, and checked against what was asked for."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
+from ..basics.adapters import whole_model, with_adapter
 from ..basics.devices import chosen_device
 from .engine import zero_stage
 from .settings import FineTuningSettings
 
 
-def load_for_inference(source: str, dtype: str, adapter: str | None = None, device: torch.device | None = None) -> Any:
+def load_for_inference(
+    source: str,
+    dtype: str,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: str | None = None,
+    revision: str | None = None,
+    device: torch.device | None = None,
+) -> Any:
     """A `PreTrainedModel` in evaluation mode; with an adapter, the `PeftModel` that holds both.
 
     Args:
         source, adapter: folder or Hub id.
         dtype: ``"auto"`` for the checkpoint's, or the name of a torch dtype.
+        tokenizer: the one that `tokenizer_of` found for both.
+        revision: that of ``source`` on the Hub.
         device: None takes the one that accelerate chooses.
     """
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model: Any = whole_model(source, dtype=dtype, revision=revision)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
+        model = with_adapter(model, adapter, tokenizer)
     return model.to(device or chosen_device()).eval()
 
 
@@ -51,9 +60,7 @@ def load_base_model(settings: FineTuningSettings) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=computing,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=settings.loading_dtype, quantization_config=quantization
-    )
+    model = whole_model(settings.model, dtype=settings.loading_dtype, quantization_config=quantization)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Linear4bit (bitsandbytes 0.50.2) would pack its weight in an evaluation on a CPU, and
@@ -72,11 +79,25 @@ def require_dtype(model: PreTrainedModel, dtype: str, args: TrainingArguments) -
         )
 
 
-def require_tokenizer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a ValueError unless the model has an embedding for every token of the tokenizer."""
+def require_tokenizer_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]]
+) -> None:
+    """Raise a ValueError unless the model has embeddings for what the tokenizer makes of the data.
+
+    Tokenizers may have more tokens than their models: Gemma 3's names images, also beside models
+    that read none. So only added tokens may lack an embedding, and the data must not use them.
+
+    Args:
+        rows: token ids of the data.
+    """
     embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise ValueError(
-            f"tokenizer: got {len(tokenizer):,} tokens, expected at most {embeddings:,}, the rows of the model's embedding. "
-            "It belongs to another model; put the model's own tokenizer into its folder."
-        )
+    without = {index for index in tokenizer.get_vocab().values() if index >= embeddings}
+    used = sorted(without & set().union(*rows, {tokenizer.pad_token_id})) if without else []
+    if without <= tokenizer.added_tokens_decoder.keys() and not used:
+        return
+    names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(used[:3])))
+    raise ValueError(
+        f"tokenizer: got {len(tokenizer):,} tokens, expected at most {embeddings:,}, the rows of the model's embedding"
+        f"{f', beyond which the data use {names}' if names else ''}. If the tokenizer belongs to another model, put the model's own into its folder; if tokens "
+        "were added, resize the model first: model.resize_token_embeddings(len(tokenizer)), and save both."
+    )

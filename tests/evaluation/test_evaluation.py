@@ -226,7 +226,7 @@ def test_first_rows_and_sampled_answers(files, plain, tmp_path):
     ("options", "message"),
     [
         ([], "model: got neither --model nor --adapter"),
-        (["--adapter", "missing"], "adapter: no adapter_config.json in 'missing'"),
+        (["--adapter", "missing"], "adapter: 'missing', revision main, is not in the local cache"),
         (["--model", "{model}", "--task", "missing.py"], "task: "),
         (["--model", "{model}", "--data", "missing.jsonl"], "missing.jsonl"),
         (["--model", "{model}", "--batch-size", "0"], "batch_size: got 0"),
