@@ -3,6 +3,8 @@
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,22 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got {_kind(value)}, expected a mapping (key: value). {advice}")
     return value
+
+
+@contextmanager
+def understood(source: str | os.PathLike) -> Iterator[None]:
+    """Turn the errors of values of another kind, in records read from ``source``, into one.
+
+    Raises:
+        ValueError: for errors that Python raises where a value is missing or of another type.
+    """
+    try:
+        yield
+    except (LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{source}: a record in it is not what this command wrote ({type(error).__name__}: {error}). Remove that record, or pass "
+            "--overwrite to begin anew."
+        ) from error
 
 
 def require_whole_archive(path: str | os.PathLike, must_be: bool = False) -> None:

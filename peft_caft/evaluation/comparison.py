@@ -20,14 +20,14 @@ from tqdm import tqdm
 from ..basics.adapters import tokenizer_of
 from ..basics.files import file_sha256, write_text
 from ..basics.provenance import provenance, source_name
-from ..basics.reading import read_json
+from ..basics.reading import read_json, understood
 from ..basics.run_folder import RunFolder
 from ..training.data import encode, read_jsonl
 from ..training.settings import FineTuningSettings
 from .comparison_plan import Arm, ComparisonPlan
 from .comparison_report import markdown_report, summarise, summarise_groups
 from .comparison_runs import Run, Workplace, final_runs, read_rows, require_paired, tuning_runs
-from .comparison_values import SPLITS
+from .comparison_values import SPLITS, number
 from .equal_flops import equal_flops
 from .report import metrics_of
 from .task import Task, load_task
@@ -73,7 +73,8 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
     _test(place, chosen, data["test"])
     with folder.held(wait=True):
         if not folder.summary_path.exists():
-            found = _summary(place, task, chosen, data_sha256)
+            with understood(output):
+                found = _summary(place, task, chosen, data_sha256)
             write_text(output / REPORT_NAME, markdown_report(found))
             _plot(output, found)
             folder.finish(found)
@@ -112,7 +113,9 @@ def _chosen(place: Workplace) -> dict[str, float]:
             chosen[arm.name] = choose(losses[arm.name]) if arm.name in losses else arm.learning_rates[0]
         choice = {"chosen": chosen, "dev_cross_entropy": dev, "seed": place.plan.tuning_seed}
         write_text(path, json.dumps(choice, indent=2) + "\n")
-    return read_json(path)["chosen"]
+    with understood(path):
+        chosen = read_json(path)["chosen"]
+        return {arm.name: number(f"{path}: chosen.{arm.name}", chosen[arm.name]) for arm in place.plan.arms}
 
 
 def _test(place: Workplace, chosen: dict[str, float], data: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import linecache
 import random
 import resource
 import shutil
@@ -51,6 +50,7 @@ from .tiny_checkpoint import WORDS, save_checkpoint, write_chats
 TOY = Path(toy_task.__file__)
 AUTHORS = ROOT / "tests" / "support" / "authors_heads"
 PACKAGE = str(Path(peft_caft.__file__).parent)
+SOURCES = {str(path): path.read_text().splitlines() for path in Path(PACKAGE).rglob("*.py")}  # as they were imported
 SHOWN = (
     ValueError,
     TypeError,
@@ -507,10 +507,9 @@ def attempt(run: Callable[[], Any]) -> Outcome:
 
 def _is_ours(error: BaseException) -> bool:
     """Whether a ``raise`` of the package raised it."""
-    (*_, frame) = traceback.extract_tb(error.__traceback__)
-    return frame.filename.startswith(PACKAGE) and linecache.getline(frame.filename, frame.lineno).strip().startswith(
-        "raise"
-    )
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    lines = SOURCES.get(frame.f_code.co_filename, [])
+    return bool(lines) and lines[line - 1].strip().startswith("raise")
 
 
 def _where(error: BaseException) -> str:
