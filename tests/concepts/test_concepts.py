@@ -45,7 +45,7 @@ def rows() -> list[AlignedRow]:
 def files(tmp_path_factory) -> dict[str, str]:
     """A checkpoint, data with an odd row in front, two adapters and heads."""
     folder = tmp_path_factory.mktemp("concepts")
-    model = save_checkpoint(folder / "model")
+    model = save_checkpoint(folder / "model", max_position_embeddings=512)
     data = folder / "chats.jsonl"
     write_chats(data, 12)
     odd = {"messages": [{"role": "user", "content": "<b>bold"}, {"role": "assistant", "content": ODD}]}
@@ -416,7 +416,7 @@ def test_without_loss_the_tokenizer_is_enough(files, tmp_path):
 
 
 def test_single_adapter_is_compared_with_the_base_model_and_may_be_a_whole_one(files, tmp_path):
-    other = save_checkpoint(tmp_path / "other", seed=5)
+    other = save_checkpoint(tmp_path / "other", seed=5, max_position_embeddings=512)
     common = ["concepts", "--data", files["data"], "--model", files["model"], "--no-plots", "--resamples", "20"]
     output = peft_caft(*common, "--adapter", f"tuned={other}", "--output", str(tmp_path / "out"))
     assert "## tuned minus base, paired by row" in output
