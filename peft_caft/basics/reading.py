@@ -1,10 +1,12 @@
-"""JSON and YAML files, read with errors that name the file and what to do."""
+"""JSON, JSONL and YAML files, read with errors that name the file and what to do."""
 
 import json
 import os
 import zipfile
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,37 @@ def json_object(text: str | bytes, where: str, advice: str = "Write it again.") 
     if not isinstance(value, dict):
         raise ValueError(f"{where}: got {_kind(value)}, expected a JSON object. {advice}")
     return value
+
+
+def require_file(field: str, path: Path, expected: str) -> None:
+    """Raise a FileNotFoundError that names the field unless there is such a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{field}: {path} is not a file, expected {expected}.")
+
+
+def json_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ``("FILE, line N", object)`` for each of the first ``limit`` lines that are not blank.
+
+    Raises:
+        ValueError: if a line is not a JSON object in UTF-8 (a byte order mark is left out), naming
+            file and line.
+    """
+    with open(path, "rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, start=1) if line.removeprefix(BOM_UTF8).strip())
+        for index, (number, line) in enumerate(islice(lines, limit)):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig").strip()
+            except UnicodeError as error:
+                raise ValueError(
+                    f"{where}: not valid UTF-8 ({error}). Save the file as UTF-8; UTF-16 and compressed files are not read."
+                ) from error
+            if index == 0 and text.startswith("["):
+                raise ValueError(
+                    f"{where}: got a JSON array, expected JSONL: one JSON object a line. Write each element of the array on a "
+                    "line of its own, for example with jq -c '.[]'."
+                )
+            yield where, json_object(text, where, "Expected one JSON object a line.")
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:

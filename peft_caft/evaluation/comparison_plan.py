@@ -26,9 +26,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..basics.reading import read_yaml
+from ..basics.reading import read_yaml, require_file
 from ..hub.embedded_model import embedded_model
-from ..training.data import require_file
 from ..training.defaults import STAGE_1, STAGE_2
 from ..training.settings import FineTuningSettings, unused_settings
 from .comparison_values import (

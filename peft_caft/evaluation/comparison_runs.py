@@ -6,10 +6,9 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 
-from ..basics.reading import read_json
+from ..basics.reading import json_lines, read_json
 from ..basics.run_folder import RunFolder
 from ..training.arguments import trainer_arguments
-from ..training.data import json_lines
 from ..training.defaults import STAGE_1, STAGE_2
 from ..training.fine_tuning import fine_tune
 from ..training.head_training import train_heads

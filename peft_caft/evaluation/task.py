@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from ..basics.files import file_sha256
+from ..basics.reading import require_file
 from ..training.chats import content_text, prompt_and_answer
-from ..training.data import require_file
 
 CUT_SHARES = ((0, "0 %"), (0.5, "up to 50 %"), (0.75, "up to 75 %"), (1 - 1e-9, "up to 99 %"), (1, "100 %"))
 Row = dict[str, Any]

@@ -27,17 +27,17 @@ when it was generated, so that its end is not learned (`peft-caft distill` write
 not give them.
 """
 
-from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..basics.reading import json_object
+from ..basics.reading import json_lines, require_file
 from ..method.targets import IGNORE_INDEX
 from .chats import Message, Span, answers_in, rendered, require_messages, require_supported, shown, template_arguments
 from .generation import context_length
@@ -88,37 +88,6 @@ def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict[str, Any
     if not rows:
         raise ValueError(f"{path}: got no rows, expected at least one of the form {FORMS}.")
     return rows
-
-
-def require_file(field: str, path: Path, expected: str) -> None:
-    """Raise a FileNotFoundError that names the field unless there is such a file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{field}: {path} is not a file, expected {expected}.")
-
-
-def json_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ``("FILE, line N", object)`` for each of the first ``limit`` lines that are not blank.
-
-    Raises:
-        ValueError: if a line is not a JSON object in UTF-8 (a byte order mark is left out), naming
-            file and line.
-    """
-    with open(path, "rb") as file:
-        lines = ((number, line) for number, line in enumerate(file, start=1) if line.removeprefix(BOM_UTF8).strip())
-        for index, (number, line) in enumerate(islice(lines, limit)):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig").strip()
-            except UnicodeError as error:
-                raise ValueError(
-                    f"{where}: not valid UTF-8 ({error}). Save the file as UTF-8; UTF-16 and compressed files are not read."
-                ) from error
-            if index == 0 and text.startswith("["):
-                raise ValueError(
-                    f"{where}: got a JSON array, expected JSONL: one JSON object a line. Write each element of the array on a "
-                    "line of its own, for example with jq -c '.[]'."
-                )
-            yield where, json_object(text, where, "Expected one JSON object a line.")
 
 
 def _row(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -291,6 +260,14 @@ def _tokens_with_labels(
         start, begun = min(start, begun), end
         labels.append(token if any(start < b and a < end for a, b in supervised) else IGNORE_INDEX)
     return found["input_ids"], labels
+
+
+def tokens_sha256(rows: Iterable[dict[str, list[int]]]) -> str:
+    """Hex digest of the tokens and labels of encoded rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.asarray([row["input_ids"], row["labels"]], dtype=np.int64).tobytes() + b"|")
+    return digest.hexdigest()
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:

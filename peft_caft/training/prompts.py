@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..basics.files import file_sha256
+from ..basics.reading import json_lines, require_file
 from .chats import UNSUPPORTED, Message, require_messages, require_supported, shown
-from .data import asked, json_lines, require_file
+from .data import asked
 
 DATASET = "hf:"
 ARGUMENTS = ("tools", "chat_template_kwargs")  # fields that go to the chat template
