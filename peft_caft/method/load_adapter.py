@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from peft import PeftModel
+from peft.utils.hotswap import check_hotswap_configs_compatible
 from torch import nn
 
 from ..basics.adapter_files import load_peft_model
@@ -20,7 +21,8 @@ def load_adapter(
     """Load a saved CAFT adapter for further CAFT training.
 
     Args:
-        model: base model, or a CAFT ``PeftModel`` to which an inactive adapter is added.
+        model: base model; or a CAFT ``PeftModel``, to which an inactive adapter is added, or whose
+            adapter of that name gets the saved weights.
         adapter: folder, or repository id on the Hub.
         adapter_name: name of the adapter in the model.
         is_trainable: whether it trains; False loads it for inference, without its heads.
@@ -31,7 +33,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: if the adapter is not a CAFT adapter.
-        ValueError: if it is damaged, or was made for another model.
+        ValueError: if it is damaged, was made for another model, or cannot take the place of the
+            adapter of that name, since they differ in rank or the like.
 
     Example:
         >>> base = AutoModelForCausalLM.from_pretrained("organisation/base")
@@ -44,10 +47,15 @@ def load_adapter(
         return load_peft_model(
             model, source, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **kwargs
         )
-    config.inference_mode = not is_trainable
-    model.add_adapter(adapter_name, config)
+    is_new = adapter_name not in model.peft_config
+    if is_new:
+        config.inference_mode = not is_trainable
+        model.add_adapter(adapter_name, config)
+    else:
+        check_hotswap_configs_compatible(model.peft_config[adapter_name].to_lora_config(), config.to_lora_config())
     try:
         return load_peft_model(model, source, adapter_name=adapter_name, is_trainable=is_trainable, **kwargs)
     except BaseException:
-        model.delete_adapter(adapter_name)
+        if is_new:
+            model.delete_adapter(adapter_name)
         raise

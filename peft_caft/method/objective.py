@@ -227,7 +227,8 @@ def named_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> di
     """All arguments of a call of ``model`` by name."""
     if not args:
         return kwargs
-    return inspect.signature(type(model).forward).bind_partial(model, *args).arguments | kwargs
+    forward = type(model).forward.__get__(model)  # not what TRL or accelerate put in its place
+    return inspect.signature(forward).bind_partial(*args).arguments | kwargs
 
 
 def _refuse_parts_of_rows(kwargs: dict[str, Any]) -> None:

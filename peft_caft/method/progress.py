@@ -80,8 +80,8 @@ class Progress:
     computed: int = 0
     trained: int = 0
     recent: RecentLosses = field(default_factory=RecentLosses)
-    _first: weakref.ref | None = None  # of the first loss, as long as no backward pass has reached any
-    _ever_trained: bool = False
+    _watching: bool = True  # until a backward pass has reached a loss, or a warning was given
+    _first: weakref.ref | None = None  # of the first loss that is watched
 
     def set(self, step: int, total_steps: int | None) -> None:
         self.step, self.total_steps, self.told = step, total_steps, True
@@ -103,8 +103,8 @@ class Progress:
                 )
             self.step = self.forwards_since_told
         self.forwards_since_told += 1
-        if self._first is not None and self._first() is None and not self._ever_trained:
-            self._first = None
+        if self._watching and self._first is not None and self._first() is None:
+            self._watching = False
             warnings.warn(
                 "auxiliary loss: computed, but its graph was freed before a backward pass: it trains nothing. It is part of "
                 "outputs.loss; take your loss from there, or add outputs.loss to it.",
@@ -139,8 +139,8 @@ class Progress:
         self.recent.add(auxiliary, supervised)
         if not auxiliary.total.requires_grad:
             self.trained += 1
-            if not self._ever_trained:
-                self._ever_trained = True
+            if self._watching:
+                self._watching = False
                 warnings.warn(
                     "auxiliary loss: it trains nothing, since no trained parameter has an effect on what the frozen heads read "
                     "(head_input). Adapt a layer before the last one (target_modules, layers_to_transform), train the heads "
@@ -162,4 +162,4 @@ class _Watch:
 
     def __call__(self, grad: Tensor) -> None:
         self._progress.trained += 1
-        self._progress._ever_trained = True
+        self._progress._watching = False
