@@ -303,7 +303,7 @@ def test_a_rank_above_the_size_of_a_matrix_is_refused_where_it_could_not_be_save
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--load-in-4bit", "--load-in-8bit"], "load_in_8bit: got true together with load_in_4bit"),
+        (["--load-in-4bit", "--load-in-8bit"], "load_in_8bit: got True together with load_in_4bit"),
         (["--load-in-4bit", "--method", "full"], "load_in_4bit: got True with method='full'"),
         (["--use-dora", "--method", "caft_full"], "lora: got {'use_dora': True} with method='caft_full'"),
         (["--output_dir", "elsewhere"], "output_dir: given, but this command sets it"),
@@ -327,7 +327,10 @@ def test_four_bits_without_bitsandbytes_say_what_to_install(files, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["missing", "out"], "no adapter_config.json in 'missing'"), (["{adapter}", "{existing}"], "exists")],
+    [
+        (["missing", "out"], "adapter: 'missing', revision main, is not in the local cache"),
+        (["{adapter}", "{existing}"], "exists"),
+    ],
 )
 def test_merge_refuses_what_it_cannot_merge(arguments, message, tmp_path):
     (tmp_path / "adapter").mkdir()

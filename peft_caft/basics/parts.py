@@ -16,7 +16,7 @@ from typing import Any
 
 from .files import lock, write_text
 from .reading import is_file, json_object, json_or_none
-from .run_folder import ADVICE, require_same_settings
+from .run_folder import ADVICE, first_difference, record_of, require_same_settings
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Parts:
         if recorded is not None:
             require_same_settings(settings, recorded, f"{self.output} belongs to an interrupted run")
         elif self.output.exists() and not overwrite:
-            require_same_settings(settings, finished and finished.get("settings"), f"{self.output} exists, made")
-            raise FileExistsError(f"output: {self.output} exists. {ADVICE}")
-        else:
-            write_text(settings_path, json.dumps(settings, indent=2) + "\n")
+            different = finished and first_difference(settings, finished.get("settings") or {})
+            made = f", made with other settings; {different} to keep it" if different else ""
+            raise FileExistsError(f"output: {self.output} exists{made}. {ADVICE}")
+        write_text(settings_path, record_of(settings, recorded, f"{self.output}"))
         for part in self._parts():
             with open(part, "rb+") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)

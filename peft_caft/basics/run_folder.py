@@ -7,6 +7,7 @@ written last: it holds the result and marks the run as finished.
 import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .files import full_disk_explained, lock, writable, write_text
-from .provenance import git_commit
+from .provenance import git_commit, versions
 from .reading import is_file, json_or_none, read_json, require_whole_archive
 from .tensors import Tensors
 
+RECORD_FORMAT = 2  # 1 held a dozen arguments of the Trainer, and no hashes but of the data
 ADVICE = "Choose another output, or pass --overwrite to replace it."
 
 
@@ -55,19 +57,25 @@ class RunFolder:
             yield
             path.unlink(missing_ok=True)
 
-    def require_free(self, settings: dict[str, Any]) -> None:
+    def require_free(self, settings: dict[str, Any], to_come: tuple[str, ...] = ()) -> None:
         """Check that a run with these settings can start or resume here.
+
+        Args:
+            to_come: names of settings that are not known yet, and compared when the run begins.
 
         Raises:
             FileExistsError: if it holds a finished run, or an interrupted one with other settings.
         """
         if self.summary_path.exists():
             raise FileExistsError(f"output: {self.path} holds a finished run. {ADVICE}")
-        require_same_settings(settings, json_or_none(self.settings_path), f"{self.path} holds an interrupted run")
+        recorded = json_or_none(self.settings_path)
+        known = {name: value for name, value in (recorded or {}).items() if name not in to_come} if recorded else None
+        require_same_settings(settings, known, f"{self.path} holds an interrupted run")
 
     def result_of(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a finished run with these settings; None if the folder holds none."""
-        if json_or_none(self.settings_path) != settings:
+        recorded = json_or_none(self.settings_path)
+        if recorded is None or first_difference(_as_json(settings), _settings_of(recorded)):
             return None
         return json_or_none(self.summary_path)
 
@@ -88,13 +96,14 @@ class RunFolder:
             FileExistsError: if `require_free` refuses the settings.
         """
         git_commit()  # cached now, so that a long run records the code that it started with
+        earlier = None if overwrite else json_or_none(self.settings_path)
         if overwrite:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.summary_path.unlink(missing_ok=True)
         else:
             self.require_free(settings)
-        write_text(self.settings_path, json.dumps(settings, indent=2, default=str) + "\n")
         found = last_whole_checkpoint(self.checkpoints, checkpoint_files)
+        write_text(self.settings_path, record_of(settings, earlier if found else None, f"{self.path}"))
         for damaged in _numbered(self.checkpoints)[
             : None if found is None else _numbered(self.checkpoints).index(found)
         ]:
@@ -120,10 +129,44 @@ def first_difference(got: dict[str, Any], expected: dict[str, Any]) -> str | Non
     return None
 
 
+def record_of(settings: dict[str, Any], earlier: dict[str, Any] | None, what: str) -> str:
+    """The record of a run as JSON; ``earlier`` is that of the run that is resumed, ``what``.
+
+    Other versions warn and do not refuse: an update amid a long run need not cost the run, whose
+    result stays valid and is only not that of an unbroken one.
+    """
+    begun_with = {**versions(), "git_commit": git_commit()}
+    if earlier is not None:
+        if different := first_difference(begun_with, earlier.get("begun_with", {})):
+            warnings.warn(
+                f"{what}: resumed by other code than it was begun with ({different}): its result may differ from that of an unbroken "
+                "run.",
+                stacklevel=3,
+            )
+        begun_with = earlier.get("begun_with", begun_with)
+    return (
+        json.dumps({"record_format": RECORD_FORMAT, **_as_json(settings), "begun_with": begun_with}, indent=2) + "\n"
+    )
+
+
+def _settings_of(recorded: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in recorded.items() if name not in ("record_format", "begun_with")}
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))
+
+
 def require_same_settings(settings: dict[str, Any], recorded: dict[str, Any] | None, what: str) -> None:
-    """Raise a FileExistsError if ``what``, a run, has recorded other settings."""
-    recorded = recorded if recorded is None or isinstance(recorded, dict) else {}  # of another program
-    if recorded is not None and (different := first_difference(settings, recorded)):
+    """Raise a FileExistsError if ``what``, an interrupted run, has recorded other settings."""
+    if recorded is None:
+        return
+    if not isinstance(recorded, dict) or recorded.get("record_format") != RECORD_FORMAT:
+        raise FileExistsError(
+            f"output: {what} of another version of peft-caft, whose record does not say all that decides a result, so that it "
+            f"cannot be resumed. {ADVICE}"
+        )
+    if different := first_difference(_as_json(settings), _settings_of(recorded)):
         raise FileExistsError(f"output: {what} with other settings; {different} to resume it. {ADVICE}")
 
 

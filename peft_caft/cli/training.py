@@ -43,7 +43,9 @@ def train_heads_command(
     from ..training.arguments import trainer_arguments
     from ..training.head_training import train_heads
 
-    arguments = trainer_arguments(settings.output, STAGE_1, training_yaml, context.args, settings.set_by_command)
+    arguments = trainer_arguments(
+        settings.output, STAGE_1, training_yaml, context.args, settings.set_by_command, settings.unused_arguments
+    )
     summary = train_heads(settings, arguments, overwrite)
     if arguments.process_index:
         return
@@ -75,7 +77,8 @@ def train_command(
     lora, others = lora_options(context.args)
     settings = dataclasses.replace(settings, lora=lora)
     arguments = trainer_arguments(
-        settings.output, STAGE_2, training_yaml, others, settings.set_by_command, lora_option_types()
+        *(settings.output, STAGE_2, training_yaml, others),
+        *(settings.set_by_command, settings.unused_arguments, lora_option_types()),
     )
     summary = fine_tune(settings, arguments, overwrite)
     if arguments.process_index > 0:

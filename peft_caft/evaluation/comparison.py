@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..basics.adapters import tokenizer_of
+from ..basics.contents import contents_of
 from ..basics.files import file_sha256, write_text
 from ..basics.provenance import provenance, source_name
 from ..basics.reading import read_json, understood
@@ -64,7 +65,16 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
             _discard(output)
         data = _data(plan, task, output)
         data_sha256 = {split: file_sha256(path) for split, path in data.items()}
-        record = {"plan": plan.record(), "task_sha256": file_sha256(plan.task), "data_sha256": data_sha256}
+        record: dict[str, Any] = {
+            "plan": plan.record(),
+            "task_sha256": file_sha256(plan.task),
+            "data_sha256": data_sha256,
+        }
+        heads = {(str(h), arm.settings.get("heads_revision")) for arm in plan.arms if (h := arm.settings.get("heads"))}
+        record["contents"] = [
+            contents_of("model", plan.model),
+            *(contents_of(h, h, at) for h, at in sorted(heads, key=str)),
+        ]
         if (found := folder.result_of(record)) is not None:
             return found
         folder.begin(record)

@@ -10,18 +10,18 @@ from typing import Any, get_type_hints
 import torch
 from peft import LoraConfig
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ..basics.checks import described, fits, is_plain, parsed
-from ..basics.reading import read_yaml
-from .data import require_file
-from .defaults import COMMON
+from ..basics.reading import read_json, read_yaml, require_file
+from .defaults import COMMON, IRRELEVANT, NOT_HONOURED
 from .settings import LORA_SET_ELSEWHERE
 
 SET_BY_COMMAND = {
     "output_dir": "--output says where the run is kept",
     "resume_from_checkpoint": "an interrupted run in --output is resumed by itself",
 }
-DECIDE_RESULTS = (
+ON_CARDS = (
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     *("optim", "lr_scheduler_type", "warmup_steps", "weight_decay", "train_sampling_strategy", "seed", "data_seed"),
 )
@@ -33,6 +33,7 @@ def trainer_arguments(
     yaml_file: str | None = None,
     options: list[str] | None = None,
     set_by_command: Mapping[str, str] | None = None,
+    unused: Mapping[str, str] | None = None,
     also_known: Iterable[str] = (),
 ) -> TrainingArguments:
     """TrainingArguments: options go before fields in the YAML file, and both before the defaults.
@@ -41,11 +42,12 @@ def trainer_arguments(
         output: run folder; checkpoints go below it.
         options: as on a command line, e.g. ``["--learning_rate", "1e-4"]``.
         set_by_command: field -> reason, for fields that the command would overwrite.
+        unused: field -> reason, for further fields that the command has no use for.
         also_known: further names of options, to be suggested for an unknown one.
 
     Raises:
         FileNotFoundError: if there is no such YAML file.
-        ValueError: if TrainingArguments lacks or refuses a field, or the command sets it itself.
+        ValueError: if TrainingArguments refuses a field, or the command would set or ignore it.
     """
     own = _yaml(yaml_file)
     given = [*own, *(_name(word) for word in options or [] if word.startswith("--"))]
@@ -66,6 +68,10 @@ def trainer_arguments(
         raise ValueError(f"training options: {error}. Expected a value that TrainingArguments takes.") from error
     if unknown:
         raise _unknown(unknown[0], also_known)
+    require_honoured(arguments, unused or {})
+    for name, reason in _without_effect(arguments).items():
+        if name in given:
+            raise ValueError(f"{name}: given with {reason}, where it has no effect. Leave one of them out.")
     return arguments
 
 
@@ -115,7 +121,78 @@ def lora_options(options: list[str]) -> tuple[dict[str, Any], list[str]]:
 def training_settings(args: TrainingArguments) -> dict[str, Any]:
     """The trainer arguments that decide a result, for the record of a run."""
     values = args.to_dict()
-    return {name: values[name] for name in DECIDE_RESULTS}
+    return {name: values[name] for name in ON_CARDS}
+
+
+def identity(args: TrainingArguments) -> dict[str, Any]:
+    """The trainer arguments that a run must be resumed with: all that may change its result."""
+    values = {name: value for name, value in args.to_dict().items() if name not in IRRELEVANT | NOT_HONOURED}
+    if isinstance(args.deepspeed, str):
+        values["deepspeed"] = read_json(args.deepspeed)
+    return values
+
+
+def require_honoured(args: TrainingArguments, unused: Mapping[str, str]) -> None:
+    """Raise a ValueError that names the first argument that is not used, or breaks the run.
+
+    Args:
+        unused: field -> reason, for fields that this run has no use for besides `NOT_HONOURED`.
+    """
+    defaults = TrainingArguments(args.output_dir, use_cpu=args.use_cpu, report_to="none")  # resolves some fields
+    for name, reason in (NOT_HONOURED | dict(unused)).items():
+        value, default = getattr(args, name), getattr(defaults, name)
+        if value != default and not (name == "do_eval" and args.eval_strategy != "no"):  # which sets do_eval
+            got = "a text" if name == "hub_token" else repr(getattr(value, "value", value))
+            raise ValueError(
+                f"{name}: got {got}, expected {getattr(default, 'value', default)!r}: {reason}. Leave it out."
+            )
+    least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+    for name, smallest in (least | {"neftune_noise_alpha": 0, "max_grad_norm": 0}).items():
+        if (value := getattr(args, name)) is not None and value < smallest:
+            raise ValueError(f"{name}: got {value}, expected at least {smallest}.")
+    if args.max_steps == 0 or args.max_steps < -1 or (args.max_steps == -1 and args.num_train_epochs <= 0):
+        name = "num_train_epochs" if args.max_steps == -1 else "max_steps"
+        raise ValueError(f"{name}: got {getattr(args, name)}, expected more than 0, or nothing would be trained.")
+    missing = set(args.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        raise ValueError(
+            f"report_to: got {min(missing)!r}, whose package is not installed. Install it, or leave it out."
+        )
+
+
+def _without_effect(args: TrainingArguments) -> dict[str, str]:
+    """Fields that others leave no effect, with the reason; defaults may be among them."""
+    found: dict[str, str] = {}
+    for names, is_so, reason in (
+        ("eval_steps", args.eval_strategy != "steps", f"eval_strategy={str(args.eval_strategy.value)!r}"),
+        ("eval_delay", args.eval_strategy == "no", "eval_strategy='no'"),
+        ("save_steps", args.save_strategy != "steps", f"save_strategy={str(args.save_strategy.value)!r}"),
+        ("save_total_limit", args.save_strategy == "no", "save_strategy='no'"),
+        ("logging_steps", args.logging_strategy != "steps", f"logging_strategy={str(args.logging_strategy.value)!r}"),
+        (
+            "metric_for_best_model greater_is_better",
+            not args.load_best_model_at_end
+            and args.save_strategy != "best"
+            and args.lr_scheduler_type != "reduce_lr_on_plateau",
+            "nothing that looks for the best: load_best_model_at_end or save_strategy 'best'",
+        ),
+        (
+            "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
+            not args.activation_checkpointing,
+            "activation_checkpointing=False",
+        ),
+        ("liger_kernel_config", not args.use_liger_kernel, "use_liger_kernel=False"),
+        ("fsdp_config", not args.fsdp, "fsdp unset"),
+        (
+            "dataloader_persistent_workers dataloader_multiprocessing_context dataloader_in_order",
+            args.dataloader_num_workers == 0,
+            "dataloader_num_workers=0",
+        ),
+        ("optim_target_modules", not args.optim.startswith(("galore", "apollo")), f"optim={str(args.optim.value)!r}"),
+        ("optim_args", args.optim.startswith(("adamw_torch", "adafactor")), f"optim={str(args.optim.value)!r}"),
+    ):
+        found |= dict.fromkeys(names.split(), reason) if is_so else {}
+    return found
 
 
 def _unknown(option: str, also_known: Iterable[str]) -> ValueError:

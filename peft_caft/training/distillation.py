@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..basics.adapters import require_no_adapter, tokenizer_of
+from ..basics.checkpoints import load_config
+from ..basics.contents import contents_of
 from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
 from ..basics.parts import Parts
 from ..basics.provenance import git_commit, provenance, source_name, weights_digest
@@ -68,7 +70,7 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
     tokenizer = tokenizer_of(settings.model)
     source = read_prompts(settings.prompts, settings.split, settings.column, settings.max_prompts)
     prompts, duplicates = prepare_prompts(source.rows, tokenizer, settings.system)
-    config = AutoConfig.from_pretrained(settings.model)
+    config = load_config(settings.model)
     fitting = _fitting(prompts, config, settings.max_new_tokens)
     backend, weights_sha256 = _backend(settings, tokenizer, [prompt.input_ids for prompt in fitting], state)
     requests = [(prompt, sample) for prompt in fitting for sample in range(settings.samples_per_prompt)]
@@ -85,6 +87,7 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
         "model": source_name(settings.model),
         "model_revision": getattr(config, "_commit_hash", None),
         "weights_sha256": weights_sha256,
+        **(contents_of("model", settings.model) if settings.backend == "vllm" else {}),
         "prompts": source.name,
         "prompts_sha256": source.sha256,
         "tokenized_prompts_sha256": hashlib.sha256(tokenized.encode()).hexdigest(),

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils.logging import disable_progress_bar
 
 from ..basics.adapters import tokenizer_of
+from ..basics.contents import contents_of
 from ..basics.files import file_sha256, filling
 from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.run_folder import RunFolder
@@ -24,8 +25,8 @@ from ..method.config import target_modules
 from ..method.full_fine_tuning import FullFineTuningConfig, prepare_full_fine_tuning
 from ..method.model import CAFTConfig
 from ..method.objective_config import ObjectiveConfig
-from .arguments import training_settings
-from .data import collator, encode, read_jsonl, require_positions
+from .arguments import identity, require_honoured, training_settings
+from .data import collator, encode, read_jsonl, require_positions, tokens_sha256
 from .engine import checkpoint_files, divides_parameters, engine_name, gather, shards_parameters
 from .loading import load_base_model, require_dtype, require_tokenizer_of
 from .settings import FineTuningSettings
@@ -78,6 +79,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         ValueError: if data, heads or a setting cannot be used.
         TypeError: if CAFT does not support the model.
     """
+    require_honoured(args, settings.set_by_command | settings.unused_arguments)
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0. With it Trainer keeps the labels from the "
@@ -101,10 +103,15 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     data_sha256 = file_sha256(settings.data)
     is_first = args.process_index == 0
     # The number of processes decides the batches, so a run is resumed with the same number.
-    run = {"processes": args.world_size, "engine": engine_name(args), "data_sha256": data_sha256}
-    recorded = asdict(settings) | training_settings(args) | run
+    recorded = asdict(settings) | identity(args) | {"processes": args.world_size, "engine": engine_name(args)}
+    del recorded["output"]
+    recorded |= {
+        "data_sha256": data_sha256,
+        "eval_data_sha256": settings.eval_data and file_sha256(settings.eval_data),
+    }
+    recorded |= contents_of("model", settings.model) | contents_of("heads", settings.heads, settings.heads_revision)
     if not overwrite:
-        folder.require_free(recorded)
+        folder.require_free(recorded, to_come=("tokens_sha256",))
     if not is_first:
         disable_progress_bar()
     tokenizer = tokenizer_of(settings.model)
@@ -115,6 +122,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         print(f"Training data: {data.describe()}")
     held_out = encode(eval_rows, tokenizer, settings.max_length, quiet=not is_first).rows if eval_rows else None
     all_rows = [*data.rows, *(held_out or [])]
+    recorded["tokens_sha256"] = tokens_sha256(all_rows)
     require_positions(all_rows, model.config, settings.max_length)
     require_tokenizer_of(model, tokenizer, (row["input_ids"] for row in all_rows))
     set_seed(args.seed)

@@ -17,13 +17,14 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ..basics.adapters import tokenizer_of, whole_model
+from ..basics.contents import contents_of
 from ..basics.files import file_sha256
 from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.reading import json_or_none
 from ..basics.run_folder import RunFolder
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from .arguments import training_settings
-from .data import EncodedData, collator, encode, read_jsonl, require_positions
+from .arguments import identity, require_honoured, training_settings
+from .data import EncodedData, collator, encode, read_jsonl, require_positions, tokens_sha256
 from .engine import checkpoint_files, engine_name, sharding_requested
 from .head_trainer import HeadPretraining, HeadTrainer
 from .hidden_states_cache import cached_rows, with_hidden_states
@@ -53,16 +54,20 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     args.output_dir = str(folder.checkpoints)
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every head takes part in every batch
+    require_honoured(args, settings.set_by_command | settings.unused_arguments)
     _prepare_evaluation(settings, args)
     sharded = sharding_requested(args, settings.cache)
     train_files, eval_files = read_files(settings.data, settings.eval_data, settings.max_rows, settings.eval_rows)
     is_first = args.process_index == 0
-    recorded = asdict(settings) | training_settings(args)
+    recorded = asdict(settings) | identity(args)
     # The number of processes decides the batches, and no engine reads another one's checkpoints.
     recorded |= {"processes": args.world_size, "engine": engine_name(args)}
     recorded |= {"data_sha256": [file.sha256 for file in (*train_files, *eval_files)]}
+    recorded |= contents_of("model", settings.model) | contents_of("init_heads", settings.init_heads)
+    recorded["cache"] = settings.cache is not None  # cached states are rounded as others, but batched differently
+    del recorded["output"]
     if not overwrite:
-        folder.require_free(recorded)
+        folder.require_free(recorded, to_come=("tokens_sha256",))
     if not is_first:
         disable_progress_bar()
     set_seed(args.seed)
@@ -75,6 +80,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         [file.encoded(tokenizer, settings.max_length, quiet=not is_first) for file in files]
         for files in (train_files, eval_files)
     )
+    recorded["tokens_sha256"] = tokens_sha256([row for file in (*train, *evals) for row in file.encoded.rows])
     for file in (*train, *evals):
         require_positions(file.encoded.rows, model.config, settings.max_length)
         require_tokenizer_of(model, tokenizer, (row["input_ids"] for row in file.encoded.rows))

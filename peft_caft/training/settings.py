@@ -16,6 +16,7 @@ from ..basics.checks import (
 from ..basics.settings import ADAPTER, ANSWERS, DATA, HEADS, OBJECTIVE, same_setting, setting
 from ..heads.config import HeadInput, HeadType
 from ..method.objective_config import ObjectiveConfig
+from .defaults import UNUSED_1, UNUSED_2, UNUSED_BESIDE_HEADS, UNUSED_WITHOUT_EVAL_DATA
 
 ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "lora", "load_in_4bit", "load_in_8bit")
 LORA_SET_ELSEWHERE = {
@@ -84,13 +85,13 @@ class FineTuningSettings(ObjectiveConfig):
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected a probability: at least 0, below 1.")
         if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_8bit: got true together with load_in_4bit, expected one of them. Leave one out.")
+            raise ValueError("load_in_8bit: got True together with load_in_4bit, expected one of them. Leave one out.")
         if self.lora:
             _require_lora_fields(self.lora)
         lora = {name: value for name, value in self.lora.items() if value not in LORA_OFF}
         if self.changes_base_weights and "use_rslora" in lora and {"rank_pattern", "alpha_pattern"} & lora.keys():
             raise ValueError(
-                f"lora.use_rslora: got true with init_lora_weights={self.lora['init_lora_weights']!r} and a rank or alpha pattern, "
+                f"lora.use_rslora: got True with init_lora_weights={self.lora['init_lora_weights']!r} and a rank or alpha pattern, "
                 "which PEFT cannot convert into a plain adapter. Leave one of them out."
             )
         defaults = {field.name: field.default for field in fields(self)} | {"lora": {}}
@@ -127,6 +128,14 @@ class FineTuningSettings(ObjectiveConfig):
     def set_by_command(self) -> dict[str, str]:
         """Fields of TrainingArguments that fine-tuning sets, with the reason."""
         return {"eval_on_start": "held-out data are evaluated at the start, unless a run is resumed"}
+
+    @property
+    def unused_arguments(self) -> dict[str, str]:
+        """Fields of TrainingArguments that this fine-tuning has no use for, with the reason."""
+        trains_heads = self.has_auxiliary_loss and self.train_heads != "frozen"
+        return UNUSED_2 | (
+            UNUSED_WITHOUT_EVAL_DATA if self.eval_data is None else UNUSED_BESIDE_HEADS if trains_heads else {}
+        )
 
     @property
     def has_auxiliary_loss(self) -> bool:
@@ -264,6 +273,11 @@ class HeadTrainingSettings:
             )
             found |= dict.fromkeys(SET_BY_EARLY_STOPPING, reason)
         return found
+
+    @property
+    def unused_arguments(self) -> dict[str, str]:
+        """Fields of TrainingArguments that training heads has no use for, with the reason."""
+        return UNUSED_1 | (UNUSED_2 if self.early_stopping_patience is None else {})
 
     def fresh_heads(self) -> dict[str, Any]:
         """The arguments for `AuxiliaryHeads.from_base_model` that were given."""

@@ -99,7 +99,7 @@ def test_an_unknown_option_is_named_with_what_is_near_it(option, near, tmp_path)
         ({"init_lora_weights": "pissa", "bias": "all"}, "lora.bias: got 'all' with init_lora_weights='pissa'"),
         (
             {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
-            "lora.use_rslora: got true with init_lora_weights='pissa'",
+            "lora.use_rslora: got True with init_lora_weights='pissa'",
         ),
     ],
 )
