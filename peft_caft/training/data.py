@@ -18,7 +18,8 @@ Tokens and mask of a row are those of TRL's SFTTrainer (1.16), with ``assistant_
 - a tokenizer that appends the end of text by itself gives one at the end, and not two;
 - a content goes to the chat template in the form that it reads, a string or a list of text parts,
   where the other would be printed as a list or left out;
-- an answer is supervised to its end, also where a character of several tokens ends it;
+- an answer is supervised as a whole, also where it begins with white space that the tokenizer
+  leaves out of its ranges, or ends with a character of several tokens;
 - a row whose only supervised token is its first is left out, since nothing predicts that token.
 
 Two fields are this package's own. ``"complete": false`` says that the row's last answer was cut off
