@@ -103,6 +103,8 @@ class CombinedModel:
                     base, FullFineTuningConfig(**fields | _own(spoiled, FullFineTuningConfig))
                 )
             else:
+                if "layers_to_transform" in spoiled:  # which names of modules go with, but no pattern
+                    spoiled["target_modules"] = "all-linear"
                 self.model = self._peft_model(base, {**fields, **case.peft} | _own(spoiled, CAFTConfig))
         if case.checkpointing and "later" in case.checkpointing:
             _checkpoint(base, case)
@@ -173,7 +175,9 @@ class CombinedModel:
         case = self.case
         all_batches = batches(case)
         with _chunks(case.chunk_rows):
+            self.prepares = True
             self._before(len(all_batches))
+            self.prepares = False
             self._tell()
             self.objective.read_metrics()
             self.logits: list[Tensor] = []
@@ -193,7 +197,7 @@ class CombinedModel:
     def _before(self, micro_batches: int) -> None:
         """What the model does before the step; what it keeps must not reach into it."""
         case = self.case
-        if not case.before or case.told != "progress" or case.spoiled:
+        if not case.before or case.told != "progress" or (case.spoiled and case.spoiled[0] != "labels"):
             return
         self._tell()
         others = batches(case, seed=case.seed + 7)
@@ -242,8 +246,13 @@ class CombinedModel:
                 kwargs["return_dict"] = False
         if case.spoiled and case.spoiled[0] == "shift_labels":
             kwargs["shift_labels"] = batch.labels
-        if case.spoiled and case.spoiled[0] == "labels of another length":
-            kwargs["labels"] = torch.cat([batch.labels, batch.labels], dim=1)
+        if case.spoiled and case.spoiled[0] == "labels" and not self.prepares:
+            kwargs["labels"] = {
+                "more tokens": torch.cat([batch.labels, batch.labels], dim=1),
+                "fewer tokens": batch.labels[:, : case.tokens // 2],
+                "fewer rows": batch.labels[: case.rows - 1],
+                "one dimension": batch.labels.flatten(),
+            }[case.spoiled[1]]
         args = []
         if case.positional:
             names = list(inspect.signature(self.model.forward).parameters)

@@ -271,7 +271,10 @@ SPOILED_FIELDS: list[tuple[str, Any]] = [
     ("progress", -1),
     ("untold schedule", None),
     ("shift_labels", None),
-    ("labels of another length", None),
+    ("labels", "more tokens"),
+    ("labels", "fewer tokens"),
+    ("labels", "fewer rows"),
+    ("labels", "one dimension"),
 ]
 SPOILED_LORA: list[tuple[str, Any]] = [
     ("r", 0),
@@ -303,12 +306,16 @@ def _possible(values: dict[str, Any]) -> dict[str, Any]:
         values["inspected"] = False
     if values["images"]:
         values |= {"embedded": False, "tokens": max(values["tokens"], 7)}
+    if values["checkpointing"].startswith("reentrant"):
+        values["router_loss"] = False  # transformers 5.23 records router logits inside the checkpoint: no gradient
     if architecture == "GPT-2" and peft.get("init_lora_weights") == "olora":
         del peft["init_lora_weights"]  # peft 0.21: olora_init does not transpose a Conv1D
     if architecture in MIXTURES and peft.get("init_lora_weights") in ("olora", "pissa", "orthogonal"):
         del peft["init_lora_weights"]  # peft 0.21: ParamWrapper.update_layer looks for a weight of all experts
     if values["layout"] == "packed, mask of pairs":
         values["router_loss"] = False  # transformers 5.23: load_balancing_loss_func takes a mask of tokens alone
+    if values.get("spoiled", ("",))[0] == "labels":
+        values |= {"tokens": max(4, values["tokens"]), "rows": max(2, values["rows"]), "told": "progress"}
     values["peft"] = peft
     return values
 
