@@ -1,12 +1,11 @@
 """The auxiliary loss of CAFT (arXiv 2506.07833): sum over heads of alpha^(k-1) * CE_k."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
@@ -104,10 +103,17 @@ def _can_be_differentiated_at_once(heads: AuxiliaryHeads, captured: Captured, hi
     """Whether the heads and the arguments of their layers are constants, and ``hidden`` is not."""
     if is_sharded(heads):  # which needs whole backward passes
         return False
-    # Keys and values of an earlier layer come in a dict (Gemma 4).
-    arguments = tree_leaves((captured.layer_args, captured.layer_kwargs))
-    others = [*heads.parameters(), *(t for t in arguments if isinstance(t, Tensor))]
+    others = [*heads.parameters(), *_tensors_in((captured.layer_args, captured.layer_kwargs))]
     return torch.is_grad_enabled() and hidden.requires_grad and not any(tensor.requires_grad for tensor in others)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors at any depth; keys and values of an earlier layer come in a UserDict (Gemma 4)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(part)
 
 
 def _trained_norm(heads: AuxiliaryHeads, backbone: Backbone) -> list[Tensor]:
