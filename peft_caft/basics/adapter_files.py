@@ -15,7 +15,7 @@ from .checks import described, fits, is_plain
 from .file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from .hub_errors import explained
 from .reading import is_file, read_json
-from .tensors import Tensors, require_finite
+from .tensors import Tensors, read_tensors, require_finite
 
 
 def adapter_file(
@@ -66,6 +66,15 @@ def read_lora_config(source: str, subfolder: str | None = None, hub: dict[str, A
             raise ValueError(f"{path}: {name}: got {value!r}, expected {described(hint)}. Save the adapter again.")
     with readable("adapter", source, "a LoRA adapter"):
         return LoraConfig.from_pretrained(str(path.parent))
+
+
+def require_whole_adapter(folder: Path) -> None:
+    """Raise a ValueError unless the folder's weights can be read, are finite and LoRA's."""
+    config = read_lora_config(str(folder))
+    weights = folder / ADAPTER_WEIGHTS_NAME
+    _require_rank(config, weights)
+    if not any("lora_" in name for name in read_tensors(weights)):
+        raise ValueError(f"{weights}: holds no tensor of LoRA, expected an adapter's. Save the adapter again.")
 
 
 def load_peft_model(

@@ -35,7 +35,7 @@ def read_json(path: str | os.PathLike, advice: str = "Write it again.") -> dict[
         OSError: if the file is not there or may not be read.
         ValueError: if it holds anything but one object in UTF-8, or a name twice.
     """
-    return json_object(_text(path, advice), str(path), advice)
+    return json_object(read_text(path, advice), str(path), advice)
 
 
 def json_or_none(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -108,7 +108,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
     advice = "Mend the file."
     try:
-        value = yaml.load(_text(path, advice), Loader)
+        value = yaml.load(read_text(path, advice), Loader)
         _require_few_values(value)
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -159,7 +159,13 @@ def _require_few_values(value: Any) -> None:
             raise ValueError(f"more than {MOST_VALUES:,} values, with those that aliases repeat")
 
 
-def _text(path: str | os.PathLike, advice: str) -> str:
+def read_text(path: str | os.PathLike, advice: str = "Write it again.") -> str:
+    """The text of a file in UTF-8; ``advice`` ends the messages.
+
+    Raises:
+        OSError: if the file is not there or may not be read.
+        ValueError: if it is not UTF-8, or too large for a text that is meant.
+    """
     try:
         if is_file(path) and os.path.getsize(path) > LARGEST:
             raise ValueError(f"{path}: got {os.path.getsize(path):,} bytes, expected at most {LARGEST:,}. {advice}")

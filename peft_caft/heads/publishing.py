@@ -11,8 +11,10 @@ from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..basics.checkpoints import readable
 from ..basics.file_names import CARD_NAME, CONFIG_NAME, PLOT_NAME, WEIGHTS_NAME
 from ..basics.files import write_text
+from ..basics.reading import is_file, read_text
 from .artifact import find_heads
 from .card import heads_card, write_card
 from .repository import Destination, Repository
@@ -52,7 +54,7 @@ def push_heads(
         generated = Path(scratch)
         write_text(generated / CONFIG_NAME, config.to_json())
         card = source / CARD_NAME
-        if card.exists() and card.read_text(encoding="utf-8") != written:
+        if is_file(card) and read_text(card) != written:
             copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, config.license)
         else:
             if (source / PLOT_NAME).exists():  # also where matplotlib is missing
@@ -81,7 +83,8 @@ def require_hub_id(name: str, value: str, advice: str = "Give the model's id wit
 
 def copy_card(source: Path, target: Path, base_model: str | None, license: str | None) -> None:
     """Copy a card that its owner wrote, and set base model and licence in its metadata."""
-    card = ModelCard(source.read_text(encoding="utf-8"))
+    with readable("folder", str(source), "a card"):
+        card = ModelCard(read_text(source))
     known = {"base_model": base_model if base_model and "/" in base_model else None, "license": license}
     card.data = ModelCardData(**card.data.to_dict() | {name: value for name, value in known.items() if value})
     write_text(target, str(card))

@@ -12,10 +12,11 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, hf_hub_download
 from peft import LoraConfig
 
+from ..basics.adapter_files import require_whole_adapter
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, CONFIG_NAME
 from ..basics.files import write_text
 from ..basics.hub_errors import explained
-from ..basics.reading import json_or_none
+from ..basics.reading import is_file, json_or_none, read_text
 from ..basics.run_folder import RunFolder
 from ..heads.artifact import find_heads
 from ..heads.config import HeadsConfig
@@ -77,7 +78,8 @@ def _push_adapter(
         raise FileNotFoundError(
             f"folder: no {ADAPTER_WEIGHTS_NAME} in {str(source)!r}, expected a saved adapter. Save it again."
         )
-    is_caft = (source / CAFT_CONFIG_NAME).is_file()
+    is_caft = is_file(source / CAFT_CONFIG_NAME)
+    require_whole_adapter(source)
     config = (CAFTConfig if is_caft else LoraConfig).from_pretrained(str(source))
     base = base_model or config.base_model_name_or_path or ""
     config.base_model_name_or_path = require_hub_id("base_model", base)
@@ -94,12 +96,19 @@ def _push_adapter(
         generated = Path(scratch)
         config.save_pretrained(scratch)
         card = source / CARD_NAME
-        if card.exists() and PLACEHOLDER not in card.read_text(encoding="utf-8"):
+        if is_file(card) and PLACEHOLDER not in read_text(card):
             copy_card(card, generated / CARD_NAME, config.base_model_name_or_path, license)
         else:
             run = RunFolder(source)
             settings, summary = json_or_none(run.settings_path), json_or_none(run.summary_path)
-            write_text(generated / CARD_NAME, adapter_card(config, repository.repo_id, license, settings, summary))
+            try:
+                text = adapter_card(config, repository.repo_id, license, settings, summary)
+            except Exception as error:
+                raise ValueError(
+                    f"{source}: {run.settings_path.name} or {run.summary_path.name}: a value has another kind than `peft-caft train` records "
+                    f"({type(error).__name__}: {error}). Remove both, or train again."
+                ) from error
+            write_text(generated / CARD_NAME, text)
         names = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, *TOKENIZER_FILES)
         return repository.commit(
             (generated, source), names, "CAFT adapter" if is_caft else "LoRA adapter", alone=force
