@@ -53,6 +53,14 @@ def require_types(settings: object, cls: type | None = None) -> None:
             raise ValueError(f"{name}: got {value!r}, expected {described(hint)}.")
 
 
+def require_pattern(name: str, value: object) -> None:
+    """Raise a ValueError unless ``value`` can be read as a regular expression."""
+    try:
+        re.compile(str(value))
+    except re.error as error:
+        raise ValueError(f"{name}: got {value!r}, expected a regular expression ({error}).") from error
+
+
 def require_decay(value: float) -> None:
     """Raise a ValueError unless ``value`` can be alpha."""
     if not 0 < value <= 1:

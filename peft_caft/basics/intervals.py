@@ -79,7 +79,13 @@ def mean_estimate(
 def mean_over_seeds(
     values: Sequence[Values], weights: Sequence[float] | None = None, resamples: int = 2000, seed: int = 0
 ) -> Estimate | None:
-    """The mean over runs from several seeds, each with a value per row, by bootstrap over both."""
+    """The mean over runs from several seeds, each with a value per row, by bootstrap over both.
+
+    One run alone gets the interval of `mean_estimate`. Wilson's is not for more: their rows are the
+    same, and so are no independent trials.
+    """
+    if len(values) == 1:
+        return mean_estimate(values[0], weights, resamples, seed)
     table, weight = _table(values, weights)
     return _estimate(table, weight, resamples, seed) if (weight > 0).any() else None
 

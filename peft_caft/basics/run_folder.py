@@ -114,7 +114,12 @@ class RunFolder:
         return found
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary, then remove checkpoints and what interrupted saves left."""
+        """Write the summary, then remove checkpoints and what interrupted saves left.
+
+        What TensorBoard's callback wrote among the checkpoints is kept in ``runs/``.
+        """
+        if (self.checkpoints / "runs").is_dir():
+            shutil.copytree(self.checkpoints / "runs", self.path / "runs", dirs_exist_ok=True)
         write_text(self.summary_path, json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for litter in self.path.glob(".*.tmp"):

@@ -42,7 +42,7 @@ def main() -> None:
     """Run the command line; expected errors are one clear message, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("PEFT_CAFT_TRACEBACK") or (isinstance(error, RuntimeError) and not is_own(error)):
             raise
         text = str(error).encode(errors="backslashreplace").decode()  # names of files may be no Unicode

@@ -1,6 +1,6 @@
 """Settings of ``peft-caft concepts``. It imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..basics.checks import require_choices, require_counts
@@ -52,6 +52,12 @@ class ConceptsSettings:
         require_counts(self, "max_rows", "max_length", "batch_size", "resamples")
         if self.examples < 0:
             raise ValueError(f"examples: got {self.examples}, expected at least 0.")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("dtype", "batch_size", "resamples", "seed"):
+            if not self.loss and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} with --no-loss, which has no use for it. Leave it out."
+                )
         if not self.loss and (self.adapter or self.heads):
             given = "adapter" if self.adapter else "heads"
             raise ValueError(

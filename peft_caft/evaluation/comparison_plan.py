@@ -179,6 +179,10 @@ def _plan(values: dict[str, Any], folder: Path, model: str | None, heads: str | 
     for name in common.settings:
         if all(name in unused_settings(arm.method) for arm in arms.values()):
             raise ValueError(f"settings.{name}: given, but no arm has a method with a use for it. Leave it out.")
+    if heads is not None and not any(arm.settings.get("heads") == heads for arm in arms.values()):
+        raise ValueError(f"heads: got {heads!r}, but no arm takes heads from outside of the plan. Leave --heads out.")
+    evaluation = settings_values("evaluation", values.get("evaluation", {}), EvaluationSettings)
+    EvaluationSettings(task="", data="", output="", **evaluation)  # refuses what does not go together
     named = {arms[name].flops_of for name in chosen} - {None, *chosen}
     seeds = seed_values("seeds", values.get("seeds"))
     (tuning_seed,) = seed_values("tuning.seed", [tuning.get("seed", 0)])
@@ -191,7 +195,7 @@ def _plan(values: dict[str, Any], folder: Path, model: str | None, heads: str | 
         task=_located(folder, text("task", values.get("task"))),
         data=_located(folder, text("data", values["data"])) if values.get("data") is not None else None,
         sizes=size_values(values.get("sizes")),
-        evaluation=settings_values("evaluation", values.get("evaluation", {}), EvaluationSettings),
+        evaluation=evaluation,
         seeds=seeds,
         tuning_seed=tuning_seed,
         arms=tuple(arms[name] for name in chosen),

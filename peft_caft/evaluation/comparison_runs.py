@@ -16,7 +16,7 @@ from ..training.settings import FineTuningSettings, HeadTrainingSettings, unused
 from .comparison_plan import PAIRED_SETTINGS, PAIRED_TRAINING, Arm, ComparisonPlan
 from .comparison_values import options_of
 from .evaluation import RECORD_NAME, ROWS_NAME, evaluate
-from .settings import EvaluationSettings
+from .settings import ANSWERS_ALONE, EvaluationSettings
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Workplace:
             model=trained.output if trained.trains_all else self.plan.model,
             adapter=None if trained.trains_all else trained.output,
             max_rows=self.plan.sizes[split],
-            **self.plan.evaluation | ({} if answers else {"answers": False}),
+            **(self.plan.evaluation if answers else _without_answers(self.plan.evaluation)),
         )
         evaluate(settings)
         free_memory()
@@ -152,6 +152,10 @@ class Workplace:
         self.train_run(run)
         self.evaluate_run(run, self.dev, "dev", answers=False)
         return read_json(self.output / run.path / "dev" / RECORD_NAME)["metrics"]["cross_entropy"]["mean"]
+
+
+def _without_answers(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in evaluation.items() if name not in ANSWERS_ALONE} | {"answers": False}
 
 
 def _number_of_new_heads(arm: Arm) -> int | None:

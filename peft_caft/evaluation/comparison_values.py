@@ -5,6 +5,7 @@ from typing import Any, get_type_hints
 
 from ..basics.checks import described, fits
 from ..training.arguments import trainer_arguments
+from ..training.defaults import STAGE_1, UNUSED_1, UNUSED_2, UNUSED_WITHOUT_EVAL_DATA
 
 SPLITS = ("train", "dev", "test")
 SET_BY_PLAN = ("model", "data", "output", "eval_data", "eval_rows", "max_rows", "task", "adapter", "seed")
@@ -79,7 +80,9 @@ def training_values(
         if name in set_by_run:
             raise ValueError(f"{where}.{name}: the plan sets it by seeds and learning rates, expected other fields.")
     try:
-        trainer_arguments("", defaults, options=options_of(found))
+        unused = UNUSED_1 | UNUSED_2 if defaults is STAGE_1 else UNUSED_2 | UNUSED_WITHOUT_EVAL_DATA
+        set_by_command = {"eval_on_start": "dev and test are evaluated after training"}
+        trainer_arguments("", defaults, None, options_of(found), set_by_command, unused)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return found

@@ -6,6 +6,8 @@ from ..basics.checks import require_choices, require_counts
 from ..basics.settings import ANSWERS, DATA, same_setting, setting
 from ..training.settings import DistillationSettings, FineTuningSettings, Precision
 
+ANSWERS_ALONE = ("max_new_tokens", "temperature", "seed")  # have no use without answers
+
 
 @dataclass
 class EvaluationSettings:
@@ -39,3 +41,8 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         require_choices(self)
         require_counts(self, "max_rows", "max_new_tokens", "batch_size")
+        for name in ANSWERS_ALONE:
+            if not self.answers and getattr(self, name):
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)} with --no-answers, which has no use for it. Leave it out."
+                )

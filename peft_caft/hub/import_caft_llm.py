@@ -76,6 +76,8 @@ def import_heads(
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output: {output} exists, expected a new folder. Remove it or choose another one.")
+    if revision is not None and Path(source).exists():
+        raise ValueError(f"revision: got {revision!r} for the file {source}, which has none. Leave it out.")
     path = _find(source, revision)
     record = {"imported_from": "caft-llm", "file": path.name, "file_sha256": file_sha256(path)}
     if not Path(source).exists():  # then the file lies under snapshots/COMMIT of the Hub's cache

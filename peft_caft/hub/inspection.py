@@ -78,6 +78,8 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
         PermissionError, ConnectionError: if the Hub refuses it or cannot be reached.
         ValueError: if it is damaged.
     """
+    if revision is not None and Path(artifact).is_dir():
+        raise ValueError(f"revision: got {revision!r} for the folder {artifact!r}, which has none. Leave it out.")
     try:
         adapter_config = _file(artifact, ADAPTER_CONFIG_NAME, revision)
     except (FileNotFoundError, ConnectionError):  # offline mode, or the Hub cannot be reached

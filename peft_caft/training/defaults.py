@@ -77,6 +77,10 @@ NOT_HONOURED = {
     **_each("debug", "it is made for scripts, and fails on batches without supervised tokens"),
 }
 
+SET_BY_EARLY_STOPPING = (
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "save_strategy", "save_steps"),
+    "restore_callback_states_from_checkpoint",
+)
 # Fields that a stage has no use for.
 UNUSED_1 = {
     **_each("neftune_noise_alpha", "heads learn from the hidden states of the text as it is"),

@@ -1,6 +1,7 @@
 """Stage 2 of CAFT: fine-tunes on a JSONL file, with or without the auxiliary loss."""
 
 import copy
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -51,6 +52,7 @@ def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:
     }
     # caft and lora get the same settings, so that they differ in the auxiliary loss alone.
     config = CAFTConfig(**lora, **objective) if settings.method == "caft" else LoraConfig(**lora)
+    _require_found(model, settings.lora)
     peft_model = get_peft_model(model, config)
     for name, layer in peft_model.named_modules() if settings.changes_base_weights else ():
         if isinstance(layer, LoraLayer) and layer.lora_A:
@@ -58,6 +60,29 @@ def prepare(model: PreTrainedModel, settings: FineTuningSettings) -> nn.Module:
             if most < layer.r["default"]:
                 raise ValueError(f"r: got {layer.r['default']}, expected at most {most}, the smaller side of {name}.")
     return peft_model
+
+
+def _require_found(model: PreTrainedModel, lora: dict[str, Any]) -> None:
+    """Raise a ValueError if LoraConfig names what the model lacks, which PEFT (0.21) ignores."""
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for field in ("modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules", "target_parameters"):
+        places = parameters if field == "target_parameters" else modules
+        wanted = lora.get(field) or []
+        for name in [wanted] if isinstance(wanted, str) else wanted:
+            is_pattern = isinstance(wanted, (str, dict))
+            pattern = re.compile(
+                (r"(?:.*\.)?" if wanted is not name else "") + f"(?:{name if is_pattern else re.escape(name)})"
+            )
+            if not any(pattern.fullmatch(place) for place in places):
+                raise ValueError(f"lora.{field}: got {name!r}, expected a name in the model, such as {places[-1]!r}.")
+    tokens = lora.get("trainable_token_indices") or []
+    rows = model.get_input_embeddings().num_embeddings
+    for index in tokens if isinstance(tokens, list) else [index for indices in tokens.values() for index in indices]:
+        if not 0 <= index < rows:
+            raise ValueError(
+                f"lora.trainable_token_indices: got {index}, expected at least 0 and less than {rows:,}, the rows of the embedding."
+            )
 
 
 def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: bool = False) -> dict[str, Any]:
@@ -80,6 +105,10 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         TypeError: if CAFT does not support the model.
     """
     require_honoured(args, settings.set_by_command | settings.unused_arguments)
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"metric_for_best_model: got {args.metric_for_best_model!r}, expected 'eval_loss', the only metric of this command."
+        )
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0. With it Trainer keeps the labels from the "

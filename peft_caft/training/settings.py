@@ -11,12 +11,13 @@ from ..basics.checks import (
     require_choices,
     require_counts,
     require_decay,
+    require_pattern,
     require_token_fraction,
 )
 from ..basics.settings import ADAPTER, ANSWERS, DATA, HEADS, OBJECTIVE, same_setting, setting
 from ..heads.config import HeadInput, HeadType
 from ..method.objective_config import ObjectiveConfig
-from .defaults import UNUSED_1, UNUSED_2, UNUSED_BESIDE_HEADS, UNUSED_WITHOUT_EVAL_DATA
+from .defaults import SET_BY_EARLY_STOPPING, UNUSED_1, UNUSED_2, UNUSED_BESIDE_HEADS, UNUSED_WITHOUT_EVAL_DATA
 
 ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "lora", "load_in_4bit", "load_in_8bit")
 LORA_SET_ELSEWHERE = {
@@ -36,10 +37,6 @@ CONVERTED_TO_PLAIN = (
 )
 LORA_OFF: tuple[Any, ...] = (None, False, "none", [], {})  # values that change nothing
 INITIALISED_IN_PYTHON = ("corda", "eva", "loftq", "lora_ga")  # by a pass over data, or an object of PEFT
-SET_BY_EARLY_STOPPING = (
-    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "save_strategy", "save_steps"),
-    "restore_callback_states_from_checkpoint",
-)
 Targets = Literal["soft", "hard"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -107,10 +104,17 @@ class FineTuningSettings(ObjectiveConfig):
         if self.heads is None:
             found["heads_revision"] = "without heads, expected heads beside it"
         else:
-            found |= dict.fromkeys(
-                ("head_type", "head_num_layers", "head_input"), "beside heads, which have their own"
-            )
+            their_own = ("head_type", "head_num_layers", "head_input")
+            found |= dict.fromkeys(their_own, "beside heads, which have their own")
+            if Path(self.heads).is_dir():
+                found["heads_revision"] = "beside a folder of heads, which has no revisions"
+        if self.eval_data is None:
+            found["eval_rows"] = "without eval_data"
         if self.has_auxiliary_loss:
+            found["total_steps"] = "beside a Trainer, which counts the steps"
+            if self.aux_loss_weight == 0:
+                of_the_loss = ("train_heads", "aux_loss_decay", "aux_loss_schedule", "aux_token_fraction")
+                found |= dict.fromkeys(of_the_loss, "with aux_loss_weight=0, which leaves no auxiliary loss")
             found["lora.layer_replication"] = (
                 f"{method}, expected it with 'lora' alone: the heads are made for the layers of the base model"
             )
@@ -133,9 +137,8 @@ class FineTuningSettings(ObjectiveConfig):
     def unused_arguments(self) -> dict[str, str]:
         """Fields of TrainingArguments that this fine-tuning has no use for, with the reason."""
         trains_heads = self.has_auxiliary_loss and self.train_heads != "frozen"
-        return UNUSED_2 | (
-            UNUSED_WITHOUT_EVAL_DATA if self.eval_data is None else UNUSED_BESIDE_HEADS if trains_heads else {}
-        )
+        found = UNUSED_2 | (UNUSED_BESIDE_HEADS if trains_heads else {})
+        return found | (UNUSED_WITHOUT_EVAL_DATA if self.eval_data is None else {})
 
     @property
     def has_auxiliary_loss(self) -> bool:
@@ -179,6 +182,9 @@ def _require_lora_fields(lora: dict[str, Any]) -> None:
             raise ValueError(
                 f"lora.{name}: not a field of peft.LoraConfig, expected one of {', '.join(sorted(known))}."
             )
+        if name in ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+            for pattern in [value] if isinstance(value, str) else value or []:
+                require_pattern(f"lora.{name}", pattern)
         if is_plain(known[name]) and not fits(value, known[name]):
             raise ValueError(f"lora.{name}: got {value!r}, expected {described(known[name])}.")
 
@@ -330,6 +336,12 @@ class DistillationSettings:
     def __post_init__(self) -> None:
         require_choices(self)
         require_counts(self, "batch_size", "samples_per_prompt", "max_prompts")
+        for name, off in (("top_p", 1), ("top_k", 0), ("samples_per_prompt", 1)):
+            if self.temperature == 0 and getattr(self, name) != off:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)} with temperature=0, expected {off}: the likeliest token is taken each time. "
+                    "Leave one of them out."
+                )
         if not 0 < self.max_repetition <= 1:
             raise ValueError(f"max_repetition: got {self.max_repetition}, expected a share above 0, at most 1 (off).")
         if Path(self.output).is_dir():

@@ -428,7 +428,7 @@ def test_adapter_of_another_model_is_refused(files, tmp_path):
     common = ["concepts", "--data", files["data"], "--model", files["model"], "--no-plots", "--max-rows", "3"]
     output = peft_caft(*common, "--adapter", f"a={tmp_path / 'small'}", "--output", str(tmp_path / "out"), expect=1)
     assert "adapter a: " in output
-    assert "does not fit the base model" in output
+    assert "cannot be loaded as an adapter of the base model" in output
 
 
 def test_terms_of_the_data_cannot_break_the_tables(files, tmp_path):

@@ -219,7 +219,7 @@ def test_empty_and_degenerate_answers_are_left_out(tokenizer, answer, reason):
 def test_equal_prompts_are_answered_once_and_equal_answers_written_once(files, tmp_path):
     prompts = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"}, {"prompt": "a", "source": "other"})
     output = tmp_path / "answers.jsonl"
-    distill(settings(files, output, prompts=prompts, samples_per_prompt=3, temperature=0.0, max_repetition=1.0))
+    distill(settings(files, output, prompts=prompts, samples_per_prompt=3, top_k=1, max_repetition=1.0))
     assert [row["prompt_index"] for row in read_jsonl(output)] == [0, 1]
     count = counts(output)
     assert (count["prompts"], count["duplicate_prompts"], count["answers"], count["rejected_duplicate"]) == (
