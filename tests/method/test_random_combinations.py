@@ -25,7 +25,7 @@ FIRST_SEED = int(os.environ.get("PEFT_CAFT_PROPERTY_SEED", "1000"))
 # numbers where a token sees one or two others. In fp32 a hundred roundings in a row (LAYER_OPERATIONS of
 # tests/support/rounding.py times layers and heads) make 1e-5. In bf16, whose eps is 8e-3, and in fp16 under autocast sums are
 # made in another order and rounded in other places: the worst of thousands of cases was 3e-2.
-TOLERANCES = {"fp32": (1e-5, 1e-6)} | dict.fromkeys(HALF, (5e-2, 5e-3))
+TOLERANCES = {"fp32": (1e-5, 3e-6)} | dict.fromkeys(HALF, (5e-2, 5e-3))
 LOSS_TOLERANCES = {"fp32": 1e-5} | dict.fromkeys(HALF, 1e-2)
 
 
@@ -92,6 +92,7 @@ def refusal_of(case: Case) -> str:
         "r": "`r`",
         "bias": "bias",
         "progress": "step: got -1",
+        "target_modules": "Target modules",
         "untold schedule": "aux_loss_schedule",
         "two adapters": "active adapters",
         "inference_mode": "inference_mode",

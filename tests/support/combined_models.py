@@ -114,11 +114,14 @@ class CombinedModel:
         self._require_trained_parts(spoiled)
         if "inference_mode" not in spoiled:
             self._add_noise()
-        for name, parameter in base.named_parameters():
-            last = f"{layers}.{case.layers - 1}."
-            own = {"final norm": norm + ".", "lm_head": "lm_head.", "last layer": last}.get(case.unfrozen_base)
-            if own and name.startswith(own) and "lora_" not in name:
-                parameter.requires_grad_(True)
+        unfrozen = {
+            "": [],
+            "final norm": self.parts.norm.named_parameters(),
+            "lm_head": self.parts.lm_head.named_parameters(),
+            "last layer": base.get_submodule(layers)[-1].named_parameters(),
+        }
+        for name, parameter in unfrozen[case.unfrozen_base]:
+            parameter.requires_grad_(parameter.requires_grad or "lora_" not in name)
 
     def _require_trained_parts(self, spoiled: dict[str, Any]) -> None:
         """What trains is what the configuration says, and heads are those of the files."""
@@ -133,10 +136,10 @@ class CombinedModel:
         rounded = [p.to(_dtype_of_base(case)) for p in in_files]
         assert not in_files or all(torch.equal(p, q.to(p.dtype)) for p, q in zip(own, rounded, strict=True))
         if case.method == "full":
-            lm_head = self.parts.lm_head.weight
+            lm_head = list(self.parts.lm_head.parameters())
             for name, parameter in self.base.named_parameters():
                 frozen = _is_frozen(self.base, name, parameter, case.frozen_base)
-                frozen |= case.freeze_unembedding and parameter is lm_head
+                frozen |= case.freeze_unembedding and any(parameter is own for own in lm_head)
                 assert "caft" in name or parameter.requires_grad != frozen, name
 
     def _peft_model(self, base: PreTrainedModel, fields: dict[str, Any]) -> PeftModel:
@@ -299,7 +302,7 @@ class CombinedModel:
             for k, cross_entropy in enumerate(of_heads, start=2):
                 weight = case.beta * gamma * case.alpha ** (k - 1) / case.fraction
                 loss = loss + weight * cross_entropy / divisor
-            loss.backward()
+            (loss * case.factor).backward()
             # In log-probabilities the auxiliary loss has a gradient, but no value.
             losses.append(float((value if case.loss == "sft" else loss).detach()))
             sums.append([float(one.detach()) / case.fraction for one in of_heads])
@@ -310,7 +313,7 @@ class CombinedModel:
             heads_logits += [one.detach() for one in logits[1]]
         metrics = _metrics(case, sums, counts, supervised) | {"gamma": gamma}
         logits_seen = own_logits + (heads_logits if case.inspected else [])
-        return Trained(losses, _taken_gradients(self.model, 1.0), metrics, logits_seen)
+        return Trained(losses, _taken_gradients(self.model, case.factor), metrics, logits_seen)
 
 
 def _without_cache(batch: Batch) -> dict[str, Tensor]:

@@ -210,8 +210,9 @@ def _peft(d: Draw, architecture: str, layers: int) -> dict[str, Any]:
     embedding, norm = EMBEDDINGS.get(architecture, "embed_tokens"), NORMS.get(architecture, "model.norm")
     some = d.of("targets").sample(linear, d.of("targets").randint(1, len(linear)))
     kind = d.one("targets kind", {"all-linear": 3, "list": 4, "regex": 1})
-    if "Mamba" in architecture and kind == "all-linear":
-        kind = "list"
+    if "Mamba" in architecture:
+        kind = "list" if kind == "all-linear" else kind
+        some = sorted({*some, "in_proj"})  # transformers 5.23 reads weights of others past their adapters
     peft: dict[str, Any] = {"r": d.one("r", {4: 3, 1: 1, 7: 1}), "lora_alpha": d.one("lora_alpha", {8: 3, 3: 1})}
     peft["target_modules"] = {
         "all-linear": "all-linear",
@@ -306,6 +307,12 @@ def _possible(values: dict[str, Any]) -> dict[str, Any]:
         values["inspected"] = False
     if values["images"]:
         values |= {"embedded": False, "tokens": max(values["tokens"], 7)}
+    if values["precision"].startswith("fp16"):
+        values["factor"] = min(16.0, values["factor"] * 16)  # tiny models reach the ends of its range
+    if values.get("unfrozen_base") == "lm_head":
+        values["inspected"] = (
+            False  # by then it is another lm_head than that of the heads' record, which logits refuses
+        )
     if values["checkpointing"].startswith("reentrant"):
         values["router_loss"] = False  # transformers 5.23 records router logits inside the checkpoint: no gradient
     if architecture == "GPT-2" and peft.get("init_lora_weights") == "olora":
@@ -314,7 +321,10 @@ def _possible(values: dict[str, Any]) -> dict[str, Any]:
         del peft["init_lora_weights"]  # peft 0.21: ParamWrapper.update_layer looks for a weight of all experts
     if values["layout"] == "packed, mask of pairs":
         values["router_loss"] = False  # transformers 5.23: load_balancing_loss_func takes a mask of tokens alone
-    if values.get("spoiled", ("",))[0] == "labels":
+    spoiled = values.get("spoiled", ("",))[0]
+    if spoiled in ("untold schedule", "progress"):
+        values |= {"told": "progress", "schedule": "linear"}
+    if spoiled == "labels":
         values |= {"tokens": max(4, values["tokens"]), "rows": max(2, values["rows"]), "told": "progress"}
     values["peft"] = peft
     return values
@@ -324,18 +334,20 @@ def may_be_refused(case: Case) -> list[str]:
     """Patterns of messages that name what a case combines and PEFT does not; empty if it must be trained."""
     peft, patterns = case.peft, []
     init = peft.get("init_lora_weights", True)
-    if peft.get("lora_bias") and (peft.get("use_dora") or init is not True or case.architecture in MIXTURES):
+    embedding = EMBEDDINGS.get(case.architecture, "embed_tokens") in peft.get("target_modules", [])
+    others = peft.get("use_dora") or init is not True or embedding or case.architecture in MIXTURES
+    if peft.get("lora_bias") and others:
         patterns.append("lora_bias")
     if peft.get("use_dora") and case.architecture in MIXTURES:
         patterns.append("use_dora")
-    if "bias" in peft and case.adapters != "one":
+    if "bias" in peft and (case.adapters != "one" or (case.spoiled and case.spoiled[0] == "two adapters")):
         patterns.append("bias")
     if init == "orthogonal":
         patterns.append("Orthogonal initialization requires the LoRA rank to be even")
     if "exclude_modules" in peft:
         patterns.append("target_modules")
-    if "trainable_token_indices" in peft:
-        patterns.append("trainable_token_indices")
+    if "trainable_token_indices" in peft:  # beside modules_to_save or LoRA for the same embedding
+        patterns += ["trainable_token_indices", "TrainableTokensLayer"]
     if case.architecture == "Qwen3-Next" and case.layout in ("packed, cu_seq_lens", "packed, seq_idx"):
         patterns.append("packed sequences")  # without flash-linear-attention
     if case.architecture in MIXTURES:
