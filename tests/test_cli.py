@@ -166,7 +166,7 @@ def test_settings_of_another_method_are_refused(options, message, files, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["train", "train-heads"])
-def test_killed_run_is_taken_up_and_ends_as_an_unbroken_one(command, files, tmp_path):
+def test_killed_run_is_taken_up_and_ends_as_an_unbroken_one(command, files, tmp_path, monkeypatch):
     common = [command, "--model", files["model"], "--data", files["data"], "--max-length", "64"]
     common += ["--heads", files["heads"]] if command == "train" else ["--num-heads", "2"]
     trainer = ["--max_steps", "10", "--save_steps", "2", *SMALL]
@@ -179,7 +179,18 @@ def test_killed_run_is_taken_up_and_ends_as_an_unbroken_one(command, files, tmp_
     write_chats(Path(files["data"]), 41)
     assert "data_sha256: got" in peft_caft(*common, "--output", str(broken), *trainer, expect=1)
     Path(files["data"]).write_bytes(contents)
-    peft_caft(*common, "--output", str(broken), *trainer)
+    # Nor with another argument, whichever it is.
+    other = ["--max_grad_norm", "0.5"]
+    assert "max_grad_norm: got 0.5, expected 1.0" in peft_caft(
+        *common, "--output", str(broken), *trainer, *other, expect=1
+    )
+    done = json.loads((last_whole_checkpoint(broken / "checkpoints") / "trainer_state.json").read_text())[
+        "global_step"
+    ]
+    steps, step = [], Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda *a, **k: (steps.append(1), step(*a, **k))[1])
+    peft_caft(*common, "--output", str(broken), *trainer, "--save_steps", "3")
+    assert len(steps) == 10 - done  # it did not begin anew
     peft_caft(*common, "--output", str(unbroken), *trainer)
     name = "adapter_model.safetensors" if command == "train" else "model.safetensors"
     resumed, expected = load_file(broken / name), load_file(unbroken / name)

@@ -63,6 +63,7 @@ NOT_HONOURED = {
         "batch_eval_metrics do_predict",
         "no predictions are kept; `peft-caft evaluate` scores answers",
     ),
+    **_each("resume_from_checkpoint", "an interrupted run in --output is resumed by itself"),
     **_each("save_only_model", "a run cannot be resumed without the optimizer's state"),
     **_each("ignore_data_skip", "a resumed run goes on with the rows that it has not seen"),
     **_each("enable_jit_checkpoint", "the run would end early and count as finished; set --save_steps"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from peft_caft.basics.intervals import mean_estimate, paired_difference, wilson_interval
+from peft_caft.basics.intervals import mean_estimate, mean_over_seeds, paired_difference, wilson_interval
 
 
 def test_mean_is_over_defined_values_and_weighed():
@@ -41,6 +41,12 @@ def test_shares_have_wilsons_interval(successes, n, low, high):
     assert (estimate.low, estimate.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
     assert estimate.method == "wilson"
     assert wilson_interval(0, n)[1] == pytest.approx(1.959964**2 / (n + 1.959964**2))
+
+
+def test_one_run_has_the_interval_of_its_rows():
+    assert mean_over_seeds([[1.0] * 20]) == mean_estimate([1.0] * 20)
+    assert mean_over_seeds([[1.0] * 20]).method == "wilson"
+    assert mean_over_seeds([[1.0] * 20] * 2).method == "bootstrap"
 
 
 def test_same_values_give_the_same_interval_and_other_seeds_others():

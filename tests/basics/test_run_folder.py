@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +17,59 @@ def test_interrupted_run_of_other_settings_is_not_resumed(tmp_path):
     with pytest.raises(FileExistsError, match="seed: got 2, expected 1"):
         folder.begin({"seed": 2, "learning_rate": 0.1})
     assert folder.begin({"seed": 2, "learning_rate": 0.1}, overwrite=True) is None
+
+
+def interrupted(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.begin({"seed": 1})
+    checkpoint = folder.checkpoints / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("record", [{"seed": 1}, {"seed": 1, "record_format": 1}, []])
+def test_run_whose_record_says_too_little_is_refused_by_name(record, tmp_path):
+    folder = interrupted(tmp_path)
+    folder.settings_path.write_text(json.dumps(record))
+    with pytest.raises((FileExistsError, ValueError), match=r"of another version of peft-caft|expected a JSON object"):
+        folder.begin({"seed": 1})
+    assert folder.begin({"seed": 1}, overwrite=True) is None
+
+
+def test_other_versions_warn_and_the_first_ones_stay_recorded(tmp_path):
+    folder = interrupted(tmp_path)
+    assert folder.begin({"seed": 1}) is not None  # and no warning
+    record = json.loads(folder.settings_path.read_text())
+    record["begun_with"]["torch"] = "1.0"
+    folder.settings_path.write_text(json.dumps(record))
+    for _ in range(2):
+        with pytest.warns(
+            UserWarning, match=r"resumed by other code than it was begun with \(torch: got .*, expected '1.0'"
+        ):
+            assert folder.begin({"seed": 1}) == folder.checkpoints / "checkpoint-5"
+
+
+def test_settings_that_come_later_are_compared_when_the_run_begins(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin({"seed": 1, "tokens": "a"})
+    folder.require_free({"seed": 1}, to_come=("tokens",))
+    with pytest.raises(FileExistsError, match="seed: got 2, expected 1"):
+        folder.require_free({"seed": 2}, to_come=("tokens",))
+    with pytest.raises(FileExistsError, match="tokens: got 'b', expected 'a'"):
+        folder.begin({"seed": 1, "tokens": "b"})
+
+
+def test_what_was_logged_for_tensorboard_outlives_the_checkpoints(tmp_path):
+    folder = interrupted(tmp_path)
+    events = folder.checkpoints / "runs" / "today" / "events"
+    events.parent.mkdir(parents=True)
+    events.write_text("loss")
+    folder.finish({})
+    assert (tmp_path / "runs" / "today" / "events").read_text() == "loss"
+    assert not folder.checkpoints.exists()
+    assert folder.result_of({"seed": 1}) == {}
+    assert folder.result_of({"seed": 2}) is None
 
 
 def test_half_saved_checkpoint_is_passed_over(tmp_path):

@@ -7,8 +7,10 @@ import re
 
 import huggingface_hub.constants
 import pytest
+import transformers.utils.hub
 import yaml
 
+from peft_caft.basics.contents import contents_of
 from peft_caft.hub.inspection import inspect
 
 from ..support.hub_client import ClientError
@@ -428,6 +430,8 @@ def test_offline_after_download(client, home, monkeypatch):
     assert (seed_of(heads), heads.commit) == (1, oid)
     assert seed_of(load("org/offline", revision=oid)) == 1
     assert "org/offline at commit" in inspect("org/offline").text()
+    monkeypatch.setattr(transformers.utils.hub, "HF_HUB_CACHE", str(home / "hub"), raising=False)
+    assert contents_of("heads", "org/offline") == {"heads_commit": oid}
     with pytest.raises(FileNotFoundError, match=r"artifact: 'org/never-loaded'.*not in the local cache"):
         inspect("org/never-loaded")
     with pytest.raises(FileNotFoundError, match=r"not in the local cache.*Load it once online"):
