@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from peft import PeftModel
@@ -223,10 +224,12 @@ def _trunk_and_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList 
     Towers for images or sound, which may have as many layers, lie beside the text decoder.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [*_lists_below(model.get_decoder()), *_lists_below(model)]
-    if not lists:
-        return model, None
-    return next((found for found in lists if len(found[1]) == count), lists[0])  # `probe` shows whether they are
+    first: tuple[nn.Module, nn.ModuleList | None] = (model, None)
+    for found in chain(_lists_below(model.get_decoder()), _lists_below(model)):
+        if len(found[1]) == count:
+            return found
+        first = first if first[1] is not None else found
+    return first  # `probe` shows whether these are the layers
 
 
 def _lists_below(top: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
