@@ -42,7 +42,11 @@ def tokenizer_of(model: str, adapter: str | None = None, revision: str | None = 
     Args:
         model, adapter: folder or Hub id.
         revision: that of the base model on the Hub.
+
+    Raises:
+        ValueError: if ``model`` is an adapter itself.
     """
+    require_no_adapter(model)
     if adapter is not None and _has_tokenizer(adapter):
         return load_tokenizer(adapter, "adapter")
     return load_tokenizer(model, revision=revision)
@@ -72,7 +76,7 @@ def with_adapter(
         ValueError: if the adapter does not fit the base model.
     """
     resize_embedding(base, tokenizer, adapter)
-    rows = _rows(base)
+    rows = embedding_rows(base)
     try:
         return load_peft_model(base, adapter, field)
     except ValueError as error:
@@ -90,7 +94,7 @@ def resize_embedding(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     the base model's own one lacks. New rows are the mean of the others, the same in each call,
     until the adapter's own replace them.
     """
-    rows = _rows(base)
+    rows = embedding_rows(base)
     held = {} if adapter is None else rows_held(base, adapter)
     needed = max(held.values(), default=rows)
     if len(tokenizer) > needed and len(tokenizer) > _own_tokens(base):
@@ -109,6 +113,12 @@ def resize_embedding(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         with torch.random.fork_rng():
             torch.manual_seed(0)
             base.resize_token_embeddings(needed, mean_resizing=base.device.type != "meta")
+
+
+def embedding_rows(model: Any) -> int:
+    """Number of tokens that a model, with PEFT's wrappers or without, has embeddings for."""
+    modules = model.get_input_embeddings().modules()
+    return next(module.num_embeddings for module in modules if hasattr(module, "num_embeddings"))
 
 
 def rows_held(base: PreTrainedModel, adapter: str) -> dict[str, int]:
@@ -157,7 +167,3 @@ def _own_tokens(base: PreTrainedModel) -> int:
         return len(load_tokenizer(base.name_or_path))
     except (OSError, ValueError):
         return 0
-
-
-def _rows(base: PreTrainedModel) -> int:
-    return base.get_input_embeddings().num_embeddings

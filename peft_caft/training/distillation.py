@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
-from ..basics.adapters import require_no_adapter, tokenizer_of
+from ..basics.adapters import tokenizer_of
 from ..basics.checkpoints import load_config
 from ..basics.contents import contents_of
 from ..basics.files import file_sha256, full_disk_explained, write_jsonl, write_text
@@ -66,7 +66,6 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
             f"backend: got 'vllm' in {state.num_processes} processes, expected one, since vLLM starts its own. Run the "
             "command without accelerate launch."
         )
-    require_no_adapter(settings.model)
     tokenizer = tokenizer_of(settings.model)
     source = read_prompts(settings.prompts, settings.split, settings.column, settings.max_prompts)
     prompts, duplicates = prepare_prompts(source.rows, tokenizer, settings.system)

@@ -12,7 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..basics.adapters import whole_model, with_adapter
+from ..basics.adapters import embedding_rows, whole_model, with_adapter
 from ..basics.devices import chosen_device
 from .engine import zero_stage
 from .settings import FineTuningSettings
@@ -90,7 +90,7 @@ def require_tokenizer_of(
     Args:
         rows: token ids of the data.
     """
-    embeddings = model.get_input_embeddings().num_embeddings
+    embeddings = embedding_rows(model)
     without = {index for index in tokenizer.get_vocab().values() if index >= embeddings}
     used = sorted(without & set().union(*rows, {tokenizer.pad_token_id})) if without else []
     if without <= tokenizer.added_tokens_decoder.keys() and not used:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import struct
 import zlib
 from dataclasses import replace
@@ -17,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_caft.concepts.alignment import AlignedRow, align
+from peft_caft.concepts.concepts import _adapted, _tokenizer
 from peft_caft.concepts.density import Density, density, pieces, recommended_n
 from peft_caft.concepts.head_knowledge import head_knowledge, unigram_entropy
 from peft_caft.concepts.losses import ConceptLosses, place_of
@@ -490,3 +492,40 @@ def test_missing_matplotlib_is_found_out_at_once(files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     common = ["concepts", "--data", files["data"], "--model", "no-such-model", "--output", str(tmp_path / "out")]
     assert "Run: pip install matplotlib, or pass --no-plots" in peft_caft(*common, expect=1)
+
+
+def test_tokenizer_beside_the_adapters_is_used_and_must_be_the_same(files, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(files["model"])
+    tokenizer.chat_template = "MINE " + tokenizer.chat_template
+    for name in ("lora", "caft"):
+        shutil.copytree(files[name], tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "lora")
+    settings = {
+        "data": files["data"],
+        "model": files["model"],
+        "adapter": [f"{name}={tmp_path / name}" for name in ("lora", "caft")],
+    }
+    with pytest.raises(ValueError, match=r"tokenizers of caft=.*caft and lora=.*lora differ in chat_template"):
+        _tokenizer(ConceptsSettings(output="out", **settings))
+    tokenizer.save_pretrained(tmp_path / "caft")
+    assert _tokenizer(ConceptsSettings(output="out", **settings)).chat_template == tokenizer.chat_template
+
+
+def test_embedding_that_an_adapter_holds_does_not_stay_in_the_base_model(files, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(files["model"])
+    before = base.get_input_embeddings().weight.detach().clone()
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(files["model"]), lora)
+    adapted.get_input_embeddings().weight.data += 1
+    adapted.save_pretrained(tmp_path / "adapter")
+    settings = ConceptsSettings(files["data"], files["model"], "out")
+    tokenizer = AutoTokenizer.from_pretrained(files["model"])
+    with _adapted(base, "a", str(tmp_path / "adapter"), tokenizer, settings) as model:
+        assert (model.get_input_embeddings().weight.cpu() - before).min() > 0.9
+    assert torch.equal(base.get_input_embeddings().weight, before)
+
+
+@pytest.mark.parametrize("option", ["batch_size", "resamples", "seed"])
+def test_options_of_scores_without_scores_are_refused(option):
+    with pytest.raises(ValueError, match=f"^{option}: got 7 with --no-loss"):
+        ConceptsSettings("data", "model", "output", loss=False, **{option: 7})

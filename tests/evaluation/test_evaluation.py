@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_caft import CAFTConfig
 from peft_caft.evaluation.evaluator import length_group
 from peft_caft.evaluation.reference_losses import answer_losses, encode_answers
+from peft_caft.evaluation.settings import EvaluationSettings
 from peft_caft.evaluation.task import load_task
 from peft_caft.evaluation.task_building import build_task
 from peft_caft.hub.merging import merge
@@ -293,3 +294,46 @@ def test_model_that_computes_all_logits_gives_the_same_losses(files):
 )
 def test_lengths_are_grouped(tokens, group):
     assert length_group(tokens) == group
+
+
+def test_tokenizer_beside_the_adapter_asks_and_scores(files, plain, tmp_path):
+    """Its chat template is another one, so that every prompt is."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(files["adapter"], adapter)
+    tokenizer = AutoTokenizer.from_pretrained(files["model"])
+    evaluated(files, tmp_path / "base-template", "--adapter", str(adapter), "--no-answers", model=False)
+    tokenizer.chat_template = "MINE " + tokenizer.chat_template
+    tokenizer.save_pretrained(adapter)
+    evaluated(files, tmp_path / "own-template", "--adapter", str(adapter), "--no-answers", model=False)
+    data = [json.loads(line) for line in Path(files["data"]).read_text().splitlines()]
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files["model"]), adapter)
+    encoded = encode_answers(data, tokenizer, [1])
+    expected = [sum(found) / len(found) for found in answer_losses(tuned.eval(), encoded, 0)]
+    found = [
+        [line["scores"]["cross_entropy"] for line in lines(tmp_path / f"{name}-template")] for name in ("own", "base")
+    ]
+    assert found[0] == pytest.approx(expected, rel=1e-4)
+    assert found[1] != pytest.approx(expected, rel=1e-2)
+
+
+def test_adapter_with_an_added_token_is_evaluated_and_without_its_tokenizer_refused(files, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(files["model"])
+    tokenizer.add_tokens(["<new>"])
+    model = AutoModelForCausalLM.from_pretrained(files["model"])
+    model.resize_token_embeddings(len(tokenizer))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[300], task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    output = evaluated(files, tmp_path / "out", "--adapter", str(tmp_path / "adapter"), "--no-answers", expect=1)
+    assert "if tokens were added, save their tokenizer beside the adapter" in output
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    evaluated(files, tmp_path / "out", "--adapter", str(tmp_path / "adapter"), "--no-answers")
+
+
+def test_adapter_in_place_of_a_model_is_refused(files, tmp_path):
+    assert "model: got" in evaluated(files, tmp_path, "--model", files["adapter"], model=False, expect=1)
+
+
+@pytest.mark.parametrize("option", ["max_new_tokens", "temperature", "seed"])
+def test_options_of_answers_without_answers_are_refused(option):
+    with pytest.raises(ValueError, match=f"^{option}: got 1 with --no-answers"):
+        EvaluationSettings(task="", data="", output="", answers=False, **{option: 1})

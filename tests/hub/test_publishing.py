@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 
 import huggingface_hub.constants
 import pytest
+import transformers
 import transformers.utils.hub
 import yaml
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from peft_caft.basics.contents import contents_of
 from peft_caft.hub.inspection import inspect
+from peft_caft.hub.publishing import TOKENIZER_FILES
 
 from ..support.hub_client import ClientError
 from ..support.seeded_heads import load, push, seed_of
@@ -438,3 +442,23 @@ def test_offline_after_download(client, home, monkeypatch):
         load("org/never-loaded")
     with pytest.raises(ConnectionError, match=r"repo_id: 'org/offline'.*HF_HUB_OFFLINE"):
         push(1, "org/offline")
+
+
+def test_every_vocabulary_that_transformers_knows_is_published_with_the_adapter():
+    known: set[str] = set()
+    for classes in TOKENIZER_MAPPING_NAMES.values():
+        for name in [classes] if isinstance(classes, str) else filter(None, classes or ()):
+            with suppress(ImportError):  # of a package that is not installed
+                found = getattr(getattr(transformers, name, None), "vocab_files_names", {})
+                known |= {file for file in found.values() if isinstance(file, str)}
+    assert {"tokenizer.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "merges.txt"} <= known
+    elsewhere = {
+        "entity_vocab.json",
+        "emoji.json",
+        "byte_maps.json",
+        "spm_char.model",
+        "normalizer.json",
+        "vocab-src.json",
+    }
+    elsewhere |= {"vocab-tgt.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer"}
+    assert known - elsewhere <= set(TOKENIZER_FILES)  # elsewhere: of models that are no causal language models
