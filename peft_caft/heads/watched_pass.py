@@ -146,7 +146,9 @@ class _PassedOver(nn.Module):
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Inside the block ``module`` is in evaluation mode, so that no dropout draws anything."""
-    training = [part for part in module.modules() if part.training]
+    # Linear4bit (bitsandbytes 0.50.2) would pack its weight in an evaluation on a CPU, and training
+    # after it would read that wrongly.
+    training = [p for p in module.modules() if p.training and not hasattr(p, "support_avx512bf16_for_cpu")]
     try:
         for part in training:
             part.training = False
