@@ -197,6 +197,47 @@ def test_killed_run_is_taken_up_and_ends_as_an_unbroken_one(command, files, tmp_
     assert all(torch.equal(resumed[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
+def test_what_is_said_not_to_matter_changes_no_weight_and_an_evaluation_does(files, tmp_path):
+    """With dropout, since whatever draws a random number changes the masks after it."""
+    common = ["--model", files["model"], "--data", files["data"], "--heads", files["heads"], "--lora-dropout", "0.3"]
+    held_out = ["--eval-data", files["data"], "--eval-rows", "8", "--eval_strategy", "steps", "--eval_steps", "2"]
+    weights = {}
+    for name, options in {
+        "as it is": [],
+        "saves": ["--save_steps", "1", "--save_total_limit", "1"],
+        "no saves": ["--save_strategy", "no"],
+        "logs": ["--logging_nan_inf_filter", "false", "--logging_first_step", "true", "--log_level", "info"],
+        "workers": ["--dataloader_num_workers", "2", "--dataloader_prefetch_factor", "1"],
+        "memory": ["--torch_empty_cache_steps", "1", "--skip_memory_metrics", "false"],
+        "counts": ["--include_num_input_tokens_seen", "true"],
+        "evaluations": held_out,
+    }.items():
+        output = tmp_path / name
+        peft_caft("train", *common, "--output", str(output), "--max_steps", "6", *SMALL, *options)
+        weights[name] = load_file(output / "adapter_model.safetensors")
+    expected = weights.pop("as it is")
+    for name, found in weights.items():
+        same = all(torch.equal(found[key], expected[key]) for key in expected)
+        assert same == (name != "evaluations"), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "caft", "caft_full"])
+def test_best_checkpoint_is_what_is_written_where_it_is_asked_for(method, files, tmp_path):
+    heads = [] if method == "lora" else ["--heads", files["heads"]]
+    options = ["--eval-data", files["data"], "--eval-rows", "8", "--eval_strategy", "steps", "--eval_steps", "1"]
+    peft_caft(
+        *("train", "--method", method, "--model", files["model"], "--data", files["data"], *heads, *options),
+        *("--output", str(tmp_path / "out"), "--max_steps", "3", "--learning_rate", "100", "--warmup_steps", "8"),
+        *("--load_best_model_at_end", "true", "--save_steps", "1", *SMALL),
+    )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    losses = [entry["eval_loss"] for entry in summary["log_history"] if "eval_loss" in entry]
+    assert min(losses[1:-1]) < losses[-2] - 0.1  # the last step was far from the best
+    assert summary["eval_loss_after"] == pytest.approx(min(losses[1:]), rel=1e-4)
+
+
 def test_finished_run_is_not_overwritten_by_accident(files):
     output = peft_caft(
         "train-heads", "--model", files["model"], "--data", files["data"], "--output", files["heads"], expect=1
