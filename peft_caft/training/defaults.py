@@ -84,6 +84,7 @@ SET_BY_EARLY_STOPPING = (
 )
 # Fields that a stage has no use for.
 UNUSED_1 = {
+    **_each("label_smoothing_factor", "heads learn from whole labels"),
     **_each("neftune_noise_alpha", "heads learn from the hidden states of the text as it is"),
     **_each(
         "activation_checkpointing gradient_checkpointing use_liger_kernel",

@@ -54,7 +54,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     args.output_dir = str(folder.checkpoints)
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every head takes part in every batch
-    require_honoured(args, settings.set_by_command | settings.unused_arguments)
+    require_honoured(args, settings.unused_arguments)
     _prepare_evaluation(settings, args)
     sharded = sharding_requested(args, settings.cache)
     train_files, eval_files = read_files(settings.data, settings.eval_data, settings.max_rows, settings.eval_rows)
