@@ -51,7 +51,9 @@ def load_config(source: str, field: str = "model") -> Any:
 def load_tokenizer(source: str, field: str = "model", **kwargs: Any) -> Any:
     """The tokenizer of a model, folder or Hub id; ``kwargs`` are those of ``AutoTokenizer``."""
     with readable(field, source, "a tokenizer"):
-        return AutoTokenizer.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        tokenizer("a")  # which reads settings that loading does not
+        return tokenizer
 
 
 def load_causal_lm(source: str, field: str = "model", **kwargs: Any) -> Any:

@@ -70,7 +70,7 @@ class ObjectiveConfig:
 
     def require_valid_objective(self) -> None:
         """Raise a ValueError that names the first of these fields that is out of range."""
-        if self.heads is not None:
+        if isinstance(self.heads, os.PathLike):
             self.heads = os.fspath(self.heads)  # JSON has no Path
         require_choices(self, ObjectiveConfig)
         require_at_least_one(

@@ -3,14 +3,18 @@
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..basics.checkpoints import readable
 from ..basics.parts import Parts
+from ..basics.reading import is_file
 from .chats import rendered
 
 Request = TypeVar("Request")
@@ -114,10 +118,13 @@ def context_length(config: PreTrainedConfig) -> float:
 
 def stop_tokens_of(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`stop_token_ids` of a model, folder or Hub id."""
-    try:
-        generation_config = GenerationConfig.from_pretrained(model)
-    except OSError:  # a model need not have one
-        generation_config = None
+    generation_config = None
+    if not Path(model).is_dir():
+        with suppress(OSError):  # a model need not have one
+            generation_config = GenerationConfig.from_pretrained(model)
+    elif is_file(Path(model, "generation_config.json")):
+        with readable("model", model, "a generation configuration"):
+            generation_config = GenerationConfig.from_pretrained(model)
     return stop_token_ids(tokenizer, generation_config)
 
 
@@ -138,6 +145,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
         ids = tokenizer(after, add_special_tokens=False)["input_ids"]
         stops |= {next((i for i in ids if i in specials), None)}
     stops.discard(None)
+    if wrong := [stop for stop in stops if type(stop) is not int]:
+        raise ValueError(f"eos_token_id: got {wrong[0]!r} in generation_config.json, expected numbers of tokens.")
     if not stops:
         raise ValueError("eos_token: got None from tokenizer and generation_config.json, expected an end of text.")
     return sorted(stops)

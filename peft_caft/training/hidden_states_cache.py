@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..basics.files import write_text
 from ..basics.provenance import weights_digest
-from ..basics.reading import json_or_none
+from ..basics.reading import is_file, json_or_none
 from ..basics.run_folder import first_difference
 from ..heads.backbone import Backbone
 from ..heads.config import fingerprint
@@ -149,7 +149,7 @@ def _prepare(folder: Path, identity: dict[str, Any], size: int, batches: int) ->
             raise ValueError(
                 f"cache: {folder} holds hidden states of something else; {different}. Choose another folder, or remove this one."
             )
-        if all(p.is_file() and p.stat().st_size == n for p, n in ((states_path, size), (done_path, batches))):
+        if all(is_file(p) and p.stat().st_size == n for p, n in ((states_path, size), (done_path, batches))):
             return
     folder.mkdir(parents=True, exist_ok=True)
     recorded_path.unlink(missing_ok=True)

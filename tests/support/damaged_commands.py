@@ -471,7 +471,10 @@ class Workshop:
         before = inventory(self.folder)
         try:
             outcome = attempt(lambda: command.run(self.folder))
-            left = sorted(name for name in inventory(self.folder) ^ before if not name.startswith("runs/"))
+            # What an interrupted run leaves is no artifact.
+            run = ("runs/", "fresh/.lock", "fresh/run.json", "fresh/checkpoints")
+            left = sorted(name for name in inventory(self.folder) ^ before if not name.startswith(run))
+            left = [] if left == ["fresh"] else left
             if outcome.kind == "refused" and left:
                 outcome = Outcome("failed", f"left behind {left} after: {outcome.text}")
             if outcome.kind == "done" and outcome.result != expected:
