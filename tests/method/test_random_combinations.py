@@ -67,8 +67,8 @@ class Mismatch(AssertionError):
 def outcome(case: Case, folder: Path) -> str:
     """Train a case: equal, or refused and by which name; else a `Mismatch` or the package's error is raised."""
     expected = [*([refusal_of(case)] if case.spoiled else []), *may_be_refused(case)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         try:
             model = CombinedModel(case, folder)
             got = model.step()
@@ -81,7 +81,20 @@ def outcome(case: Case, folder: Path) -> str:
         if case.spoiled:
             raise Mismatch(f"trained with {case.spoiled}, expected a refusal that names {expected[0]!r}")
         require_equal(case, got, model.reference_step())
+    require_warnings(case, model, [str(warning.message) for warning in warned])
     return "equal"
+
+
+def require_warnings(case: Case, model: CombinedModel, messages: list[str]) -> None:
+    """Each where it is true, and only there."""
+    if case.method == "lora" and case.precision == "fp32" and case.adapters == "one":
+        changed = {message.split(":")[0] for message in messages if "an adapter changes it" in message}
+        if changed != model.changed_parts():
+            raise Mismatch(f"warned of {changed}, expected {model.changed_parts()}")
+    nothing = any("trains nothing" in message for message in messages)
+    # Where embeddings are made to have a gradient, so has what the heads read.
+    if not case.checkpointing and nothing != (case.beta > 0 and not model.heads_train):
+        raise Mismatch(f"warned that heads train nothing: {nothing}, expected {not nothing}")
 
 
 def refusal_of(case: Case) -> str:

@@ -222,6 +222,23 @@ class CombinedModel:
                     self._forward(others[0], micro_batches, 5)
                 hook.remove()
 
+    def changed_parts(self) -> set[str]:
+        """Names of norm and lm_head, of those where the adapted model computes something else than heads do."""
+        seen: list[Tensor] = []
+        last = self.base.get_submodule(self.parts.layers)[-1]
+        hook = last.register_forward_hook(lambda m, a, out: seen.append(out if isinstance(out, Tensor) else out[0]))
+        with torch.no_grad():
+            inputs = {"use_cache": False} | batches(self.case)[0].inputs
+            outputs = self.base(**inputs, output_hidden_states=True)
+            states = outputs.hidden_states[-1]
+            pairs = {
+                NAMES.get(self.case.architecture, LLAMA_NAMES)[1]: (self.parts.norm(seen[0]), states),
+                "lm_head": (self.parts.after(self.parts.lm_head(states)), outputs.logits),
+            }
+        hook.remove()
+        differ = {name for name, (own, of_model) in pairs.items() if (own - of_model).norm() > 1e-4 * own.norm()}
+        return {name.split(".")[-1] for name in differ}
+
     def _router_loss(self, batch: Batch) -> Tensor | float:
         """What a mixture of experts adds to its loss."""
         if not self.case.router_loss:
@@ -296,6 +313,7 @@ class CombinedModel:
                     self.base, self.heads, case.head_input, self.parts, self.final_norm, **batch.inputs
                 )  # fmt: skip
                 own, *of_heads = cross_entropies(logits, batch.labels, mask)
+            self.heads_train = any(one.requires_grad for one in of_heads)
             loss = value = own / divisor
             if own_targets or case.counted or case.loss == "sft":  # where plain LoRA's loss is NaN, CAFT's is 0
                 loss = value = value + self._router_loss(batch)
