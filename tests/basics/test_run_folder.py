@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,35 @@ def test_checkpoint_whose_random_states_are_not_all_whole_is_passed_over(tmp_pat
     assert last_whole_checkpoint(tmp_path, random_states(2)) == tmp_path / "checkpoint-4"
     last.unlink()
     assert last_whole_checkpoint(tmp_path, random_states(2)) == tmp_path / "checkpoint-4"
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(flipped, id="a flipped bit"),
+        pytest.param(Path.unlink, id="missing"),
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: (path.unlink(), os.mkfifo(path)), id="a pipe"),
+        pytest.param(lambda path: (path.unlink(), path.symlink_to(path.name)), id="a link to itself"),
+    ],
+)
+def test_checkpoint_with_a_damaged_optimizer_is_passed_over_and_removed(spoil, tmp_path):
+    """Trainer would go on without an optimizer, or with the values that it finds."""
+    folder = RunFolder(tmp_path)
+    needed = (*random_states(1), "optimizer.pt")
+    for step in (4, 5):
+        checkpoint = folder.checkpoints / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
+        for name in needed:
+            torch.save({"exp_avg": torch.ones(1000)}, checkpoint / name)
+    assert folder.begin({}, checkpoint_files=needed) == folder.checkpoints / "checkpoint-5"
+    spoil(folder.checkpoints / "checkpoint-5" / "optimizer.pt")
+    assert folder.begin({}, checkpoint_files=needed) == folder.checkpoints / "checkpoint-4"
+    assert not (folder.checkpoints / "checkpoint-5").exists()  # what it holds would be in the way of the next save
