@@ -115,11 +115,13 @@ def probe(model: PreTrainedModel, stack: LayerStack, lm_head: nn.Module, unembed
     if "ramp" not in seen:  # the model multiplies with the weight itself
         _require_equal(model, "logits", unembedding.changed(plain), logits)
         return Probe(norm_name, unembedding.scale, unembedding.softcap, layer_replays)
-    _require_equal(model, "lm_head", plain, seen["linear"])
+    # The factor may come before the lm_head, on the hidden states (MiniCPM3).
+    before = next((f for f in (1.0, unembedding.scale) if _equal(plain * f, seen["linear"])), 1.0)
+    _require_equal(model, "lm_head", plain * before, seen["linear"])
     scale, softcap = _factor_and_cap(seen["ramp"], logits[0, -1], unembedding)
     expected = replace(unembedding, scale=scale, softcap=softcap).changed(seen["ramp"].expand_as(logits))
     _require_equal(model, "logits", expected, logits)
-    return Probe(norm_name, scale, softcap, layer_replays)
+    return Probe(norm_name, before * scale, softcap, layer_replays)
 
 
 def _factor_and_cap(ramp: Tensor, logits: Tensor, expected: Unembedding) -> tuple[float, float | None]:

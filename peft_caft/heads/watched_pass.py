@@ -90,8 +90,8 @@ class LayerStack:
             if labels is not None and labels.shape != last_hidden_state.shape[:2]:
                 raise ValueError(
                     f"labels: got shape {tuple(labels.shape)}, expected {tuple(last_hidden_state.shape[:2])}, one label for each "
-                    "position of the last hidden state. Give a label to each token, -100 where there is none; a model that adds "
-                    "positions by itself, such as those of an image, is not supported."
+                    f"position of the last hidden state of {type(module).__name__}. Give a label to each token, -100 where there is "
+                    "none; a model that adds positions by itself, such as those of an image, is not supported."
                 )
             records.append(Captured(seen["hidden"], last_hidden_state, seen["output"], seen["args"], seen["kwargs"]))
             seen.clear()

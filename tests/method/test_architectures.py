@@ -1,4 +1,4 @@
-"""Every architecture of README's table: losses and gradients, no future leak, merge, and files, for both kinds of heads."""
+"""Every architecture of the first table in docs/architectures.md: losses and gradients, no future leak, merge, and files, for both kinds of heads."""
 
 from __future__ import annotations
 
@@ -199,17 +199,17 @@ def test_files_and_merged_model_are_those_of_lora(model, architecture, tmp_path)
     assert merged.state_dict().keys() == names
 
 
-def readme_table() -> dict[str, list[str]]:
+def page_table() -> dict[str, list[str]]:
     """Architecture -> attention, residual heads, decoder-layer heads, no logits in training, queries of supervised tokens alone."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (table,) = re.findall(r"<!-- architectures -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- architectures -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     return {name: cells for name, *cells in rows}
 
 
 @every_cell(head_types=("decoder_layer",))
-def test_readme_says_what_training_computes(model, architecture, attention):
-    logits, queries = readme_table()[architecture][3:]
+def test_the_page_says_what_training_computes(model, architecture, attention):
+    logits, queries = page_table()[architecture][3:]
     output = model.train()(input_ids=tokens(), labels=labels())
     assert logits == ("yes" if isinstance(output.logits, LogitsLeftOut) else "computed")
     assert queries in ("yes", "all tokens", *attentions_of(architecture))
@@ -217,10 +217,10 @@ def test_readme_says_what_training_computes(model, architecture, attention):
     assert bool(alone) == (queries in ("yes", attention))
 
 
-def test_readme_has_every_architecture_and_attention():
+def test_the_page_has_every_architecture_and_attention():
     """Both kinds of heads are tested above."""
     expected = {
         name: ["none" if "Mamba" in name else ", ".join(attentions_of(name)), "yes", "yes"] for name in ARCHITECTURES
     }
-    assert {name: cells[:3] for name, cells in readme_table().items()} == expected
-    assert list(readme_table()) == list(ARCHITECTURES)
+    assert {name: cells[:3] for name, cells in page_table().items()} == expected
+    assert list(page_table()) == list(ARCHITECTURES)

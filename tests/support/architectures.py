@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures in README's table, two layers each, made from configurations."""
+"""Tiny random models of the architectures in the first table of docs/architectures.md, two layers each, made from configurations."""
 
 from __future__ import annotations
 
