@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..basics.contents import contents_of
 from ..basics.files import write_jsonl, write_text
 from ..basics.provenance import listed, provenance
 from ..basics.reading import read_json
@@ -62,7 +63,9 @@ def demo(output_dir: Path, smoke: bool = False, seed: int = 0, overwrite: bool =
     _require_demo_extra()
     if overwrite:
         shutil.rmtree(output_dir, ignore_errors=True)
-    folder, settings = RunFolder(output_dir), {"smoke": smoke, "seed": seed}
+    heads = published_heads()
+    settings = {"smoke": smoke, "seed": seed} | contents_of("published_heads", str(heads) if heads else None)
+    folder = RunFolder(output_dir)
     if folder.result_of(settings) is not None:
         print(f"Already made; --overwrite makes it anew.\n\n{(output_dir / 'report.md').read_text(encoding='utf-8')}")
         return
