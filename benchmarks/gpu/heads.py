@@ -55,7 +55,7 @@ def main() -> None:
             *(word for name in HELD_OUT for word in ("--eval-data", str(data / name))), "--eval-rows", "4" if job.smoke else "96",
             "--head-type", head_type, "--output", str(output), "--eval_strategy", "no", "--save_strategy", "no",
             "--per_device_train_batch_size", "4" if job.smoke else "64", "--warmup_steps", "2" if job.smoke else "50",
-            "--max_steps", "3" if job.smoke else str(options.steps), "--logging_steps", "50",
+            "--max_steps", "3" if job.smoke else str(options.steps), "--logging_steps", "50", "--max-length", "128" if job.smoke else "512",
         )  # fmt: skip
         for evaluation in json.loads((output / "config.json").read_text())["training"]["evaluations"]:
             job.write(kind="evaluation", head_type=head_type, **evaluation)
