@@ -61,7 +61,7 @@ def score_tokens(
 def _is_plain(backbone: Backbone) -> bool:
     """Whether only norm and lm_head follow the layers."""
     try:
-        backbone.ready()
+        backbone.probed()
     except TypeError:
         return False
     return True

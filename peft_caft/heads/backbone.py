@@ -131,25 +131,26 @@ class Backbone(LayerStack):
 
     @contextmanager
     def capture(self, labels: Tensor | None = None) -> Iterator[list[Captured]]:
-        """`LayerStack.capture`, of a model that was probed."""
-        self.ready()
+        """`LayerStack.capture`, by the parts that the model has now.
+
+        Some may have been replaced since the last pass, as by ``resize_token_embeddings``.
+        """
+        found = Backbone.of(self.model)
+        if any(getattr(found, name) is not getattr(self, name) for name in ("trunk", "layers", "lm_head")):
+            vars(self).update(vars(found))
         with super().capture(labels) as records:
             yield records
 
-    def ready(self) -> None:
-        """Find the parts that were replaced, as by ``resize_token_embeddings``, and probe new ones.
+    def probed(self) -> Probe:
+        """What a pass over a few tokens has shown of these parts.
+
+        Norm and unembedding cannot be used without it. It comes after the first captured pass, not
+        before: there a hook on the model (`FullFineTuning`) may run before FSDP2 has gathered it.
 
         Raises:
             TypeError: if the model does something between its last layer and its logits that this
                 class does not know.
         """
-        found = Backbone.of(self.model)
-        if any(getattr(found, name) is not getattr(self, name) for name in ("trunk", "layers", "lm_head")):
-            vars(self).update(vars(found))
-        self.probed()
-
-    def probed(self) -> Probe:
-        """What a pass over a few tokens has shown of these parts; a TypeError as `ready`."""
         if self._probe is None:
             config = self.model.config.get_text_config()
             scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)

@@ -41,12 +41,15 @@ class Probe:
         norm_name: name of the final norm within the trunk; None if there is none.
         scale: factor on the logits.
         softcap: c of ``c * tanh(logits / c)``, or None.
+        as_configured: whether factor and soft cap are those of the configuration; if not, the model
+            may compute its loss from other logits.
         layer_replays: whether the last layer gives the same if it is called again.
     """
 
     norm_name: str | None
     scale: float
     softcap: float | None
+    as_configured: bool
     layer_replays: bool
 
 
@@ -114,14 +117,15 @@ def probe(model: PreTrainedModel, stack: LayerStack, lm_head: nn.Module, unembed
     plain = torch.nn.functional.linear(states, unembedding.weight, unembedding.bias)
     if "ramp" not in seen:  # the model multiplies with the weight itself
         _require_equal(model, "logits", unembedding.changed(plain), logits)
-        return Probe(norm_name, unembedding.scale, unembedding.softcap, layer_replays)
+        return Probe(norm_name, unembedding.scale, unembedding.softcap, True, layer_replays)
     # The factor may come before the lm_head, on the hidden states (MiniCPM3).
     before = next((f for f in (1.0, unembedding.scale) if _equal(plain * f, seen["linear"])), 1.0)
     _require_equal(model, "lm_head", plain * before, seen["linear"])
     scale, softcap = _factor_and_cap(seen["ramp"], logits[0, -1], unembedding)
     expected = replace(unembedding, scale=scale, softcap=softcap).changed(seen["ramp"].expand_as(logits))
     _require_equal(model, "logits", expected, logits)
-    return Probe(norm_name, before * scale, softcap, layer_replays)
+    as_configured = (before * scale, softcap) == (unembedding.scale, unembedding.softcap)
+    return Probe(norm_name, before * scale, softcap, as_configured, layer_replays)
 
 
 def _factor_and_cap(ramp: Tensor, logits: Tensor, expected: Unembedding) -> tuple[float, float | None]:

@@ -68,7 +68,8 @@ class LayerStack:
         def before_last_layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if "hidden" in seen:
                 raise TypeError(
-                    "model: its last layer runs more than once in a pass, expected once. CAFT does not support it."
+                    f"model: the last layer of {type(self.trunk).__name__} runs more than once in a pass, expected once. CAFT does "
+                    "not support it."
                 )
             kwargs = {n: v for n, v in kwargs.items() if n not in DROPPED_ARGUMENTS and not isinstance(v, Cache)}
             seen["hidden"] = args[0] if args else kwargs.pop("hidden_states")

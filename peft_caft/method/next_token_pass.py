@@ -90,7 +90,8 @@ def next_token_pass(
             outputs = yield _without_logits(kwargs)
         if backbone.logits_needed is None:
             # A model that does not understand these arguments takes the mean over no tokens: NaN.
-            backbone.logits_needed = outputs.loss is None or not bool(torch.isfinite(outputs.loss.detach()))
+            understood = outputs.loss is not None and bool(torch.isfinite(outputs.loss.detach()))
+            backbone.logits_needed = not (understood and backbone.probed().as_configured)
         if not backbone.logits_needed:
             divisor, loss = _mean_loss(backbone, records[-1], kwargs, supervised)
             loss = loss + outputs.loss.to(loss.device) * float(has_mean)

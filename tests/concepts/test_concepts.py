@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from peft_caft.concepts.alignment import AlignedRow, align
 from peft_caft.concepts.concepts import _adapted, _tokenizer
@@ -74,13 +74,20 @@ def naive(model, row: AlignedRow) -> tuple[list[float], list[bool]]:
     return losses, hits
 
 
-@pytest.mark.parametrize("changed", ["", "doubled logits", "adapter", "trained lm_head"])
+class ShiftedLogits(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits + torch.linspace(-2, 2, outputs.logits.shape[-1])
+        return outputs
+
+
+@pytest.mark.parametrize("changed", ["", "shifted logits", "adapter", "trained lm_head"])
 def test_scores_are_those_of_full_logits(changed, rows):
     """Also of models that do more after their norm than the chunks know, which are scored by their own logits."""
     model = tiny_llama().eval()
+    if changed == "shifted logits":
+        model.__class__ = ShiftedLogits
     torch.manual_seed(0)
-    if changed == "doubled logits":
-        model.register_forward_hook(lambda module, args, output: output.__setitem__("logits", output.logits * 2))
     if changed in ("adapter", "trained lm_head"):
         targets = ["q_proj", "down_proj"] + ["lm_head"] * (changed == "trained lm_head")
         model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from peft_caft import CAFTConfig
+from peft_caft import AuxiliaryHeads, CAFTConfig
 
 from ..reference import all_logits, reference_loss
 from ..support.tiny_models import ARCHITECTURES, CONFIGS, LLAMA_LIKE, VOCABULARY, tiny_model, tokens
@@ -304,11 +304,33 @@ class DoubledLogits(LlamaForCausalLM):
         return outputs
 
 
+def test_subclass_that_doubles_its_logits_keeps_its_own_loss():
+    """That is of the logits before; the heads' logits are doubled as the model's are."""
+    torch.manual_seed(0)
+    base = DoubledLogits(CONFIGS["llama"]())
+    own = base(input_ids=tokens(), labels=tokens())
+    (untrained,) = AuxiliaryHeads.from_base_model(base, 1).logits(base, tokens())  # a copy of the last layer
+    torch.testing.assert_close(untrained, own.logits)
+    config = CAFTConfig(aux_loss_schedule="constant", aux_loss_weight=0.5)
+    model = get_peft_model(base, config).train()
+    for _ in range(2):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        auxiliary = 0.5 * model.base_model.read_metrics()["aux_loss"]
+        assert float(loss) - auxiliary == pytest.approx(float(own.loss), rel=1e-5)
+
+
+class ShiftedLogits(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits + torch.arange(VOCABULARY)
+        return outputs
+
+
 def test_subclass_that_changes_its_logits_is_refused_by_name_again_and_again():
     """Running the cell of a notebook again must not train."""
-    model = get_peft_model(DoubledLogits(CONFIGS["llama"]()), CAFTConfig(aux_loss_schedule="constant")).train()
+    model = get_peft_model(ShiftedLogits(CONFIGS["llama"]()), CAFTConfig(aux_loss_schedule="constant")).train()
     for _ in range(2):
-        with pytest.raises(TypeError, match="DoubledLogits does more between its last layer and its logits"):
+        with pytest.raises(TypeError, match="ShiftedLogits does more between its last layer and its logits"):
             model(input_ids=tokens(), labels=tokens())
 
 
