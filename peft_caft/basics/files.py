@@ -1,6 +1,7 @@
 """Files written whole or not at all, by one writer; their hashes; the cache folder."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,16 +44,22 @@ def writable(target: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path, which is renamed to ``path`` on success and removed on error."""
+    """Yield a temporary path, which is renamed to ``path`` on success and removed on error.
+
+    What a killed process left of writing the same file is removed.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     with writable(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         try:
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            temporary.touch()
+            with _in_use(temporary):
+                yield temporary
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -84,9 +91,50 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
         made.rename(target)
 
 
-def _scratch(target: Path) -> tempfile.TemporaryDirectory:
+@contextmanager
+def _scratch(target: Path) -> Iterator[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True)
+    _remove_abandoned(target)
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent, ignore_cleanup_errors=True
+        ) as scratch,
+        _in_use(Path(scratch)),
+    ):
+        yield scratch
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lock a file or folder; the lock ends with the process.
+
+    Raises:
+        OSError: if another process has locked it, or there are no locks in its file system.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _in_use(temporary: Path) -> Iterator[None]:
+    """Lock a temporary file or folder, where that is possible, so that others do not remove it."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(_locked(temporary))
+        yield
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove temporary files and folders for ``target`` that killed processes left."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
+        with suppress(OSError), _locked(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -41,6 +41,10 @@ class RunFolder:
     def summary_path(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def _lock_path(self) -> Path:
+        return self.path / ".lock"
+
     @contextmanager
     def held(self, wait: bool = False) -> Iterator[None]:
         """Keep other processes out of the folder inside the block, and explain a full disk.
@@ -51,11 +55,20 @@ class RunFolder:
         """
         with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        path = self.path / ".lock"
-        with full_disk_explained(self.path, "Checkpoints that were finished are"), open(path, "ab") as file:
+        kept = "Checkpoints that were finished are"
+        with full_disk_explained(self.path, kept), open(self._lock_path, "ab") as file:
             lock(file, self.path, wait)
             yield
-            path.unlink(missing_ok=True)
+            self._lock_path.unlink(missing_ok=True)
+
+    def is_finished(self) -> bool:
+        """Whether it holds a finished run; what a kill after the last step left is removed."""
+        if not self.summary_path.exists():
+            return False
+        if self.checkpoints.exists() or self._lock_path.exists():
+            with contextlib.suppress(OSError), self.held():
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+        return True
 
     def require_free(self, settings: dict[str, Any], to_come: tuple[str, ...] = ()) -> None:
         """Check that a run with these settings can start or resume here.
@@ -66,7 +79,7 @@ class RunFolder:
         Raises:
             FileExistsError: if it holds a finished run, or an interrupted one with other settings.
         """
-        if self.summary_path.exists():
+        if self.is_finished():
             raise FileExistsError(f"output: {self.path} holds a finished run. {ADVICE}")
         recorded = json_or_none(self.settings_path)
         known = {name: value for name, value in (recorded or {}).items() if name not in to_come} if recorded else None
@@ -114,7 +127,7 @@ class RunFolder:
         return found
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary, then remove checkpoints and what interrupted saves left.
+        """Write the summary, then remove the checkpoints.
 
         What TensorBoard's callback wrote among the checkpoints is kept in ``runs/``.
         """
@@ -122,8 +135,6 @@ class RunFolder:
             shutil.copytree(self.checkpoints / "runs", self.path / "runs", dirs_exist_ok=True)
         write_text(self.summary_path, json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for litter in self.path.glob(".*.tmp"):
-            litter.unlink()
 
 
 def first_difference(got: dict[str, Any], expected: dict[str, Any]) -> str | None:

@@ -76,7 +76,7 @@ class Workplace:
     def adapt(self, arm: Arm) -> None:
         """Train heads on the task's data once, for all seeds and all arms that share them."""
         output, plan = self.heads_for(arm), self.plan
-        if arm.adapt_heads is None or output is None or RunFolder(Path(output)).summary_path.exists():
+        if arm.adapt_heads is None or output is None or RunFolder(Path(output)).is_finished():
             return
         heads = arm.settings.get("heads")
         settings = HeadTrainingSettings(
@@ -120,7 +120,7 @@ class Workplace:
     def train_run(self, run: Run) -> None:
         """Fine-tune, unless it was done before."""
         settings = self.settings_of(run)
-        if RunFolder(Path(settings.output)).summary_path.exists():
+        if RunFolder(Path(settings.output)).is_finished():
             return
         self.adapt(run.arm)
         arguments = trainer_arguments(settings.output, STAGE_2, options=options_of(self.training_of(run)))

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..basics.adapters import tokenizer_of
@@ -30,6 +29,7 @@ from .arguments import identity, require_honoured, training_settings
 from .data import collator, encode, read_jsonl, require_positions, tokens_sha256
 from .engine import checkpoint_files, divides_parameters, engine_name, gather, shards_parameters
 from .loading import load_base_model, require_dtype, require_tokenizer_of
+from .resumption import ResumableTrainer
 from .settings import FineTuningSettings
 
 
@@ -168,7 +168,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         # After trainer.evaluate() accelerate would take the model for wrapped, and leave out DDP.
         args.eval_on_start = held_out is not None and resume_from is None
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        trainer = Trainer(
+        trainer = ResumableTrainer(
             model,
             args,
             train_dataset=data.rows,
@@ -179,9 +179,8 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         trained_heads = heads = objective_of(model).heads_for_training() if has_trained_heads else None
         if shards_parameters(trainer):
             heads = copy.deepcopy(heads)  # impossible once the parameters lie in several processes
-        trainer.add_callback(clock := _Clock())
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        seconds = time.perf_counter() - clock.started
+        seconds = trainer.clock.seconds
         after = trainer.evaluate()["eval_loss"] if held_out else None
         before = next((e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e), None)
         weights = _whole_state(trainer)
@@ -210,15 +209,6 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
                 heads.save_pretrained(Path(settings.output) / "trained_heads")
             folder.finish(summary)
         return summary
-
-
-class _Clock(TrainerCallback):
-    """Records when the first step begins, which is after the evaluation at the start."""
-
-    started = 0.0
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = self.started or time.perf_counter()
 
 
 def _whole_state(trainer: Trainer) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 
@@ -29,8 +29,8 @@ from ..method.loss import auxiliary_loss
 from ..method.progress import RecentLosses
 from ..method.targets import IGNORE_INDEX, Supervision
 from .engine import gather, reshard, scatter, shards_parameters
-from .epoch_order import EpochOrder
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted
+from .resumption import EpochOrder, ResumableTrainer
 from .settings import Targets
 from .soft_targets import soft_auxiliary_loss
 
@@ -135,7 +135,7 @@ class _TellStep(TrainerCallback):
         kwargs["model"].begin_step(args.seed, state.global_step, args.process_index)
 
 
-class HeadTrainer(Trainer):
+class HeadTrainer(ResumableTrainer):
     """Trainer that evaluates every head on a dict of evaluation sets, and saves the heads alone."""
 
     def __init__(self, model: HeadPretraining, args: TrainingArguments, **kwargs: Any) -> None:
@@ -226,11 +226,7 @@ class HeadTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.evaluate_before()
-        # If a run was interrupted after its last step, Trainer (5.23) would take one step more.
-        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         heads = self.trained_heads()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,9 +116,8 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         )
         if not trainer.sharded:  # otherwise the Trainer evaluates as soon as the engine can run them
             trainer.evaluate_before()
-        started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        seconds = time.perf_counter() - started
+        seconds = trainer.clock.seconds
         trainer.round_heads(dtype)
         before, after = trainer.evaluate_before(), trainer.evaluate_heads("Held-out, after training")
         trained = trainer.trained_heads().to(dtype)

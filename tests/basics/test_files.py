@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from signal import SIGKILL
+
 import pytest
 
+from peft_caft.basics import files
 from peft_caft.basics.files import filling, replacing
 
 
@@ -31,3 +36,46 @@ def test_interrupted_save_of_a_folder_leaves_every_old_file(tmp_path):
         (temporary / "weights").write_text("new")
     assert (folder / "weights").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+KILLED = """
+import os, signal, sys
+from peft_caft.basics import files
+with getattr(files, sys.argv[1])(sys.argv[2]) as temporary:
+    if sys.argv[1] == "new_folder":
+        temporary.mkdir()
+    (temporary if sys.argv[1] == "replacing" else temporary / "name").write_text("ne")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("writer", ["replacing", "filling", "new_folder"])
+def test_next_write_removes_what_killed_ones_left_and_nothing_else(writer, tmp_path):
+    target = tmp_path / "a[1].b"
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", KILLED, writer, str(target)]).returncode == -SIGKILL
+    assert not target.is_file()
+    assert len(list(tmp_path.glob(".*"))) == 1, "the second removed what the first left"
+    for name in (".a[1].b.notes.tmp", ".a1.b.12345678.tmp"):
+        (tmp_path / name).touch()
+    with getattr(files, writer)(target) as temporary:
+        if writer == "new_folder":
+            temporary.mkdir()
+        (temporary if writer == "replacing" else temporary / "name").write_text("new")
+    assert (target if writer == "replacing" else target / "name").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {target.name, ".a[1].b.notes.tmp", ".a1.b.12345678.tmp"}
+
+
+@pytest.mark.parametrize("writer", [replacing, filling])
+def test_two_that_write_the_same_at_once_both_end(writer, tmp_path):
+    target = tmp_path / "target"
+
+    def write(temporary, text: str) -> None:
+        (temporary if writer is replacing else temporary / "name").write_text(text)
+
+    with writer(target) as first:
+        write(first, "first")
+        with writer(target) as second:
+            write(second, "second")
+    assert (target if writer is replacing else target / "name").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -29,6 +29,18 @@ def interrupted(path: Path) -> RunFolder:
     return folder
 
 
+def test_finished_run_is_rid_of_what_a_kill_after_its_summary_left(tmp_path):
+    folder = interrupted(tmp_path)
+    folder.summary_path.write_text("{}")
+    with folder.held(), pytest.raises(FileExistsError, match="finished run"):  # as if another process finished it
+        folder.require_free({"seed": 1})
+    assert folder.checkpoints.exists()
+    (tmp_path / ".lock").touch()
+    with pytest.raises(FileExistsError, match="finished run"):
+        folder.require_free({"seed": 1})
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "summary.json"}
+
+
 @pytest.mark.parametrize("record", [{"seed": 1}, {"seed": 1, "record_format": 1}, []])
 def test_run_whose_record_says_too_little_is_refused_by_name(record, tmp_path):
     folder = interrupted(tmp_path)

@@ -1,0 +1,126 @@
+"""What makes a resumed run end as an unbroken one, where Trainer does not.
+
+The order of the rows depends on the seed and the epoch alone, no step is taken too many, and the
+seconds are those of all parts of the run.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ..basics.checkpoints import readable
+
+
+@dataclass(eq=False, repr=False)
+class EpochOrder(Sampler[int]):
+    """Shuffled rows; or shuffled batches of rows of about equal length, the longest batch first.
+
+    A resumed run must see the order in which it was interrupted, or it sees some rows of that epoch
+    twice and others never. transformers' length-grouped sampler draws from the global generator,
+    and accelerate tells a sampler its epoch only in a run of one process (transformers 5.23,
+    accelerate 1.15). That sampler also returns fifty batches in a row from long to short, and the
+    loss swings with them where long rows differ in kind from short ones.
+
+    Attributes:
+        lengths: length of each row in tokens; None shuffles the rows.
+        batch_size: rows per optimizer step over all processes, which have about equal length.
+        epoch: returns the current epoch, from 0.
+    """
+
+    lengths: list[int] | None
+    rows: int
+    batch_size: int
+    seed: int
+    epoch: Callable[[], int]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=generator).tolist())
+        indices = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        # The first batch holds the longest row, so that too little memory shows at once. The last
+        # one may be smaller than the others, so it stays last.
+        first, *others = (indices[i : i + self.batch_size] for i in range(0, self.rows, self.batch_size))
+        last = others.pop() if others else []
+        order = torch.randperm(len(others), generator=generator).tolist()
+        return chain(first, *(others[index] for index in order), last)
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer that takes no step after the last one, counts the seconds of all parts, and names a
+    checkpoint whose files it cannot use.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(Clock())
+
+    @property
+    def clock(self) -> "Clock":
+        """Restored callbacks are new objects, so that it is looked for."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, Clock))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs and self.clock.before:  # means and speeds of the last part alone
+            logs = {name: value for name, value in logs.items() if not name.startswith("train_")}
+        super().log(logs, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # If a run was interrupted after its last step, Trainer (5.23) would take one step more.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with readable("output", str(resume_from_checkpoint), "a checkpoint"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable("output", str(checkpoint), "a checkpoint"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable("output", str(checkpoint), "a checkpoint"):
+            super()._load_rng_state(checkpoint)
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Counts seconds from the first step on, which is after the evaluation at the start.
+
+    Checkpoints keep them. What was lost in an interruption does not count.
+
+    Attributes:
+        before: seconds up to the checkpoint from which a run was resumed.
+    """
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (0.0 if self.started is None else time.perf_counter() - self.started)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"before": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # Trainer itself restores callbacks only when told to.
+        kept = state.stateful_callbacks.get("Clock", {}) if state.global_step else {}
+        self.before, self.started = kept.get("attributes", {}).get("before", 0.0), None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = self.started or time.perf_counter()

@@ -1,0 +1,84 @@
+"""The order of training rows: every row once, in batches of about one length, the same again after an interruption.
+
+And what else a resumed run has as an unbroken one: its steps, and the seconds of all its parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from peft_caft.training.resumption import EpochOrder, ResumableTrainer
+
+from ..support.tiny_checkpoint import tiny_llama
+
+LENGTHS = [3 + (index * 37) % 101 for index in range(1003)]
+
+
+def order(epoch: int = 0, batch_size: int = 8, lengths: list[int] | None = LENGTHS, rows: int = 1003) -> list[int]:
+    return list(EpochOrder(lengths, rows, batch_size, seed=5, epoch=lambda: epoch))
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+@pytest.mark.parametrize("batch_size", [1, 8, 1003, 2000])
+def test_every_row_comes_once(lengths, batch_size):
+    assert sorted(order(batch_size=batch_size, lengths=lengths)) == list(range(1003))
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_an_epoch_has_one_order_and_every_epoch_its_own(lengths):
+    assert order(1, lengths=lengths) == order(1, lengths=lengths) != order(2, lengths=lengths)
+
+
+def test_a_batch_holds_rows_of_about_one_length_and_the_longest_come_first():
+    lengths = [LENGTHS[index] for index in order()]
+    batches = [lengths[i : i + 8] for i in range(0, 1003, 8)]
+    assert max(LENGTHS) in batches[0]
+    assert sum(max(b) - min(b) for b in batches[1:-1]) / len(batches) < 10  # of a range of a hundred
+
+
+def test_batches_do_not_run_from_long_to_short():
+    means = [sum(LENGTHS[i] for i in order()[start : start + 8]) for start in range(0, 1000, 8)]
+    falls = sum(after < before for before, after in itertools.pairwise(means))
+    assert 0.35 < falls / (len(means) - 2) < 0.65
+
+
+def trained(folder, resume_from=None, **changes) -> ResumableTrainer:
+    args = {"save_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True, **changes}
+    ids = torch.arange(2, 10).tolist()
+    trainer = ResumableTrainer(
+        tiny_llama(), TrainingArguments(folder, **args), train_dataset=[{"input_ids": ids, "labels": ids}] * 40
+    )
+    trainer.train(resume_from_checkpoint=resume_from)
+    return trainer
+
+
+@pytest.mark.parametrize("arguments", [{"max_steps": 3}, {"max_steps": 7}, {"num_train_epochs": 1}])
+def test_run_interrupted_after_its_last_step_takes_no_further_one(arguments, tmp_path):
+    """Of five steps in an epoch."""
+    unbroken = trained(tmp_path, **arguments)
+    steps = unbroken.state.max_steps
+    resumed = trained(tmp_path, str(tmp_path / f"checkpoint-{steps}"), **arguments)
+    assert resumed.state.global_step == steps
+    expected = unbroken.model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.state_dict().items())
+    assert not (tmp_path / f"checkpoint-{steps + 1}").exists()
+
+
+def test_resumed_run_counts_the_seconds_of_all_parts_and_leaves_out_means_over_one(tmp_path):
+    unbroken = trained(tmp_path, max_steps=3)
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    kept = json.loads(state.read_text())
+    clock = kept["stateful_callbacks"]["Clock"]["attributes"]
+    assert 0 < clock["before"] < unbroken.clock.seconds
+    clock["before"] = 1000.0
+    state.write_text(json.dumps(kept))
+    resumed = trained(tmp_path, str(state.parent), max_steps=3)
+    assert 1000 < resumed.clock.seconds < 1100
+    assert {"train_loss", "train_runtime"} <= unbroken.state.log_history[-1].keys()
+    assert resumed.state.log_history[-1].keys() == {"step", "epoch", "total_flos"}
+    assert trained(tmp_path, max_steps=3).clock.seconds < 100  # a run that begins anew
