@@ -49,6 +49,7 @@ OBJECTIVE = {
     "aux_loss_decay": 1.0,
     "aux_loss_schedule": "constant",
 }
+LAYERS_OF = {"BltForCausalLM": "model.local_decoder.layers"}  # one of five lists
 Head = Callable[[Tensor, tuple, dict[str, Any]], Tensor]  # the last layer's input and its further arguments -> states
 
 
@@ -118,6 +119,8 @@ def labels_of(given: dict[str, Tensor]) -> Tensor:
 
 def text_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers: the first list of their number in the text model, which is searched level by level."""
+    if type(model).__name__ in LAYERS_OF:
+        return model.get_submodule(LAYERS_OF[type(model).__name__])
     config = model.config.get_text_config(decoder=True)
     counts = {getattr(config, name, None) for name in ("num_hidden_layers", "num_layers", "num_layers_per_stack")}
     queue = [_text_model(model)]
