@@ -10,7 +10,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..basics.adapters import tokenizer_of
@@ -29,7 +29,7 @@ from .arguments import identity, require_honoured, training_settings
 from .data import collator, encode, read_jsonl, require_positions, tokens_sha256
 from .engine import checkpoint_files, divides_parameters, engine_name, gather, shards_parameters
 from .loading import load_base_model, require_dtype, require_tokenizer_of
-from .resumption import ResumableTrainer
+from .resumption import ResumableTrainer as Trainer
 from .settings import FineTuningSettings
 
 
@@ -168,7 +168,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         # After trainer.evaluate() accelerate would take the model for wrapped, and leave out DDP.
         args.eval_on_start = held_out is not None and resume_from is None
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        trainer = ResumableTrainer(
+        trainer = Trainer(
             model,
             args,
             train_dataset=data.rows,
