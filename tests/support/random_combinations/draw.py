@@ -83,7 +83,7 @@ def draw(seed: int) -> Case:
         values["freeze_unembedding"] = d.chance("freeze_unembedding", 0.3)
         values["frozen_base"] = d.one("frozen_base", {"": 4, "embeddings": 1, "norms": 1, "biases": 1})
     else:
-        values["adapters"] = d.one("adapters", {"one": 8, "second inactive": 1, "second active": 1})
+        values["adapters"] = d.one("adapters", {"one": 6, "second inactive": 1, "second active": 2})
         values["peft"] = lora_fields(d, architecture, layers)
         values["unfrozen_base"] = d.one("unfrozen_base", {"": 9, "final norm": 1, "lm_head": 1, "last layer": 1})
     if d.chance("spoiled", 0.08):

@@ -98,7 +98,7 @@ class CombinedModel:
         case = self.case
         if "inference_mode" in spoiled:
             return
-        for name, parameter in self.objective.heads_for_training().named_parameters():
+        for name, parameter in self.trained_heads.named_parameters():
             trained = case.train_heads == "full" or (case.train_heads == "lora" and "lora_" in name)
             assert parameter.requires_grad == trained, name
         in_files = [p for head in self.heads_in_files for p in head.parameters()]
@@ -140,8 +140,15 @@ class CombinedModel:
                 parameter.data += (0.1 if "lora_" in name or heads else 0.03) * noise.to(parameter.dtype)
 
     @property
+    def trained_heads(self) -> AuxiliaryHeads:
+        """Those of the adapter that trains."""
+        if self.case.method == "full":
+            return self.objective.auxiliary_heads
+        return self.objective.auxiliary_heads["second" if self.case.adapters == "second active" else "default"]
+
+    @property
     def heads(self) -> list[nn.Sequential]:
-        return list(self.objective.heads_for_training().heads)
+        return list(self.trained_heads.heads)
 
 
 def _base_model(case: Case) -> PreTrainedModel:

@@ -26,6 +26,8 @@ def may_be_refused(case: Case) -> list[str]:
         patterns.append("target_modules")
     if "trainable_token_indices" in peft:  # beside modules_to_save or LoRA for the same embedding
         patterns += ["trainable_token_indices", "TrainableTokensLayer"]
+    if set(peft.get("modules_to_save", [])) & set(peft.get("target_modules", [])):
+        patterns.append("ModulesToSaveWrapper")
     if case.architecture == "Qwen3-Next" and case.layout in ("packed, cu_seq_lens", "packed, seq_idx"):
         patterns.append("packed sequences")  # without flash-linear-attention
     if case.architecture in MIXTURES:

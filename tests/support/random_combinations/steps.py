@@ -78,7 +78,7 @@ class Step:
         if case.inspected:
             for batch in all_batches:
                 with _autocast(case):
-                    self.logits += self.objective.heads_for_training().logits(self.model, **_without_cache(batch))
+                    self.logits += self.of.trained_heads.logits(self.model, **_without_cache(batch))
         return Trained(losses, gradients, metrics, self.logits)
 
     def _before(self, micro_batches: int) -> None:
