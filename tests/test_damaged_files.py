@@ -116,6 +116,19 @@ SLOW_REGRESSIONS = {
         copied("model/config.json", "runs/compare/runs/lora/lr-0.001/seed-1/adapter/summary.json"),
         "a record in it is not what this command wrote",
     ),
+    "rows of an evaluation that were changed": (
+        "compare, resumed",
+        bit_flipped("runs/compare/runs/lora/lr-0.001/seed-1/test/rows.jsonl", 300),
+        "rows.jsonl: not what was written, by its hash in evaluation.json",
+    ),
+    "a pipe in the place of an evaluation's rows": (
+        "compare, resumed",
+        replaced("runs/compare/runs/lora/lr-0.001/seed-1/test/rows.jsonl", os.mkfifo),
+        "rows.jsonl: expected a file",
+    ),
+    "a folder in the place of a record of data": (
+        "compare, resumed", replaced("runs/compare/data/data.json", Path.mkdir), "data.json: expected a file"
+    ),
     "nested JSON beside a model": (
         "distill (prompts, model)", written("model/generation_config.json", DEEP), "cannot be loaded as a "
     ),
@@ -180,6 +193,7 @@ REGRESSIONS = {
     "more heads than tensors": ("inspect heads", edited(HEADS, num_heads=400, weights_sha256=None), "lacks 'heads.10.0'"),
     "a rank of a billion": ("load_adapter", edited(ADAPTER, r=10**9), "r: got 1000000000 in .*, expected at most 32"),
     "an alpha that is no number": ("inspect adapter", edited(ADAPTER, lora_alpha="1e5"), "lora_alpha: got '1e5', expected"),
+    "an alpha that is nothing": ("load_adapter beside another", edited(ADAPTER, lora_alpha=None), "lora_alpha: got None"),
     "a weight that is no number": (
         "load_adapter", edited("caft-model/caft_config.json", aux_loss_weight="x"), "aux_loss_weight: got 'x', expected a number"
     ),

@@ -61,6 +61,24 @@ def require_pattern(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value!r}, expected a regular expression ({error}).") from error
 
 
+def require_fields(values: dict[str, Any], cls: type, where: str, advice: str, numbers: tuple[str, ...] = ()) -> None:
+    """Raise a ValueError that names the first value which a field of ``cls`` cannot hold.
+
+    Fields of types that no text can give are left out. None passes where it stands for false.
+
+    Args:
+        values: of some fields, as JSON or YAML has them.
+        where: place of the values, such as a path.
+        numbers: fields that take any number, whatever their annotation says.
+    """
+    for name, hint in get_type_hints(cls).items():
+        value = values.get(name)
+        if name not in values or not is_plain(hint) or (value is None and hint not in (int, float)):
+            continue
+        if not fits(value, float if name in numbers else hint):
+            raise ValueError(f"{where}: {name}: got {value!r}, expected {described(hint)}. {advice}")
+
+
 def require_decay(value: float) -> None:
     """Raise a ValueError unless ``value`` can be alpha."""
     if not 0 < value <= 1:

@@ -79,12 +79,16 @@ class Parts:
 
     def finished(self) -> Iterator[dict[str, Any]]:
         """Yield the finished batches of all processes, in no particular order."""
+        seen: set[int] = set()
         for part in self._parts():
             with open(part, "rb") as file:
                 for number, line in enumerate(file, start=1):
                     batch = json_object(line, f"{part}, line {number}", ADVICE)
-                    if batch.pop("sha256", None) != _sum_of(batch):
+                    if batch.pop("sha256", None) != self._sum_of(batch):
                         raise ValueError(f"{part}, line {number}: damaged, its sum does not agree. {ADVICE}")
+                    if batch["batch"] in seen:
+                        raise ValueError(f"{part}, line {number}: batch {batch['batch']} is there twice. {ADVICE}")
+                    seen.add(batch["batch"])
                     yield batch
 
     @contextmanager
@@ -98,7 +102,7 @@ class Parts:
             lock(file, self.output)
 
             def append(batch: dict[str, Any]) -> None:
-                file.write((json.dumps(batch | {"sha256": _sum_of(batch)}) + "\n").encode())
+                file.write((json.dumps(batch | {"sha256": self._sum_of(batch)}) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -115,6 +119,6 @@ class Parts:
     def _parts(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("part-*.jsonl") if is_file(path))
 
-
-def _sum_of(batch: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(batch).encode()).hexdigest()
+    def _sum_of(self, batch: dict[str, Any]) -> str:
+        """Hash of a batch of this output: those of another run would pass for its own."""
+        return hashlib.sha256(f"{self.output.name} {json.dumps(batch)}".encode()).hexdigest()

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
+
+from .checks import require_fields
 from .files import full_disk_explained, lock, writable, write_text
 from .provenance import git_commit, versions
 from .reading import is_file, json_or_none, read_json, require_whole_archive
@@ -153,13 +156,14 @@ def record_of(settings: dict[str, Any], earlier: dict[str, Any] | None, what: st
     """
     begun_with = {**versions(), "git_commit": git_commit()}
     if earlier is not None:
-        if different := first_difference(begun_with, earlier.get("begun_with", {})):
+        recorded = earlier.get("begun_with")
+        if different := first_difference(begun_with, recorded if isinstance(recorded, dict) else {}):
             warnings.warn(
                 f"{what}: resumed by other code than it was begun with ({different}): its result may differ from that of an unbroken "
                 "run.",
                 stacklevel=3,
             )
-        begun_with = earlier.get("begun_with", begun_with)
+        begun_with = recorded or begun_with
     return (
         json.dumps({"record_format": RECORD_FORMAT, **_as_json(settings), "begun_with": begun_with}, indent=2) + "\n"
     )
@@ -192,7 +196,7 @@ def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | 
     Every file in it can be read. Trainer would go on without an optimizer that is not there.
     """
     for checkpoint in _numbered(folder):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             for name in ("trainer_state.json", *needed, *(path.name for path in checkpoint.iterdir())):
                 _require_whole(checkpoint / name)
             return checkpoint
@@ -219,6 +223,9 @@ def _require_whole(path: Path) -> None:
     if path.suffix in (".pt", ".pth"):  # torch writes zip archives, whose directory comes last
         require_whole_archive(path, must_be=True)
     elif path.suffix == ".json":
-        read_json(path)
+        values = read_json(path)
+        if path.name == "trainer_state.json":
+            TrainerState(**values)
+            require_fields(values, TrainerState, str(path), "Remove the checkpoint.")
     elif path.suffix == ".safetensors":
         Tensors.of(path)

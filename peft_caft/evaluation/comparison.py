@@ -21,7 +21,7 @@ from ..basics.adapters import tokenizer_of
 from ..basics.contents import contents_of
 from ..basics.files import file_sha256, write_text
 from ..basics.provenance import provenance, source_name
-from ..basics.reading import read_json, understood
+from ..basics.reading import is_file, read_json, understood
 from ..basics.run_folder import RunFolder
 from ..training.data import encode, read_jsonl
 from ..training.settings import FineTuningSettings
@@ -175,7 +175,7 @@ def _carry_out(what: str, place: Workplace, runs: list[Run], split: str, work: C
 
 def _data(plan: ComparisonPlan, task: Task, output: Path) -> dict[str, Path]:
     folder = output / "data" if plan.data is None else Path(plan.data)
-    if plan.data is None and not (folder / RECORD_NAME).is_file():
+    if plan.data is None and not is_file(folder / RECORD_NAME):
         build_task(task, folder, plan.sizes)
     files = {split: folder / f"{split}.jsonl" for split in SPLITS}
     for split, path in files.items():

@@ -6,7 +6,8 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 
-from ..basics.reading import json_lines, read_json
+from ..basics.files import file_sha256
+from ..basics.reading import is_file, json_lines, read_json
 from ..basics.run_folder import RunFolder
 from ..training.arguments import trainer_arguments
 from ..training.defaults import STAGE_1, STAGE_2
@@ -187,8 +188,13 @@ def require_paired(folders: list[Path]) -> None:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``rows.jsonl`` in the folder of an evaluation."""
-    return [row for _, row in json_lines(folder / ROWS_NAME)]
+    """The lines of ``rows.jsonl`` in an evaluation's folder; a ValueError if it was changed."""
+    path, record = folder / ROWS_NAME, read_json(folder / RECORD_NAME)
+    if not is_file(path) or record.get("rows_sha256", digest := file_sha256(path)) != digest:
+        raise ValueError(
+            f"{path}: not what was written, by its hash in {RECORD_NAME}. Remove {folder} to evaluate again."
+        )
+    return [row for _, row in json_lines(path)]
 
 
 def free_memory() -> None:

@@ -99,6 +99,7 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
         results = sorted((r for batch in done for r in batch["results"]), key=lambda result: result["row"])
         write_jsonl(parts.output, results)
         record = summarise(task, rows, results) | {
+            "rows_sha256": file_sha256(parts.output),
             "generated_tokens": sum(r["generated_tokens"] for r in results),
             "seconds": round(sum(batch["seconds"] for batch in done), 1),
             "peak_memory_mib": peak_memory_mib(),

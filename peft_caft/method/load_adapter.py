@@ -8,6 +8,7 @@ from peft.utils.hotswap import check_hotswap_configs_compatible
 from torch import nn
 
 from ..basics.adapter_files import load_peft_model
+from ..basics.checkpoints import readable
 from .model import CAFTConfig
 
 
@@ -50,7 +51,8 @@ def load_adapter(
     is_new = adapter_name not in model.peft_config
     if is_new:
         config.inference_mode = not is_trainable
-        model.add_adapter(adapter_name, config)
+        with readable("adapter", source, "an adapter of the base model"):
+            model.add_adapter(adapter_name, config)
     else:
         check_hotswap_configs_compatible(model.peft_config[adapter_name].to_lora_config(), config.to_lora_config())
     try:

@@ -38,3 +38,18 @@ def test_a_folder_in_the_place_of_batches_is_refused(parts):
     (parts.folder / "part-1.jsonl").mkdir()
     with pytest.raises(ValueError, match=r"part-1\.jsonl: expected a file"):
         parts.begin({"seed": 1})
+
+
+def test_a_batch_that_is_there_twice_is_refused(parts):
+    path = parts.folder / "part-0.jsonl"
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(ValueError, match=r"line 3: batch 3 is there twice"):
+        list(parts.finished())
+
+
+def test_batches_of_another_output_are_refused(parts, tmp_path):
+    other = Parts(tmp_path / "other.jsonl")
+    other.begin({"seed": 1})
+    (other.folder / "part-0.jsonl").write_bytes((parts.folder / "part-0.jsonl").read_bytes())
+    with pytest.raises(ValueError, match=r"line 1: damaged, its sum does not agree"):
+        list(other.finished())

@@ -140,3 +140,11 @@ def test_checkpoint_with_a_damaged_optimizer_is_passed_over_and_removed(spoil, t
     spoil(folder.checkpoints / "checkpoint-5" / "optimizer.pt")
     assert folder.begin({}, checkpoint_files=needed) == folder.checkpoints / "checkpoint-4"
     assert not (folder.checkpoints / "checkpoint-5").exists()  # what it holds would be in the way of the next save
+
+
+@pytest.mark.parametrize("state", ['{"chosen": 1}', '{"global_step": "x"}', "[]", '{"epoch": [1]}'])
+def test_checkpoint_whose_state_is_another_record_is_passed_over(state, tmp_path):
+    for step, text in ((4, "{}"), (5, state)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
