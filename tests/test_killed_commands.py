@@ -229,6 +229,10 @@ def commands_on(folder: Path) -> dict[str, Killed]:
                     *evaluated,
                 ),
             ),
+            training(
+                "train, evaluated each epoch", (*train, *evaluated[:4], "--eval_strategy", "epoch", "--max-rows", "12")
+            ),
+            training("train, best model", (*train, *evaluated[:-1], "1", "--load_best_model_at_end", "true")),
             training("train-heads", stage_1),
             training("train-heads, cache", (*stage_1, "--cache", "OUT/cache"), watched=cache),
             training(
@@ -290,6 +294,7 @@ def commands_on(folder: Path) -> dict[str, Killed]:
 
 NAMES = (
     *("train, full heads", "train, heads with LoRA", "train, PiSSA", "train, whole model"),
+    *("train, evaluated each epoch", "train, best model"),
     *("train-heads", "train-heads, cache", "train-heads, early stopping", "distill", "evaluate", "compare"),
     *("train, two processes", "train-heads, cache, two processes", "distill, two processes"),
 )

@@ -1,7 +1,7 @@
 """What makes a resumed run end as an unbroken one, where Trainer does not.
 
-The order of the rows depends on the seed and the epoch alone, no step is taken too many, and the
-seconds are those of all parts of the run.
+The order of the rows depends on the seed and the epoch alone, no step is taken too many, no
+evaluation is left out, and the seconds are those of all parts of the run.
 """
 
 import time
@@ -66,6 +66,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(Clock())
+        self.add_callback(_SaveAfterEvaluation())
 
     @property
     def clock(self) -> "Clock":
@@ -124,3 +125,23 @@ class Clock(TrainerCallback, ExportableState):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = self.started or time.perf_counter()
+
+
+class _SaveAfterEvaluation(TrainerCallback):
+    """Puts the checkpoint of a step that ends an epoch after the epoch's evaluation.
+
+    Trainer (5.23) saves it before. A run that is resumed from it leaves out the evaluation, and so
+    the random numbers that it draws: the dropout of all later steps would be another one.
+    """
+
+    def __init__(self) -> None:
+        self.postponed = False
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        ends_epoch = state.global_step >= state.max_steps or (state.epoch or 0) % 1 == 0
+        if args.eval_strategy == "epoch" and ends_epoch and control.should_save:
+            self.postponed, control.should_save = True, False
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save or self.postponed
+        self.postponed = False

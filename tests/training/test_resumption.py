@@ -50,9 +50,9 @@ def test_batches_do_not_run_from_long_to_short():
 def trained(folder, resume_from=None, **changes) -> ResumableTrainer:
     args = {"save_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True, **changes}
     ids = torch.arange(2, 10).tolist()
-    trainer = ResumableTrainer(
-        tiny_llama(), TrainingArguments(folder, **args), train_dataset=[{"input_ids": ids, "labels": ids}] * 40
-    )
+    rows = [{"input_ids": ids, "labels": ids}] * 40
+    model = tiny_llama(attention_dropout=0.5)
+    trainer = ResumableTrainer(model, TrainingArguments(folder, **args), train_dataset=rows, eval_dataset=rows[:8])
     trainer.train(resume_from_checkpoint=resume_from)
     return trainer
 
@@ -67,6 +67,17 @@ def test_run_interrupted_after_its_last_step_takes_no_further_one(arguments, tmp
     expected = unbroken.model.state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.state_dict().items())
     assert not (tmp_path / f"checkpoint-{steps + 1}").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"num_train_epochs": 2}, {"max_steps": 7}])
+def test_checkpoint_at_the_end_of_an_epoch_holds_its_evaluation(arguments, tmp_path):
+    unbroken = trained(tmp_path, eval_strategy="epoch", **arguments)
+    for step in (5, unbroken.state.max_steps):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry][-1] == step
+    resumed = trained(tmp_path, str(tmp_path / "checkpoint-5"), eval_strategy="epoch", **arguments)
+    expected = unbroken.model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in resumed.model.state_dict().items())
 
 
 def test_resumed_run_counts_the_seconds_of_all_parts_and_leaves_out_means_over_one(tmp_path):
