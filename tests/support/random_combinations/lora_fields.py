@@ -28,8 +28,8 @@ EMBEDDINGS = {"GPT-2": "wte", "GPT-NeoX": "embed_in", "BLOOM": "word_embeddings"
               "Mamba": "embeddings", "Mamba 2": "embeddings"}  # fmt: skip
 NORMS = {"Phi": "final_layernorm", "GPT-2": "ln_f", "GPT-NeoX": "final_layer_norm", "BLOOM": "ln_f", "Falcon": "ln_f",
          "Mamba": "norm_f", "Mamba 2": "norm_f", "OPT": "decoder.final_layer_norm"}  # fmt: skip
-INNER_NORMS = {"GPT-2": "ln_1", "OPT": "self_attn_layer_norm", "OLMo 2": "post_attention_layernorm",
-               "Mamba": "norm", "Mamba 2": "norm"}  # fmt: skip
+INNER_NORMS = {"GPT-2": "ln_1", "BLOOM": "word_embeddings_layernorm", "OPT": "self_attn_layer_norm",
+               "OLMo 2": "post_attention_layernorm", "Mamba": "norm", "Mamba 2": "norm"}  # fmt: skip
 
 
 def lora_fields(d: Draw, architecture: str, layers: int) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class CombinedModel:
             parameter.requires_grad_(not _is_frozen(base, name, parameter, case.frozen_base))
         if case.checkpointing and "later" not in case.checkpointing:
             _checkpoint(base, case)
+        own_lm_head = base.lm_head.weight.detach().clone()
         with torch.random.fork_rng():
             torch.manual_seed(case.seed)
             if case.method == "full":
@@ -79,6 +80,7 @@ class CombinedModel:
         if case.checkpointing and "later" in case.checkpointing:
             _checkpoint(base, case)
         self.model.train()
+        assert torch.equal(self.parts.lm_head.weight, own_lm_head), "heads use another lm_head than the base model's"
         self.base = base
         self.objective = objective_of(self.model)
         self._require_trained_parts(spoiled)

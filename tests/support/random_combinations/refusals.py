@@ -20,6 +20,8 @@ def may_be_refused(case: Case) -> list[str]:
         patterns.append("target_parameters")
     if "bias" in peft and (case.adapters != "one" or (case.spoiled and case.spoiled[0] == "two adapters")):
         patterns.append("bias")
+    if init in ("pissa", "olora") and "lm_head" in peft.get("target_modules", []):
+        patterns.append("init_lora_weights")  # the base layer would keep what the adapter leaves of its weight
     if init == "orthogonal":
         patterns.append("Orthogonal initialization requires the LoRA rank to be even")
     if "exclude_modules" in peft:
