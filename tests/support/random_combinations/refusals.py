@@ -47,6 +47,6 @@ def refusal_of(case: Case) -> str:
         "progress": "step: got -1",
         "target_modules": "Target modules",
         "untold schedule": "aux_loss_schedule",
-        "two adapters": "active adapters",
+        "two adapters": "active adapters|Only one adapter",
         "inference_mode": "inference_mode",
     }.get(name, name)
