@@ -301,6 +301,7 @@ NAMES = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(max(600, 120 * COUNT))  # seconds
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_at_random_moments_and_run_again_ends_as_the_unbroken_run(name, commands, tmp_path):
     unbroken = Unbroken.of(commands[name], tmp_path / "unbroken")
