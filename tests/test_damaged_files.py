@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_caft import AuxiliaryHeads, CAFTConfig
 from peft_caft.basics.reading import read_json, read_yaml
+from peft_caft.basics.run_folder import last_whole_checkpoint, random_states
 from peft_caft.concepts.concepts import concepts
 from peft_caft.concepts.settings import ConceptsSettings
 from peft_caft.hub.import_caft_llm import import_heads
@@ -143,6 +144,10 @@ SLOW_REGRESSIONS = {
 @pytest.mark.slow
 def test_runs_that_cannot_be_resumed_say_so(tmp_path):
     shop = Workshop(tmp_path, runs=True)
+    for run in ("train", "heads"):  # what is whole is resumed from
+        checkpoints = shop.folder / "runs" / run / "checkpoints"
+        needed = (*random_states(1), "optimizer.pt", "scheduler.pt")
+        assert last_whole_checkpoint(checkpoints, needed) == checkpoints / "checkpoint-2"
     for name, edit, message in SLOW_REGRESSIONS.values():
         command = NAMED[name]
         edit(shop.folder)

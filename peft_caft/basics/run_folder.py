@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from .checks import require_fields
+from .checks import described, fits
 from .files import full_disk_explained, lock, writable, write_text
 from .provenance import git_commit, versions
 from .reading import is_file, json_or_none, read_json, require_whole_archive
@@ -225,7 +225,9 @@ def _require_whole(path: Path) -> None:
     elif path.suffix == ".json":
         values = read_json(path)
         if path.name == "trainer_state.json":
-            TrainerState(**values)
-            require_fields(values, TrainerState, str(path), "Remove the checkpoint.")
+            TrainerState(**values)  # which takes no other fields, and values of any type
+            for name, hint in (("global_step", int), ("epoch", float), ("log_history", list[dict])):
+                if name in values and not fits(values[name], hint):
+                    raise ValueError(f"{path}: {name}: got {values[name]!r}, expected {described(hint)}.")
     elif path.suffix == ".safetensors":
         Tensors.of(path)
