@@ -161,12 +161,10 @@ class Backbone(LayerStack):
         return self._probe
 
     def adapted_parts(self) -> list[str]:
-        """Names of the parts behind the layers that PEFT has wrapped: the lm_head, a norm."""
-        embedding, inside = self.model.get_input_embeddings(), set(self.layers.modules())
+        """Names of the parts behind the layers that PEFT has wrapped: the lm_head, a known norm."""
         parts = {"lm_head": self.model.get_output_embeddings()}
-        parts |= {
-            name: part for name, part in self.trunk.named_children() if part not in inside and part is not embedding
-        }
+        if self._probe is not None and self._probe.norm_name is not None:
+            parts[self._probe.norm_name] = self.trunk.get_submodule(self._probe.norm_name)
         wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         return [name for name, part in parts.items() if isinstance(part, wrappers)]
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,8 +16,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .sharding import is_sharded
 from .unembedding import Unembedding
-from .watched_pass import Captured, LayerStack, evaluating, replay
+from .watched_pass import Captured, LayerStack, evaluating, layer_output, replay
 
 TOKENS = 4
 UNKNOWN = "CAFT does not know this architecture yet; please report it."
@@ -68,7 +70,7 @@ def probe(model: PreTrainedModel, stack: LayerStack, lm_head: nn.Module, unembed
     Raises:
         TypeError: if the model cannot be run, or does something else.
     """
-    token_ids = _ordinary_token_ids(model)
+    token_ids, versions = _ordinary_token_ids(model), _versions(model)
     outputs: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
 
@@ -79,12 +81,16 @@ def probe(model: PreTrainedModel, stack: LayerStack, lm_head: nn.Module, unembed
         )
         return ramp.expand_as(output).clone()
 
+    def keep_output(module: nn.Module, args: tuple, output: Any) -> None:
+        seen["layer"] = layer_output(output)
+
     try:
         with ExitStack() as context:
             context.enter_context(evaluating(model))
             context.enter_context(_base_model_alone(model, stack))
             context.enter_context(_outputs_behind_the_layers(stack, outputs))
             context.enter_context(lm_head.register_forward_hook(ramp_instead))
+            context.enter_context(stack.last_layer.register_forward_hook(keep_output))
             records = context.enter_context(stack.capture())
             # Without hooks on the model, which may be those of `FullFineTuning`, and without what
             # accelerate or TRL put in the place of its forward. Not compiled, since the graph would
@@ -102,8 +108,9 @@ def probe(model: PreTrainedModel, stack: LayerStack, lm_head: nn.Module, unembed
                     .logits
                 )
             captured = records[-1]
-            norm_name = _name_of_norm(captured, outputs, stack.trunk)
-            layer_replays = _replays(stack.last_layer, captured)
+            states = seen["layer"]
+            norm_name = _name_of_norm(states, captured.last_hidden_state, outputs, stack.trunk)
+            layer_replays = _replays(stack.last_layer, captured, states)
     except torch.OutOfMemoryError:
         raise
     except ERRORS as error:
@@ -111,10 +118,15 @@ def probe(model: PreTrainedModel, stack: LayerStack, lm_head: nn.Module, unembed
             f"model: {type(model).__name__} cannot be run on {TOKENS} tokens to see what it does between its last layer "
             f"and its logits ({type(error).__name__}: {error}). {UNKNOWN}"
         ) from error
+    if _versions(model) != versions:
+        raise TypeError(
+            f"model: {type(model).__name__} changes its weights when it switches between training and evaluation, as RWKV, "
+            "expected constant ones. CAFT does not support it."
+        )
     if norm_name is None:
-        _require_equal(model, "final norm", captured.last_layer_output, captured.last_hidden_state)
-    states = captured.last_hidden_state.to(unembedding.weight.device, unembedding.weight.dtype)
-    plain = torch.nn.functional.linear(states, unembedding.weight, unembedding.bias)
+        _require_equal(model, "final norm", states, captured.last_hidden_state)
+    normed = captured.last_hidden_state.to(unembedding.weight.device, unembedding.weight.dtype)
+    plain = torch.nn.functional.linear(normed, unembedding.weight, unembedding.bias)
     if "ramp" not in seen:  # the model multiplies with the weight itself
         _require_equal(model, "logits", unembedding.changed(plain), logits)
         return Probe(norm_name, unembedding.scale, unembedding.softcap, True, layer_replays)
@@ -143,6 +155,11 @@ def _factor_and_cap(ramp: Tensor, logits: Tensor, expected: Unembedding) -> tupl
         if _equal(replace(expected, scale=capped[0], softcap=capped[1]).changed(ramp), logits)
         else (linear, None)
     )
+
+
+def _versions(model: nn.Module) -> list[int]:
+    """How often each parameter was written to; engines that divide parameters write to them too."""
+    return [] if is_sharded(model) else [parameter._version for parameter in model.parameters()]
 
 
 def _ordinary_token_ids(model: PreTrainedModel) -> Tensor:
@@ -192,9 +209,8 @@ def _outputs_behind_the_layers(stack: LayerStack, outputs: dict[str, Tensor]) ->
         yield
 
 
-def _name_of_norm(captured: Captured, outputs: dict[str, Tensor], trunk: nn.Module) -> str | None:
+def _name_of_norm(states: Tensor, wanted: Tensor, outputs: dict[str, Tensor], trunk: nn.Module) -> str | None:
     """Name of the part, if any, that maps the last layer's output to the last hidden state."""
-    states, wanted = captured.last_layer_output, captured.last_hidden_state
     if states is wanted or states.shape != wanted.shape:
         return None
     names = [name for name, output in outputs.items() if isinstance(output, Tensor) and output.shape == wanted.shape]
@@ -206,12 +222,12 @@ def _name_of_norm(captured: Captured, outputs: dict[str, Tensor], trunk: nn.Modu
     return None
 
 
-def _replays(layer: nn.Module, captured: Captured) -> bool:
+def _replays(layer: nn.Module, captured: Captured, output: Tensor) -> bool:
     try:
         got = replay(layer, captured.last_layer_input, captured)
     except ERRORS:
         return False
-    return _equal(got, captured.last_layer_output)
+    return _equal(got, output)
 
 
 def _shares_memory(one: Tensor, other: Tensor) -> bool:

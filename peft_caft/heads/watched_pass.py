@@ -23,14 +23,12 @@ class Captured:
         last_layer_input: hidden states that enter the last decoder layer, ``(batch, tokens,
             hidden)`` in the model's dtype, with their graph.
         last_hidden_state: hidden states after the final norm, same shape.
-        last_layer_output: hidden states between the two, same shape.
         layer_args, layer_kwargs: further arguments of the last layer (mask, ...), but no cache.
         unembedding: lm_head of this pass, which `Backbone.unembedding` keeps here.
     """
 
     last_layer_input: Tensor
     last_hidden_state: Tensor
-    last_layer_output: Tensor
     layer_args: tuple[Any, ...] = ()
     layer_kwargs: dict[str, Any] = field(default_factory=dict)
     unembedding: Unembedding | None = None
@@ -77,7 +75,6 @@ class LayerStack:
             seen["kwargs"] = kwargs
 
         def after_last_layer(module: nn.Module, args: tuple, output: Any) -> None:
-            seen["output"] = layer_output(output)
             self.layers_return_tuples = not isinstance(output, Tensor)
 
         def after_trunk(module: nn.Module, args: tuple, output: Any) -> None:
@@ -94,7 +91,7 @@ class LayerStack:
                     f"position of the last hidden state of {type(module).__name__}. Give a label to each token, -100 where there is "
                     "none; a model that adds positions by itself, such as those of an image, is not supported."
                 )
-            records.append(Captured(seen["hidden"], last_hidden_state, seen["output"], seen["args"], seen["kwargs"]))
+            records.append(Captured(seen["hidden"], last_hidden_state, seen["args"], seen["kwargs"]))
             seen.clear()
 
         with (

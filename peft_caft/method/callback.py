@@ -48,9 +48,8 @@ class CAFTCallback(TrainerCallback):
         self._on = trainer is None or trains_on_next_tokens(trainer)
         if not self._on:
             return
-        if (
-            trainer is not None
-        ):  # whose callbacks for reports would run before this one, and read logs without its values
+        if trainer is not None:
+            # Else those of report_to would run before this one, and read logs without its values.
             others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
             trainer.callback_handler.callbacks = [self, *others]
         _refuse_other_objectives(args)
@@ -74,12 +73,13 @@ class CAFTCallback(TrainerCallback):
             )
         if missing == "backward":
             raise RuntimeError(
-                f"step {state.global_step} ended without a backward pass through the auxiliary loss, which is part of outputs.loss: "
+                f"step {state.global_step} ended without a backward pass through each auxiliary loss, which is part of outputs.loss: "
                 f"the trainer's own loss (`compute_loss`) leaves that out. Add outputs.loss to it, or return outputs.loss. {advice}"
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        objective_of(kwargs["model"]).forget_training_progress()  # the next run has its own length
+        if self._on:
+            objective_of(kwargs["model"]).forget_training_progress()  # the next run has its own length
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any
@@ -91,7 +91,7 @@ class CAFTCallback(TrainerCallback):
         state.log_history[-1].update(metrics)  # into which Trainer.log has copied the logs already
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        trained = _trained_head_parameters(objective_of(kwargs["model"]))
+        trained = _trained_head_parameters(objective_of(kwargs["model"])) if self._on else {}
         tensors = {name: whole(parameter).detach().cpu().contiguous() for name, parameter in trained.items()}
         if trained and state.is_world_process_zero:
             with replacing(_checkpoint(args, state) / TRAINED_HEADS_NAME) as temporary:

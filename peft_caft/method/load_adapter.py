@@ -9,6 +9,8 @@ from torch import nn
 
 from ..basics.adapter_files import load_peft_model
 from ..basics.checkpoints import readable
+from ..basics.run_folder import first_difference
+from .config import caft_field_names
 from .model import CAFTConfig
 
 
@@ -54,7 +56,14 @@ def load_adapter(
         with readable("adapter", source, "an adapter of the base model"):
             model.add_adapter(adapter_name, config)
     else:
-        check_hotswap_configs_compatible(model.peft_config[adapter_name].to_lora_config(), config.to_lora_config())
+        own = model.peft_config[adapter_name]
+        check_hotswap_configs_compatible(own.to_lora_config(), config.to_lora_config())
+        objective = ({n: getattr(c, n) for n in caft_field_names() if n != "heads_commit"} for c in (config, own))
+        if different := first_difference(*objective):
+            raise ValueError(
+                f"adapter {source!r}: trained with another objective than adapter {adapter_name!r}, whose place it would take; "
+                f"{different}. Load it under another name."
+            )
     try:
         return load_peft_model(model, source, adapter_name=adapter_name, is_trainable=is_trainable, **kwargs)
     except BaseException:

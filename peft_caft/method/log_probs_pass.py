@@ -62,13 +62,12 @@ class _CarryingGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
-        factors = grad[mask]
-        if not len(factors):
-            return grad, grad.new_zeros(()), None
-        if bool((factors != factors[0]).any()):
+        lowest = torch.where(mask, grad, float("inf")).amin()
+        highest = torch.where(mask, grad, float("-inf")).amax()
+        if bool(lowest < highest):
             raise ValueError(
                 "log_probs: the loss weighs tokens differently, expected their negative sum times one factor, as in SFTTrainer: "
                 "the auxiliary loss is defined beside that. Weigh all tokens alike, or wrap the step in "
                 "auxiliary_loss_enabled(False)."
             )
-        return grad, -factors[0], None
+        return grad, torch.where(mask.any(), -lowest, 0.0), None

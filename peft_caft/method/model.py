@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
+from ..heads.config import fingerprint
+from ..heads.sharding import whole
 from .config import CAFTConfig
 from .configured_heads import add_lora, make_heads
 from .objective import HEADS_PREFIX, AuxiliaryObjective, heads_are_never_missing, named_arguments, run
@@ -50,7 +51,8 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self._begin_objective()
-        self._new_heads: list[AuxiliaryHeads] = []  # in a list, since a module would be registered
+        # Heads, and what told the lm_head then; in a list, since a module would be registered.
+        self._new_heads: list[tuple[AuxiliaryHeads, list[float] | None]] = []
         super().__init__(model, *args, **kwargs)
         self.register_load_state_dict_post_hook(heads_are_never_missing)
 
@@ -64,6 +66,9 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
         config.peft_type = PeftType.LORA
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self._new_heads.clear()
+            raise
         finally:
             config.peft_type = PeftType.CAFT
         assert self._backbone is not None
@@ -71,7 +76,12 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
             self._register_gamma(self._backbone.lm_head.weight.device)
             self.auxiliary_heads = nn.ModuleDict()
         if self._new_heads:
-            heads = self._new_heads.pop()
+            heads, lm_head = self._new_heads.pop()
+            if fingerprint(whole(self._backbone.lm_head.weight)) != lm_head:
+                raise ValueError(
+                    f"init_lora_weights: got {config.init_lora_weights!r} for the lm_head, whose own weight it changes, while the heads "
+                    "use the base model's. Leave lm_head out of target_modules, or set init_lora_weights=True."
+                )
             if config.train_heads == "lora":
                 add_lora(heads, config, adapter_name)
             self.auxiliary_heads[adapter_name] = heads
@@ -83,18 +93,8 @@ class CAFTModel(AuxiliaryObjective, LoraModel):
         super()._prepare_model(peft_config, model)
         self._backbone = self._backbone or Backbone.of(model)
         if not peft_config.inference_mode:
-            self._new_heads.append(make_heads(peft_config, model))
-
-    def _warn_of_changed_parts(self) -> None:
-        """Warn if an adapter changes a part behind the layers, whose old form the heads use."""
-        assert self._backbone is not None
-        for name in self._backbone.adapted_parts():
-            warnings.warn(
-                f"{name}: an adapter changes it (modules_to_save, trainable_token_indices, target_modules, or a tied embedding). The "
-                f"auxiliary heads keep using the base model's frozen {name}, so no auxiliary gradient reaches the change, "
-                "and they aim at the old rows of trained tokens.",
-                stacklevel=2,
-            )
+            heads = make_heads(peft_config, model)
+            self._new_heads.append((heads, fingerprint(whole(self._backbone.lm_head.weight))))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)

@@ -32,9 +32,11 @@ class LogitsLeftOut:
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(LOGITS_LEFT_OUT)
 
-    __getitem__ = __iter__ = __len__ = __bool__ = __array__ = _refuse
-    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __neg__ = __radd__ = __rmul__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = __float__ = __int__ = __array__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __matmul__ = __pow__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = __neg__ = __abs__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
+    __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{name}: {LOGITS_LEFT_OUT}")  # so that hasattr is False

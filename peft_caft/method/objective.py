@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,8 @@ class AuxiliaryObjective:
         self._backbone = None
         self._auxiliary_loss_enabled = True
         self._fast_paths_enabled = True
-        self._told_trainers: set[str] = set()
+        self._told_by: weakref.ref | None = None
+        self._warned_of: set[str] = set()
 
     def _register_gamma(self: Any, device: torch.device) -> None:
         self.register_buffer("gamma", torch.ones((), dtype=torch.float32, device=device), persistent=False)
@@ -68,20 +70,24 @@ class AuxiliaryObjective:
             ValueError: if S is unknown or not positive, or s is negative.
         """
         self._progress.set(step, total_steps)
+        trainer = running_trainer()
+        self._told_by = None if trainer is None else weakref.ref(trainer)
         self._update_gamma(self._active_config())
 
     def forget_training_progress(self) -> None:
         """End a run: the next one must tell its own progress."""
         self._progress = Progress()
+        self._told_by = None
 
     def what_is_missing(self) -> str | None:
         """What the enabled auxiliary loss lacks since `set_training_progress`, or None.
 
-        ``"loss"`` if it was not computed, ``"backward"`` if no backward pass has reached it.
+        ``"loss"`` if it was not computed, ``"backward"`` if no backward pass has reached one.
         """
+        progress = self._progress
         if not self._auxiliary_loss_enabled:
             return None
-        return "loss" if not self._progress.computed else "backward" if not self._progress.trained else None
+        return "loss" if not progress.computed else "backward" if progress.trained < progress.computed else None
 
     def read_metrics(self) -> dict[str, float]:
         """``gamma``, and the losses since the last call as `RecentLosses.read` names them, nats."""
@@ -133,16 +139,18 @@ class AuxiliaryObjective:
     def _trainer_wants_auxiliary_loss(self) -> bool:
         """Whether the running Trainer, if any, trains on the next-token loss; else warn once."""
         trainer = running_trainer()
+        if self._told_by is not None and (trainer is None or self._told_by() is not trainer):
+            self.forget_training_progress()  # of a run that was interrupted
         if trainer is None:
             return True
         if trains_on_next_tokens(trainer):
             require_usual_loss(trainer.args)
             return True
-        if (name := type(trainer).__name__) not in self._told_trainers:
-            self._told_trainers.add(name)
+        if (name := type(trainer).__name__) not in self._warned_of:
+            self._warned_of.add(name)
             warnings.warn(
                 f"{name}: the auxiliary loss of CAFT is off, since this trainer has another loss than the next-token loss beside "
-                "which it is defined. The model trains as with LoRA alone. transformers' Trainer and TRL's SFTTrainer train it.",
+                "which it is defined. The model trains as without CAFT. transformers' Trainer and TRL's SFTTrainer train it.",
                 stacklevel=2,
             )
         return False
@@ -163,6 +171,7 @@ class AuxiliaryObjective:
             own = yield from log_probs_pass(self._backbone, kwargs, supervision.next_token)
         else:
             own = yield from next_token_pass(self._backbone, kwargs, supervision.next_token, self._fast_paths_enabled)
+        self._warn_of_changed_parts()
         auxiliary = auxiliary_loss(
             heads,
             self._backbone,
@@ -174,6 +183,18 @@ class AuxiliaryObjective:
         )
         self._progress.auxiliary_loss_computed(auxiliary, own.supervised)
         return own.with_auxiliary(auxiliary.total)
+
+    def _warn_of_changed_parts(self) -> None:
+        """Warn once if an adapter changes a part behind the layers; the heads use its old form."""
+        assert self._backbone is not None
+        for name in set(self._backbone.adapted_parts()) - self._warned_of:
+            self._warned_of.add(name)
+            warnings.warn(
+                f"{name}: an adapter changes it (modules_to_save, trainable_token_indices, target_modules, or a tied embedding). The "
+                f"auxiliary heads keep using the base model's frozen {name}, so no auxiliary gradient reaches the change, "
+                "and they aim at the old rows of trained tokens.",
+                stacklevel=2,
+            )
 
 
 @contextmanager

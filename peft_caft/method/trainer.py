@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 
 
 def running_trainer() -> "Trainer | None":
-    """The Trainer in whose step this thread is; None in a loop of one's own.
+    """The Trainer that trains in this thread; None in a loop of one's own.
 
-    Neither the model nor a callback is told, so that the calling functions are searched.
+    Neither the model nor a callback is told, so that the calling functions are searched. Before
+    Python 3.13 `f_locals` is a copy that keeps its values alive, so that few of them are looked at.
     """
     module = sys.modules.get("transformers.trainer")  # whose import takes seconds
     frame: FrameType | None = sys._getframe(1)
     while module is not None and frame is not None:
-        if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals.get("self"), module.Trainer):
+        if frame.f_code.co_name in ("train", "training_step") and isinstance(
+            frame.f_locals.get("self"), module.Trainer
+        ):
             return frame.f_locals["self"]
         frame = frame.f_back
     return None

@@ -60,7 +60,7 @@ PROMPTS = [{"prompt": "name ethanol"}] * 4
 QUICK = {("GRPO", True), ("DPO", False)}
 
 
-def trl_trainer(name: str, model, folder, callbacks=(CAFTCallback,), rows: int = 1):
+def trl_trainer(name: str, model, folder, callbacks=(CAFTCallback,), rows: int = 1, **changes):
     trl = pytest.importorskip("trl", reason="needs Python 3.11")
     from datasets import Dataset
 
@@ -72,6 +72,7 @@ def trl_trainer(name: str, model, folder, callbacks=(CAFTCallback,), rows: int =
         "bf16": False,
     }
     more = {}
+    settings |= changes
     if name in ("GRPO", "RLOO"):
         settings |= {"num_generations": 2, "max_completion_length": 4}
         more["reward_funcs"] = lambda completions, **_: [float(len(set(text))) for text in completions]
@@ -182,15 +183,24 @@ class OfAllLogits(OfLogits):
     asked: ClassVar[dict] = {"logits_to_keep": 0}
 
 
+class Sometimes(OfAllLogits):
+    """In one of the micro-batches of a step its loss is that of the model."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        self.calls = getattr(self, "calls", 0) + 1
+        return outputs.loss if self.calls == 1 else loss
+
+
 class Beside(OfAllLogits):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         _, outputs = super().compute_loss(model, inputs, return_outputs=True)
         return outputs.loss
 
 
-def own_trainer(kind: type[Trainer], model, folder, callbacks=(CAFTCallback,)) -> Trainer:
+def own_trainer(kind: type[Trainer], model, folder, callbacks=(CAFTCallback,), **changes) -> Trainer:
     rows = [{"input_ids": tokens(1, 14, seed)[0].tolist()} for seed in range(8)]
-    args = TrainingArguments(str(folder), **SETTINGS)
+    args = TrainingArguments(str(folder), **SETTINGS | changes)
     return kind(model, args, train_dataset=rows, data_collator=collate, callbacks=[make() for make in callbacks])
 
 
@@ -205,6 +215,11 @@ def test_logits_that_are_left_out_say_how_to_get_them(tmp_path):
         lambda: torch.argmax(logits, dim=-1),
         lambda: logits / 2.0,
         lambda: len(logits),
+        lambda: 2 - logits,
+        lambda: logits**2,
+        lambda: abs(logits),
+        lambda: float(logits),
+        lambda: logits == 0,
         lambda: list(logits),
         lambda: torch.as_tensor(logits),
     ):
@@ -215,9 +230,44 @@ def test_logits_that_are_left_out_say_how_to_get_them(tmp_path):
 
 def test_loss_that_leaves_the_auxiliary_loss_out_is_refused(tmp_path):
     with pytest.raises(
-        RuntimeError, match=r"step 1 ended without a backward pass through the auxiliary loss.*outputs.loss"
+        RuntimeError, match=r"step 1 ended without a backward pass through each auxiliary loss.*outputs.loss"
     ):
         own_trainer(OfAllLogits, caft_model(), tmp_path).train()
+
+
+def test_loss_that_leaves_it_out_in_a_micro_batch_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="step 1 ended without a backward pass through each auxiliary loss"):
+        own_trainer(
+            Sometimes, caft_model(), tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2
+        ).train()
+
+
+class Stopped(Trainer):
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return super().training_step(*args, **kwargs)
+
+
+def test_loop_after_a_run_that_was_stopped_must_tell_its_own_step(tmp_path):
+    model = caft_model()
+    with pytest.raises(KeyboardInterrupt):
+        own_trainer(Stopped, model, tmp_path).train()
+    with pytest.raises(ValueError, match="nobody called set_training_progress"):
+        model(**batch())
+    model.set_training_progress(0, 2)
+    model(**batch()).loss.backward()
+    again = own_trainer(Trainer, model, tmp_path)
+    again.train()
+    assert "caft/aux_loss" in again.state.log_history[0]
+
+
+@pytest.mark.parametrize("changed", [{"train_heads": "full"}, {}])
+def test_callback_does_nothing_under_another_trainer(changed, tmp_path):
+    model = caft_model(**changed) if changed else lora_model()
+    trl_trainer("DPO", model, tmp_path, save_strategy="steps", save_steps=1).train()
+    assert not list(tmp_path.rglob("caft_trained_heads*"))
+    assert list(tmp_path.rglob("checkpoint-1"))
 
 
 def test_loss_with_it_is_trained(tmp_path):

@@ -162,8 +162,32 @@ def test_adapter_that_changes_what_the_heads_use_is_named(changed):
         UserWarning,
         match=f"^{part}: an adapter changes it .*auxiliary heads keep using the base model's frozen {part}",
     ):
-        model = caft_model(tiny_llama(tie_word_embeddings=True), **changed)
+        caft_model(tiny_llama(tie_word_embeddings=True), **changed)(
+            input_ids=tokens(), labels=tokens()
+        )  # shows the norm
+
+
+@pytest.mark.filterwarnings("error:.*an adapter changes it")
+def test_parts_before_the_layers_are_not():
+    """GPT-2's embedding of positions stands beside its final norm."""
+    model = caft_model(tiny_model("gpt2"), target_modules=["c_attn"], modules_to_save=["wpe"])
     model(input_ids=tokens(), labels=tokens()).loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_adapter_that_takes_part_of_the_lm_head_into_itself_is_refused(kind):
+    """Heads would go on with what is left of it."""
+    with pytest.raises(ValueError, match=f"init_lora_weights: got '{kind}' for the lm_head"):
+        caft_model(target_modules=["q_proj", "lm_head"], init_lora_weights=kind)
+    caft_model(target_modules=["q_proj", "lm_head"])
+
+
+def test_heads_of_an_adapter_that_failed_are_no_other_adapters():
+    model = caft_model()
+    with pytest.raises(ValueError, match="no_such_module"):
+        model.add_adapter("wrong", CAFTConfig(**OBJECTIVE, target_modules=["no_such_module"]))
+    model.add_adapter("inference", CAFTConfig(**LORA | OBJECTIVE, inference_mode=True))
+    assert list(model.auxiliary_heads) == ["default"]
 
 
 @pytest.mark.filterwarnings("error:.*an adapter changes it")
@@ -203,6 +227,13 @@ def test_adapter_of_another_rank_is_refused_and_nothing_is_lost(saved):
     with pytest.raises(ValueError, match="cannot be loaded as an adapter of the base model"):
         peft_caft.load_adapter(model, saved)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_adapter_of_another_objective_is_refused(saved):
+    model = caft_model(aux_loss_decay=0.5)
+    with pytest.raises(ValueError, match=r"aux_loss_decay: got 0.8, expected 0.5\. Load it under another name"):
+        peft_caft.load_adapter(model, saved)
+    peft_caft.load_adapter(model, saved, "second")
 
 
 def test_pefts_own_ways_to_exchange_an_adapter(saved):
