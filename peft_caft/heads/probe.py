@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -158,8 +159,11 @@ def _factor_and_cap(ramp: Tensor, logits: Tensor, expected: Unembedding) -> tupl
 
 
 def _versions(model: nn.Module) -> list[int]:
-    """How often each parameter was written to; engines that divide parameters write to them too."""
-    return [] if is_sharded(model) else [parameter._version for parameter in model.parameters()]
+    """How often each parameter was written to, but those that an engine or PEFT writes to itself."""
+    if is_sharded(model):
+        return []
+    wrapped = {p for module in model.modules() if isinstance(module, ParamWrapper) for p in module.parameters()}
+    return [parameter._version for parameter in model.parameters() if parameter not in wrapped]
 
 
 def _ordinary_token_ids(model: PreTrainedModel) -> Tensor:
