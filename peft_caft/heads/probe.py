@@ -159,7 +159,7 @@ def _factor_and_cap(ramp: Tensor, logits: Tensor, expected: Unembedding) -> tupl
 
 
 def _versions(model: nn.Module) -> list[int]:
-    """How often each parameter was written to, but those that an engine or PEFT writes to itself."""
+    """How often parameters were written to, but those that an engine or PEFT writes to itself."""
     if is_sharded(model):
         return []
     wrapped = {p for module in model.modules() if isinstance(module, ParamWrapper) for p in module.parameters()}
