@@ -6,13 +6,15 @@ written last: it holds the result and marks the run as finished.
 
 import contextlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from transformers import TrainerState
 
@@ -59,10 +61,20 @@ class RunFolder:
         with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         kept = "Checkpoints that were finished are"
-        with full_disk_explained(self.path, kept), open(self._lock_path, "ab") as file:
-            lock(file, self.path, wait)
+        with full_disk_explained(self.path, kept), self._locked_file(wait):
             yield
             self._lock_path.unlink(missing_ok=True)
+
+    def _locked_file(self, wait: bool) -> IO[bytes]:
+        """The lock file, locked. Who waited for one that its holder removed opens a new one."""
+        while True:
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(open(self._lock_path, "ab"))
+                lock(file, self.path, wait)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), self._lock_path.stat()):
+                        stack.pop_all()
+                        return file
 
     def is_finished(self) -> bool:
         """Whether it holds a finished run; what a kill after the last step left is removed."""
@@ -110,6 +122,7 @@ class RunFolder:
 
         Raises:
             FileExistsError: if `require_free` refuses the settings.
+            OSError: if a checkpoint cannot be read for another reason than its contents.
         """
         git_commit()  # cached now, so that a long run records the code that it started with
         earlier = None if overwrite else json_or_none(self.settings_path)
@@ -120,14 +133,21 @@ class RunFolder:
             self.require_free(settings)
         found = last_whole_checkpoint(self.checkpoints, checkpoint_files)
         write_text(self.settings_path, record_of(settings, earlier if found else None, f"{self.path}"))
-        for damaged in _numbered(self.checkpoints)[
-            : None if found is None else _numbered(self.checkpoints).index(found)
-        ]:
-            print(
-                f"{damaged}: not whole, so that the run goes on from {'the beginning' if found is None else found.name}."
-            )
-            shutil.rmtree(damaged, ignore_errors=True)
+        self._set_aside(list(takewhile(lambda checkpoint: checkpoint != found, _numbered(self.checkpoints))), found)
         return found
+
+    def _set_aside(self, damaged: list[Path], found: Path | None) -> None:
+        """Move checkpoints out of the way of later ones, in place of those moved before."""
+        aside = self.checkpoints / "damaged"
+        if damaged:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        for checkpoint in damaged:
+            os.replace(checkpoint, aside / checkpoint.name)
+            begin = "the beginning" if found is None else found.name
+            print(
+                f"{checkpoint}: not whole, so that the run goes on from {begin}. It lies in {aside} until the run ends."
+            )
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, then remove the checkpoints.
@@ -194,9 +214,12 @@ def last_whole_checkpoint(folder: Path, needed: tuple[str, ...] = ()) -> Path | 
     """The newest ``checkpoint-N`` with all ``needed`` files and Trainer's state, saved last.
 
     Every file in it can be read. Trainer would go on without an optimizer that is not there.
+
+    Raises:
+        OSError: if the disk fails, which tells nothing about a checkpoint.
     """
     for checkpoint in _numbered(folder):
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             for name in ("trainer_state.json", *needed, *(path.name for path in checkpoint.iterdir())):
                 _require_whole(checkpoint / name)
             return checkpoint

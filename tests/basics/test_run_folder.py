@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,26 @@ def test_interrupted_run_of_other_settings_is_not_resumed(tmp_path):
     with pytest.raises(FileExistsError, match="seed: got 2, expected 1"):
         folder.begin({"seed": 2, "learning_rate": 0.1})
     assert folder.begin({"seed": 2, "learning_rate": 0.1}, overwrite=True) is None
+
+
+def test_folder_is_held_by_one_at_a_time(tmp_path):
+    """The holder removes the lock file, which others that wait have opened (`compare` waits so)."""
+    folder, holders, seen = RunFolder(tmp_path), [], []
+
+    def hold(index: int) -> None:
+        for _ in range(5):
+            with folder.held(wait=True):
+                holders.append(index)
+                time.sleep(0.002)
+                seen.append(list(holders))
+                holders.remove(index)
+
+    with ThreadPoolExecutor(
+        8
+    ) as pool:  # each opens the file on its own, so that locks part threads as well as processes
+        list(pool.map(hold, range(8)))
+    assert [len(held) for held in seen] == [1] * 40
+    assert not (tmp_path / ".lock").exists()
 
 
 def interrupted(path: Path) -> RunFolder:
@@ -126,7 +148,7 @@ def flipped(path: Path) -> None:
         pytest.param(lambda path: (path.unlink(), path.symlink_to(path.name)), id="a link to itself"),
     ],
 )
-def test_checkpoint_with_a_damaged_optimizer_is_passed_over_and_removed(spoil, tmp_path):
+def test_checkpoint_with_a_damaged_optimizer_is_passed_over_and_set_aside(spoil, tmp_path):
     """Trainer would go on without an optimizer, or with the values that it finds."""
     folder = RunFolder(tmp_path)
     needed = (*random_states(1), "optimizer.pt")
@@ -140,6 +162,24 @@ def test_checkpoint_with_a_damaged_optimizer_is_passed_over_and_removed(spoil, t
     spoil(folder.checkpoints / "checkpoint-5" / "optimizer.pt")
     assert folder.begin({}, checkpoint_files=needed) == folder.checkpoints / "checkpoint-4"
     assert not (folder.checkpoints / "checkpoint-5").exists()  # what it holds would be in the way of the next save
+    assert (folder.checkpoints / "damaged" / "checkpoint-5").is_dir()
+    spoil(folder.checkpoints / "checkpoint-4" / "optimizer.pt")
+    assert folder.begin({}, checkpoint_files=needed) is None
+    assert os.listdir(folder.checkpoints / "damaged") == ["checkpoint-4"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that cannot be read")
+def test_checkpoint_that_the_disk_does_not_give_stays_as_it_is(tmp_path):
+    """A read that fails for a moment, as on a disk of the network, says nothing about what the file holds."""
+    folder = interrupted(tmp_path)
+    state = folder.checkpoints / "checkpoint-5" / "trainer_state.json"
+    state.rename(tmp_path / "elsewhere")
+    state.symlink_to("/proc/self/mem")  # its first byte cannot be read
+    with pytest.raises(OSError, match=r"trainer_state.json: cannot be read \(Input/output error\)"):
+        folder.begin({"seed": 1})
+    state.unlink()
+    (tmp_path / "elsewhere").rename(state)
+    assert folder.begin({"seed": 1}) == state.parent
 
 
 @pytest.mark.parametrize("state", ['{"chosen": 1}', '{"global_step": "x"}', "[]", '{"epoch": [1]}'])
