@@ -204,7 +204,7 @@ REGRESSIONS = {
     ),
     "a record of another kind": ("inspect heads", edited(HEADS, training={"steps": "x", "learning_rate": []}), "training: a value"),
     "heads for an adapter": ("load_adapter", copied("heads-model/model.safetensors", WEIGHTS), "was made for another model"),
-    "another adapter's weights": ("merge", copied("lora-model/adapter_model.safetensors", WEIGHTS), "no place for"),
+    "another adapter's weights": ("merge", copied("lora-model/adapter_model.safetensors", WEIGHTS), "expected nothing"),
     "a model for heads": (
         "AuxiliaryHeads.from_pretrained",
         both(copied("model/model.safetensors", "heads-model/model.safetensors"), edited(HEADS, weights_sha256=None)),

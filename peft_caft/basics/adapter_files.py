@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
 from .checkpoints import readable
@@ -15,7 +16,7 @@ from .checks import require_fields
 from .file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from .hub_errors import explained
 from .reading import is_file, read_json
-from .tensors import Tensors, read_tensors, require_finite
+from .tensors import Tensors, read_tensors, require_finite, shape_difference, shapes_of
 
 
 def adapter_file(
@@ -109,25 +110,49 @@ def load_peft_model(
         )
     with readable(field, source, "an adapter of the base model"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-        if not isinstance(model, PeftModel):
+        if weights is not None:
+            shapes = Tensors.of(weights).shapes
+        else:
+            shapes = shapes_of(load_peft_weights(source, "cpu", subfolder=subfolder, **hub))
+        if isinstance(
+            model, PeftModel
+        ):  # compared first: PEFT would write what fits over the adapter, then refuse the rest
+            _require_fit(shapes, model, adapter_name, field, source)
+            model.load_adapter(source, adapter_name, is_trainable=is_trainable, **arguments)
+        else:
             model = PeftModel.from_pretrained(model, source, adapter_name, is_trainable, config, **arguments)
-        # Once more: only this says what the file lacks, and what PEFT (0.21) left out in silence.
-        result = model.load_adapter(source, adapter_name, is_trainable=is_trainable, **arguments)
-    for names, what in (
-        (result.missing_keys, "lacks"),
-        (
-            [name for name in result.unexpected_keys if not name.endswith(SAVED_TWICE)],
-            "holds what the model has no place for:",
-        ),
-    ):
-        if names:
-            raise ValueError(
-                f"{field}: {source!r} {what} {names[0]!r} ({len(names)} such tensors). It was made for another model or other "
-                "target_modules, or is damaged: save it again."
-            )
+            _require_fit(shapes, model, adapter_name, field, source)
     own = {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter_name}" in name}
     require_finite(own, f"{field}: {source}")
     return model
+
+
+def misfit(shapes: dict[str, tuple[int, ...]], model: PeftModel, adapter_name: str = "default") -> str | None:
+    """A sentence about the first tensor of an adapter's file that does not fit; None if all do.
+
+    Args:
+        shapes: name -> shape in the file.
+        model: model with an adapter of this name and the configuration in the file.
+    """
+    expected, with_vocabulary = (
+        shapes_of(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=whole))
+        for whole in (False, True)
+    )
+    # PEFT saves embedding and lm_head too where they are adapted or resized.
+    expected |= {name: shape for name, shape in with_vocabulary.items() if name in shapes}
+    return shape_difference(
+        {n: s for n, s in shapes.items() if n in expected or not n.endswith(SAVED_TWICE)}, expected
+    )
+
+
+def _require_fit(
+    shapes: dict[str, tuple[int, ...]], model: PeftModel, adapter_name: str, field: str, source: str
+) -> None:
+    if difference := misfit(shapes, model, adapter_name):
+        raise ValueError(
+            f"{field}: {source!r} cannot be loaded as an adapter of the base model: {difference} It was made for another model or other "
+            "target_modules, or is damaged: save it again."
+        )
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")

@@ -48,6 +48,15 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+def shape_difference(got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str | None:
+    """A sentence about the first tensor whose name or shape differs; None if none does."""
+    wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+    if not wrong:
+        return None
+    first = f"{wrong[0]!r}: got {got.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}"
+    return f"{len(wrong)} tensor(s) differ; first {first}."
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Name -> tensor as saved, on the CPU.
 

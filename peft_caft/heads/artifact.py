@@ -6,7 +6,6 @@ one configuration on disk always matches the weights, and a reader takes that on
 """
 
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,12 +178,3 @@ def _download(field: str, repo_id: str, name: str, revision: str | None, hub: di
             f"{field}: no {name} in the Hub repository {repo_id!r} (revision {revision or 'main'}). Expected a repository "
             "that holds auxiliary heads, not an adapter or a model."
         ) from error
-
-
-def shape_difference(got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str | None:
-    """A sentence about the first tensor whose name or shape differs; None if none does."""
-    wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
-    if not wrong:
-        return None
-    first = f"{wrong[0]!r}: got {got.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}"
-    return f"{len(wrong)} tensor(s) differ; first {first}."

@@ -14,8 +14,8 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
-from ..basics.tensors import shapes_of
-from .artifact import HeadsFiles, find_heads, save_artifact, shape_difference
+from ..basics.tensors import shape_difference, shapes_of
+from .artifact import HeadsFiles, find_heads, save_artifact
 from .backbone import Backbone
 from .config import HeadsConfig
 from .publishing import push_heads

@@ -30,8 +30,7 @@ from ..basics.files import file_sha256, new_folder
 from ..basics.hub_errors import explained
 from ..basics.provenance import provenance
 from ..basics.reading import require_whole_archive
-from ..basics.tensors import shapes_of
-from ..heads.artifact import shape_difference
+from ..basics.tensors import shape_difference, shapes_of
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.config import HeadInput

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..basics.adapter_files import read_lora_config
-from ..basics.adapters import of_vocabulary, rows_held
+from ..basics.adapter_files import misfit, read_lora_config
+from ..basics.adapters import rows_held
 from ..basics.checkpoints import load_causal_lm, load_config, readable
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CONFIG_NAME
 from ..basics.hub_errors import explained
 from ..basics.reading import is_file, read_json
 from ..basics.tables import markdown_table
-from ..basics.tensors import Tensors, one_tensor, shapes_of
-from ..heads.artifact import find_heads, shape_difference
+from ..basics.tensors import Tensors, one_tensor, shape_difference, shapes_of
+from ..heads.artifact import find_heads
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.card import evaluation_table, evaluations_of, training_lines
@@ -189,8 +189,6 @@ def _fit_of_heads(config: HeadsConfig, tensors: Tensors, model: str, source: str
 
 def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str, folder: str) -> str | None:
     base = _on_meta(model)
-    # PEFT saves embedding and lm_head too where they are adapted or resized.
-    own = {name for tensors in of_vocabulary(base, folder).values() for name in tensors}
     if held := rows_held(base, folder):
         base.resize_token_embeddings(max(held.values()), mean_resizing=False)
     try:
@@ -198,9 +196,7 @@ def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str, folder: s
             peft_model = get_peft_model(base, lora)
     except ValueError as error:  # target modules that the model lacks
         return str(error)
-    expected = shapes_of(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-    got = {name: shape for name, shape in tensors.shapes.items() if name in expected or name not in own}
-    return shape_difference(got, expected)
+    return misfit(tensors.shapes, peft_model)
 
 
 def _on_meta(model: str) -> PreTrainedModel:

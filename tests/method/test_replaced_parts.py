@@ -221,8 +221,21 @@ def test_adapter_takes_the_place_of_another(saved):
     require_equal(loss_and_gradients(model, tokens()), loss_and_gradients(expected, tokens()))
 
 
-def test_adapter_of_another_rank_is_refused_and_nothing_is_lost(saved):
-    model = caft_model(r=8)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 8},
+        {"target_modules": ["q_proj", "k_proj"]},
+        {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+        {"target_modules": ["q_proj"]},
+        {"layers_to_transform": [0]},
+        {"rank_pattern": {"v_proj": 2}},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_adapter_of_another_rank_is_refused_and_nothing_is_lost(fields, saved):
+    model = caft_model(**fields)
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match="cannot be loaded as an adapter of the base model"):
         peft_caft.load_adapter(model, saved)
