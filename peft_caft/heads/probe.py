@@ -241,6 +241,11 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
 
 def _require_equal(model: nn.Module, what: str, got: Tensor, wanted: Tensor) -> None:
     if not _equal(got, wanted):
+        if not (got.isfinite().all() and wanted.isfinite().all()):
+            raise ValueError(
+                f"model: the {what} of {type(model).__name__} for a few tokens are not finite, expected numbers. Its weights are "
+                "damaged, or too large for their dtype: load it again, or in bfloat16 or float32."
+            )
         raise TypeError(
             f"model: {type(model).__name__} does more between its last layer and its logits than a norm, an lm_head, a "
             f"scale and a soft cap (its {what} differ). {UNKNOWN}"

@@ -153,6 +153,13 @@ def test_model_that_does_more_is_refused_by_name(make, what, head_type):
         step(make(), head_type=head_type)
 
 
+def test_weights_that_are_no_numbers_are_named():
+    base = llama()
+    base.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="of LlamaForCausalLM for a few tokens are not finite"):
+        step(base)
+
+
 @pytest.mark.parametrize(
     "changed",
     [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["norm"]}, {"target_modules": ["q_proj", "lm_head"]}],
