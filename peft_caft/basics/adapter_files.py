@@ -5,8 +5,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
@@ -14,40 +12,19 @@ from torch import nn
 from .checkpoints import readable
 from .checks import require_fields
 from .file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from .hub_errors import explained
-from .reading import is_file, read_json
+from .hub_errors import file_of
+from .reading import read_json
 from .tensors import Tensors, read_tensors, require_finite, shape_difference, shapes_of
 
 
-def adapter_file(
-    source: str, name: str, subfolder: str | None = None, hub: dict[str, Any] | None = None
-) -> Path | None:
-    """A file of an adapter in a folder, or downloaded from the Hub; None if it is not there.
-
-    Args:
-        subfolder: folder inside of ``source``.
-        hub: further arguments of ``huggingface_hub.hf_hub_download``.
-    """
-    folder = Path(source, subfolder or "")
-    if folder.is_dir():
-        return folder / name if is_file(folder / name) else None
-    with explained("adapter", source, (hub or {}).get("revision")):
-        try:
-            return Path(hf_hub_download(source, name, subfolder=subfolder, **hub or {}))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            return None
-
-
 def read_lora_config(source: str, subfolder: str | None = None, hub: dict[str, Any] | None = None) -> LoraConfig:
-    """The configuration of a LoRA or CAFT adapter as plain LoRA; `adapter_file` explains the rest.
+    """The configuration of a LoRA or CAFT adapter as plain LoRA; `file_of` explains the rest.
 
     Raises:
         FileNotFoundError: if there is no adapter.
         ValueError: if it is damaged, or that of another PEFT method.
     """
-    path = adapter_file(source, ADAPTER_CONFIG_NAME, subfolder, hub)
+    path = file_of("adapter", source, ADAPTER_CONFIG_NAME, subfolder=subfolder, **hub or {})
     if path is None:
         raise FileNotFoundError(
             f"adapter: no {ADAPTER_CONFIG_NAME} in {source!r}, expected a folder or repository that `peft-caft train` or "
@@ -101,10 +78,10 @@ def load_peft_model(
     subfolder = arguments.get("subfolder")
     hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
     recorded = read_lora_config(source, subfolder, hub)
-    weights = adapter_file(source, ADAPTER_WEIGHTS_NAME, subfolder, hub)
+    weights = file_of(field, source, ADAPTER_WEIGHTS_NAME, subfolder=subfolder, **hub)
     if weights is not None:
         _require_rank(recorded, weights)
-    elif adapter_file(source, "adapter_model.bin", subfolder, hub) is None:
+    elif file_of(field, source, "adapter_model.bin", subfolder=subfolder, **hub) is None:
         raise FileNotFoundError(
             f"{field}: no {ADAPTER_WEIGHTS_NAME} in {source!r}, expected one. Save the adapter again."
         )

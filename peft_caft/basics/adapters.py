@@ -10,9 +10,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .adapter_files import adapter_file, load_peft_model, read_lora_config
+from .adapter_files import load_peft_model, read_lora_config
 from .checkpoints import load_causal_lm, load_tokenizer
 from .file_names import ADAPTER_WEIGHTS_NAME
+from .hub_errors import file_of
 from .tensors import Tensors
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -135,7 +136,7 @@ def rows_held(base: PreTrainedModel, adapter: str) -> dict[str, int]:
 
 def of_vocabulary(base: PreTrainedModel, adapter: str) -> dict[str, dict[str, tuple[int, ...]]]:
     """``"embedding"`` and ``"lm_head"`` -> name and shape of the adapter's tensors for it."""
-    path = adapter_file(adapter, ADAPTER_WEIGHTS_NAME)
+    path = file_of("adapter", adapter, ADAPTER_WEIGHTS_NAME)
     shapes = Tensors.of(path).shapes if path else {}
     modules = {"embedding": base.get_input_embeddings(), "lm_head": base.get_output_embeddings()}
     prefixes = {
@@ -158,7 +159,7 @@ def _has_tokenizer(adapter: str) -> bool:
         cached = try_to_load_from_cache(adapter, TOKENIZER_CONFIG_NAME)
         if cached is not None:  # a path, or that the Hub has no such file
             return cached is not _CACHED_NO_EXIST
-    return adapter_file(adapter, TOKENIZER_CONFIG_NAME) is not None
+    return file_of("adapter", adapter, TOKENIZER_CONFIG_NAME) is not None
 
 
 def _own_tokens(base: PreTrainedModel) -> int:

@@ -6,16 +6,17 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from transformers.utils.hub import cached_file
-
 from .file_names import CONFIG_NAME
 from .files import file_sha256
+from .hub_errors import file_of
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 READ = (".json", ".jinja", ".model", ".txt", ".codes", ".py")  # configuration and tokenizer; no card
 
 
-def contents_of(name: str, source: str | None, revision: str | None = None) -> dict[str, str]:
+def contents_of(
+    name: str, source: str | None, revision: str | None = None, field: str | None = None
+) -> dict[str, str]:
     """The identity of what ``source``, a folder or Hub id, holds, for the record of a run.
 
     A folder's weights are hashed, at the speed of a disk (about 1 GiB/s a core; each file once in a
@@ -24,16 +25,26 @@ def contents_of(name: str, source: str | None, revision: str | None = None) -> d
 
     Args:
         name: first word of the names in the record.
+        field: name of the argument that gave ``source``, for messages; None is ``name``.
 
     Returns:
         ``NAME_weights_sha256`` and ``NAME_files_sha256``, or ``NAME_commit``; nothing for None.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or repository, or it holds neither.
+        PermissionError, ConnectionError: if the Hub refuses it or cannot be reached.
     """
     if source is None:
         return {}
-    folder = Path(source)
+    field, folder = field or name, Path(source)
     if not folder.is_dir():
-        path = cached_file(source, CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return {} if path is None else {f"{name}_commit": Path(path).parent.name}
+        path = file_of(field, source, CONFIG_NAME, revision)
+        if path is None:
+            raise FileNotFoundError(
+                f"{field}: no {CONFIG_NAME} in the Hub repository {source!r} (revision {revision or 'main'}), expected one of a whole "
+                "model or of heads. Check the name; merge an adapter first, with `peft-caft merge`."
+            )
+        return {f"{name}_commit": path.parent.name}
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     weights = [path for path in files if path.suffix in WEIGHTS]
     if any(path.suffix == ".safetensors" for path in weights):  # which goes before other formats

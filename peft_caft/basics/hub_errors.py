@@ -1,9 +1,11 @@
-"""Errors of the Hub, in words that tell a user what to do next."""
+"""Files of the Hub, and its errors in words that tell a user what to do next."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -15,6 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from .reading import is_file
 
 
 @contextmanager
@@ -76,6 +80,33 @@ def explained(field: str, repo_id: str, revision: str | None = None, action: str
         # huggingface_hub wraps the error that stops the upload of a large file.
         reason = first_line(error.__cause__ or error)
         raise ConnectionError(f"{where}: the transfer failed ({reason}). {retry}") from error
+
+
+def file_of(
+    field: str, source: str, name: str, revision: str | None = None, *, subfolder: str | None = None, **hub: Any
+) -> Path | None:
+    """A file in a folder, or downloaded from the Hub; None if it is not there.
+
+    Args:
+        field: name of the argument that gave ``source``, for messages.
+        source: folder, or repository id on the Hub.
+        subfolder: folder inside of ``source``.
+        hub: further arguments of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `explained` says.
+        ValueError: if the name is there, but no file.
+    """
+    folder = Path(source, subfolder or "")
+    if folder.is_dir():
+        return folder / name if is_file(folder / name) else None
+    with explained(field, source, revision):
+        try:
+            return Path(hf_hub_download(source, name, subfolder=subfolder, revision=revision, **hub))
+        except LocalEntryNotFoundError:  # offline mode, and not in the cache
+            raise
+        except EntryNotFoundError:
+            return None
 
 
 def first_line(error: BaseException) -> str:

@@ -73,7 +73,7 @@ def compare(plan: ComparisonPlan, output: str | Path, overwrite: bool = False) -
         heads = {(str(h), arm.settings.get("heads_revision")) for arm in plan.arms if (h := arm.settings.get("heads"))}
         record["contents"] = [
             contents_of("model", plan.model),
-            *(contents_of(h, h, at) for h, at in sorted(heads, key=str)),
+            *(contents_of(h, h, at, "heads") for h, at in sorted(heads, key=str)),
         ]
         if (found := folder.result_of(record)) is not None:
             return found

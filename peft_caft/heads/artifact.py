@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..basics.file_names import CARD_NAME, CONFIG_NAME, PLOT_NAME, WEIGHTS_NAME
 from ..basics.files import file_sha256, full_disk_explained, replacing, writable, write_text
-from ..basics.hub_errors import explained
+from ..basics.hub_errors import file_of
 from ..basics.reading import is_file
 from ..basics.tensors import Tensors, read_tensors
 from .card import heads_card, write_card
@@ -160,21 +158,14 @@ def find_heads(source: str, field: str = "heads", revision: str | None = None, *
                     " Train heads with `peft-caft train-heads`, or give a Hub repository id."
                 )
         return files
-    with explained(field, source, revision):
-        config = Path(_download(field, source, CONFIG_NAME, revision, hub))
+    found = {CONFIG_NAME: file_of(field, source, CONFIG_NAME, revision, **hub)}
+    if (config := found[CONFIG_NAME]) is not None:
         # The cache keeps a file under snapshots/COMMIT; someone may push between the two downloads.
-        commit = config.parent.name
-        weights = Path(_download(field, source, WEIGHTS_NAME, commit, hub))
-    return HeadsFiles(config, weights, source, commit)
-
-
-def _download(field: str, repo_id: str, name: str, revision: str | None, hub: dict) -> str:
-    try:
-        return hf_hub_download(repo_id, name, revision=revision, **hub)
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{field}: no {name} in the Hub repository {repo_id!r} (revision {revision or 'main'}). Expected a repository "
-            "that holds auxiliary heads, not an adapter or a model."
-        ) from error
+        found[WEIGHTS_NAME] = weights = file_of(field, source, WEIGHTS_NAME, config.parent.name, **hub)
+        if weights is not None:
+            return HeadsFiles(config, weights, source, config.parent.name)
+    lacking = next(name for name, path in found.items() if path is None)
+    raise FileNotFoundError(
+        f"{field}: no {lacking} in the Hub repository {source!r} (revision {revision or 'main'}). Expected a repository that holds "
+        "auxiliary heads, not an adapter or a model."
+    )

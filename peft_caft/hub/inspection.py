@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,8 +21,8 @@ from ..basics.adapter_files import misfit, read_lora_config
 from ..basics.adapters import rows_held
 from ..basics.checkpoints import load_causal_lm, load_config, readable
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CONFIG_NAME
-from ..basics.hub_errors import explained
-from ..basics.reading import is_file, read_json
+from ..basics.hub_errors import file_of
+from ..basics.reading import read_json
 from ..basics.tables import markdown_table
 from ..basics.tensors import Tensors, one_tensor, shape_difference, shapes_of
 from ..heads.artifact import find_heads
@@ -81,7 +80,7 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
     if revision is not None and Path(artifact).is_dir():
         raise ValueError(f"revision: got {revision!r} for the folder {artifact!r}, which has none. Leave it out.")
     try:
-        adapter_config = _file(artifact, ADAPTER_CONFIG_NAME, revision)
+        adapter_config = file_of("artifact", artifact, ADAPTER_CONFIG_NAME, revision)
     except (FileNotFoundError, ConnectionError):  # offline mode, or the Hub cannot be reached
         if not isinstance(try_to_load_from_cache(artifact, CONFIG_NAME, revision=revision), str):
             raise
@@ -90,7 +89,7 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
         if not Path(artifact).is_dir():
             revision = adapter_config.parent.name  # the cache keeps a file under snapshots/COMMIT
         found = _inspect_adapter(artifact, adapter_config, model, revision)
-    elif _file(artifact, CONFIG_NAME, revision) is not None:
+    elif file_of("artifact", artifact, CONFIG_NAME, revision) is not None:
         found = _inspect_heads(artifact, model, revision)
     else:
         raise FileNotFoundError(
@@ -101,20 +100,6 @@ def inspect(artifact: str, model: str | None = None, revision: str | None = None
         verdict = ["yes" if found.misfit is None else "NO", found.misfit or found.note]
         found.facts["fits the model"] = f"{Path(model).name}: {'. '.join(filter(None, verdict))}"
     return found
-
-
-def _file(source: str, name: str, revision: str | None) -> Path | None:
-    """Path of a file of a folder or repository, None if the file is not there."""
-    if Path(source).is_dir():
-        path = Path(source, name)
-        return path if is_file(path) else None
-    with explained("artifact", source, revision):
-        try:
-            return Path(hf_hub_download(source, name, revision=revision))
-        except LocalEntryNotFoundError:  # offline mode, and not in the cache
-            raise
-        except EntryNotFoundError:
-            return None
 
 
 def _inspect_heads(source: str, model: str | None, revision: str | None) -> Inspection:
@@ -143,14 +128,14 @@ def _inspect_heads(source: str, model: str | None, revision: str | None) -> Insp
 
 
 def _inspect_adapter(source: str, config_path: Path, model: str | None, revision: str | None) -> Inspection:
-    weights = _file(source, ADAPTER_WEIGHTS_NAME, revision)
+    weights = file_of("artifact", source, ADAPTER_WEIGHTS_NAME, revision)
     if weights is None:
         raise FileNotFoundError(
             f"artifact: no {ADAPTER_WEIGHTS_NAME} in {source!r}, expected one beside {ADAPTER_CONFIG_NAME}. Pickled weights "
             "(.bin) are not read; save the adapter again with PeftModel.save_pretrained."
         )
     folder, tensors = str(config_path.parent), Tensors.of(weights)
-    is_caft = _file(source, CAFT_CONFIG_NAME, revision) is not None
+    is_caft = file_of("artifact", source, CAFT_CONFIG_NAME, revision) is not None
     lora = read_lora_config(folder)
     targets = (
         lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules or []))

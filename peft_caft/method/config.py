@@ -11,9 +11,10 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils import PeftType, TaskType
 
-from ..basics.adapter_files import adapter_file, read_lora_config
+from ..basics.adapter_files import read_lora_config
 from ..basics.file_names import CAFT_CONFIG_NAME
 from ..basics.files import write_text
+from ..basics.hub_errors import file_of
 from ..basics.reading import read_json
 from .objective_config import ObjectiveConfig
 from .registration import peft_type
@@ -122,7 +123,7 @@ def caft_field_names() -> list[str]:
 
 
 def _read_caft_config(source: str, subfolder: str | None, hub: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    path = adapter_file(source, CAFT_CONFIG_NAME, subfolder, hub)
+    path = file_of("adapter", source, CAFT_CONFIG_NAME, subfolder=subfolder, **hub)
     if path is None:
         raise FileNotFoundError(
             f"{CAFT_CONFIG_NAME} not found in {source!r}: this is not a CAFT adapter, or a plain LoRA one. To go on "

@@ -48,9 +48,22 @@ def test_names_of_folders_cards_and_times_do_not_count(tmp_path):
     assert contents_of("model", str(tmp_path / "moved")) == before
 
 
-def test_nothing_and_what_is_not_there_have_no_contents():
+def test_nothing_has_no_contents():
     assert contents_of("heads", None) == {}
-    assert contents_of("heads", "org/never-loaded") == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./hedas", "heads: './hedas' is neither a folder nor a Hub repository id"),
+        ("org/never-loaded", "heads: 'org/never-loaded', revision main, is not in the local cache"),
+        ("a/b/c", "heads: 'a/b/c' is neither a folder"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(source, message):
+    """Otherwise a run would be resumed with whatever lies there later."""
+    with pytest.raises(FileNotFoundError, match=message):
+        contents_of("init_heads", source, field="heads")
 
 
 def test_one_row_of_an_embedding_changes_the_digest_of_a_model():
