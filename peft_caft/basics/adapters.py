@@ -96,7 +96,7 @@ def resize_embedding(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     until the adapter's own replace them.
     """
     rows = embedding_rows(base)
-    held = {} if adapter is None else rows_held(base, adapter)
+    held = {} if adapter is None else saved_vocabulary_rows(base, adapter)
     needed = max(held.values(), default=rows)
     if len(tokenizer) > needed and len(tokenizer) > _own_tokens(base):
         needed = len(tokenizer)
@@ -122,7 +122,7 @@ def embedding_rows(model: Any) -> int:
     return next(module.num_embeddings for module in modules if hasattr(module, "num_embeddings"))
 
 
-def rows_held(base: PreTrainedModel, adapter: str) -> dict[str, int]:
+def saved_vocabulary_rows(base: PreTrainedModel, adapter: str) -> dict[str, int]:
     """Rows of the whole ``"embedding"`` and ``"lm_head"``, where an adapter's file has them."""
     found: dict[str, int] = {}
     for part, tensors in of_vocabulary(base, adapter).items():

@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows, where two runs into one output are not noticed
     fcntl = None  # type: ignore[assignment]
 
-KEPT = "All other files are"
+KEPT = "All other files are kept."
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ROOM = 2**20  # bytes; a disk with less is full
 
@@ -31,7 +31,10 @@ class FullDiskError(OSError):
 
 @contextmanager
 def writable(target: Path) -> Iterator[None]:
-    """Name ``target`` in the system's errors, except for a full disk's (`full_disk_explained`)."""
+    """Name ``target`` in the system's errors, except for a full disk's (`full_disk_explained`).
+
+    For blocks that do nothing but write there: errors of reading would be taken for its.
+    """
     try:
         yield
     except OSError as error:
@@ -53,15 +56,16 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     with writable(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        try:
-            temporary.touch()
-            with _in_use(temporary):
-                yield temporary
+        temporary.touch()
+    try:
+        with _in_use(temporary):
+            yield temporary
+            with writable(target):
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -71,11 +75,13 @@ def filling(folder: str | os.PathLike) -> Iterator[Path]:
     No file in ``folder`` is ever half written, and other files in it stay.
     """
     target = Path(folder)
-    with full_disk_explained(target, KEPT), writable(target), _scratch(target) as scratch:
-        target.mkdir(exist_ok=True)
+    with full_disk_explained(target, KEPT), _scratch(target) as scratch:
+        with writable(target):
+            target.mkdir(exist_ok=True)
         yield Path(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            os.replace(path, target / path.name)
+        with writable(target):
+            for path in sorted(Path(scratch).iterdir()):
+                os.replace(path, target / path.name)
 
 
 @contextmanager
@@ -85,22 +91,22 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     So ``folder``, which must be new or empty, appears whole or not at all.
     """
     target = Path(folder)
-    with full_disk_explained(target, KEPT), writable(target), _scratch(target) as scratch:
+    with full_disk_explained(target, KEPT), _scratch(target) as scratch:
         made = Path(scratch, target.name)
         yield made
-        made.rename(target)
+        with writable(target):
+            made.rename(target)
 
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[str]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
-    with (
-        tempfile.TemporaryDirectory(
+    with writable(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        folder = tempfile.TemporaryDirectory(
             prefix=f".{target.name}.", suffix=".tmp", dir=target.parent, ignore_cleanup_errors=True
-        ) as scratch,
-        _in_use(Path(scratch)),
-    ):
+        )
+    with folder as scratch, _in_use(Path(scratch)):
         yield scratch
 
 
@@ -176,7 +182,7 @@ def full_disk_explained(output: Path, kept: str) -> Iterator[None]:
 
     Args:
         output: file or folder that is written.
-        kept: subject and verb of the sentence "... kept", such as ``"All finished batches are"``.
+        kept: a sentence about what is kept.
     """
     try:
         yield
@@ -184,7 +190,7 @@ def full_disk_explained(output: Path, kept: str) -> Iterator[None]:
         if not _is_full(error, output):
             raise
         raise FullDiskError(
-            f"output: the disk of {output} is full. {kept} kept: make room there and run the same command again to go on."
+            f"output: the disk of {output} is full. {kept} Make room there and run the same command again to go on."
         ) from error
 
 

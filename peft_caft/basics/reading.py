@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_VALUES = 100_000  # of a YAML file
-LARGEST = 2**28  # bytes of a JSON or YAML file; a larger one is another kind of file
+MAX_BYTES = 2**28  # bytes of a JSON or YAML file; a larger one is another kind of file
 
 
 def is_file(path: str | os.PathLike) -> bool:
@@ -171,8 +171,8 @@ def read_text(path: str | os.PathLike, advice: str = "Write it again.") -> str:
         ValueError: if it is not UTF-8, or too large for a text that is meant.
     """
     try:
-        if is_file(path) and os.path.getsize(path) > LARGEST:
-            raise ValueError(f"{path}: got {os.path.getsize(path):,} bytes, expected at most {LARGEST:,}. {advice}")
+        if is_file(path) and os.path.getsize(path) > MAX_BYTES:
+            raise ValueError(f"{path}: got {os.path.getsize(path):,} bytes, expected at most {MAX_BYTES:,}. {advice}")
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}). {advice}") from error

@@ -60,7 +60,7 @@ class RunFolder:
         """
         with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        kept = "Checkpoints that were finished are"
+        kept = "Checkpoints that were finished are kept."
         with full_disk_explained(self.path, kept), self._locked_file(wait):
             yield
             self._lock_path.unlink(missing_ok=True)

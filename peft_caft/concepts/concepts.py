@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..basics.adapters import resize_embedding, rows_held, tokenizer_of, with_adapter
+from ..basics.adapters import resize_embedding, saved_vocabulary_rows, tokenizer_of, with_adapter
 from ..basics.files import file_sha256, filling
 from ..basics.provenance import provenance
 from ..heads.auxiliary_heads import AuxiliaryHeads
@@ -147,7 +147,7 @@ def _adapted(
             )
         yield load_for_inference(source, settings.dtype, tokenizer)
         return
-    if rows_held(base, source):  # it would stay in the base model
+    if saved_vocabulary_rows(base, source):  # it would stay in the base model
         base = load_for_inference(settings.model, settings.dtype, tokenizer)
     model = with_adapter(base, source, tokenizer, f"adapter {name}")
     try:

@@ -87,7 +87,7 @@ def evaluate(settings: EvaluationSettings, overwrite: bool = False) -> dict[str,
     del recorded["output"]
     parts = Parts(Path(settings.output) / ROWS_NAME, RECORD_NAME)
     parts.output.parent.mkdir(parents=True, exist_ok=True)
-    with full_disk_explained(parts.output, "All batches that were finished are"):
+    with full_disk_explained(parts.output, "All batches that were finished are kept."):
         if earlier := parts.begin(recorded, overwrite):
             return earlier
         backend = TransformersBackend(model, tokenizer, sampling, settings.batch_size)

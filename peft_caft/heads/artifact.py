@@ -40,7 +40,7 @@ def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weight
     if folder.is_file():
         raise NotADirectoryError(f"save_directory: got the file {folder}, expected a folder to write heads into.")
     _require_record(config, folder / CONFIG_NAME)
-    with full_disk_explained(folder, "Heads that were there are"):
+    with full_disk_explained(folder, "Heads that were there are kept."):
         _save(folder, config, weights)
 
 

@@ -21,7 +21,7 @@ DEFAULT_NUM_HEADS = 4  # n = 5, as in CAFT's experiments
 FORMAT_VERSION = 1
 FINGERPRINT_ROWS = 16
 FINGERPRINT_TOLERANCE = 0.02  # bf16 and fp16 roundings of one matrix differ by about 0.002, two matrices by about 1
-FEWEST_SHARED_ROWS = 4
+MIN_SHARED_ROWS = 4
 SHARE_THAT_AGREES = 0.75
 MOST_BLOCKS = 1000  # of all heads; more are a damaged number, and would fill the memory
 
@@ -145,7 +145,7 @@ class HeadsConfig:
                 f"unembedding_fingerprint: got {len(self.unembedding_fingerprint)} numbers in the heads {source!r}, "
                 f"expected {FINGERPRINT_ROWS}. Download or save the heads again."
             )
-        if len(got) < FEWEST_SHARED_ROWS:
+        if len(got) < MIN_SHARED_ROWS:
             raise ValueError(
                 f"{sizes}, expected at least a quarter of it: only {len(got)} of the {FINGERPRINT_ROWS} rows by which models are told "
                 f"apart are left. {advice}"
@@ -171,12 +171,8 @@ def agree(first: float, second: float) -> bool:
     """Whether two numbers of a `fingerprint` stand for the same row, rounding aside.
 
     Two models are the same one if `SHARE_THAT_AGREES` of the rows that both have agree, and both
-    have `FEWEST_SHARED_ROWS` of the 16, which are spread evenly over the vocabulary. Rows of other
-    tokens agree by chance with a probability of 0.015 (a million pairs of SmolLM2-135M-Instruct;
-    0.011 for normally distributed numbers), so another model passes as the same one with one of
-    2e-19 if no row is left out, and of 1e-5 if twelve are. The same model, in which a share of the
-    tokens drawn at random has new rows, is refused with a probability of 4e-7 for 1 %, 9e-4 for 5 %
-    and 0.02 for 10 %.
+    have `MIN_SHARED_ROWS` of the 16. Another model passes with a probability of 2e-19, or of 1e-5
+    if twelve rows are left out. The same one with 5 % new rows is refused with one of 9e-4.
     """
     return abs(first - second) <= FINGERPRINT_TOLERANCE
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..basics.adapter_files import misfit, read_lora_config
-from ..basics.adapters import rows_held
+from ..basics.adapters import saved_vocabulary_rows
 from ..basics.checkpoints import load_causal_lm, load_config, readable
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CONFIG_NAME
 from ..basics.hub_errors import file_of
@@ -174,7 +174,7 @@ def _fit_of_heads(config: HeadsConfig, tensors: Tensors, model: str, source: str
 
 def _misfit_of_adapter(lora: LoraConfig, tensors: Tensors, model: str, folder: str) -> str | None:
     base = _on_meta(model)
-    if held := rows_held(base, folder):
+    if held := saved_vocabulary_rows(base, folder):
         base.resize_token_embeddings(max(held.values()), mean_resizing=False)
     try:
         with torch.device("meta"):

@@ -95,7 +95,7 @@ def distill(settings: DistillationSettings, overwrite: bool = False) -> dict[str
     }
     del recorded["output"]
     parts = Parts(Path(settings.output))
-    with full_disk_explained(parts.output, "All batches that were finished are"):
+    with full_disk_explained(parts.output, "All batches that were finished are kept."):
         done = parts.begin(recorded, overwrite) if state.is_main_process else None
         state.wait_for_everyone()
         if not parts.folder.is_dir():

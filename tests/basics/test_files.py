@@ -9,7 +9,7 @@ from signal import SIGKILL
 import pytest
 
 from peft_caft.basics import files
-from peft_caft.basics.files import filling, replacing
+from peft_caft.basics.files import filling, new_folder, replacing
 
 
 def interrupted(writing, name: str) -> None:
@@ -64,6 +64,24 @@ def test_next_write_removes_what_killed_ones_left_and_nothing_else(writer, tmp_p
         (temporary if writer == "replacing" else temporary / "name").write_text("new")
     assert (target if writer == "replacing" else target / "name").read_text() == "new"
     assert {path.name for path in tmp_path.iterdir()} == {target.name, ".a[1].b.notes.tmp", ".a1.b.12345678.tmp"}
+
+
+@pytest.mark.parametrize("writer", [replacing, filling, new_folder])
+def test_error_of_reading_inside_is_not_taken_for_one_of_writing(writer, tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, writer(tmp_path / "target"):
+        (tmp_path / "absent").read_text()
+    assert caught.value.filename == str(tmp_path / "absent")
+    assert not list(tmp_path.iterdir()) or writer is filling  # which makes its folder first, to see that it may
+
+
+@pytest.mark.parametrize("writer", [replacing, filling, new_folder])
+def test_place_that_cannot_be_written_is_named(writer, tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OSError, match=r"output: .*file/target cannot be written"),
+        writer(tmp_path / "file" / "target"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("writer", [replacing, filling])
