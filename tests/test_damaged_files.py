@@ -181,7 +181,6 @@ def test_many_damaged_files(tmp_path):
 
 # What failed once, by name
 
-BOMB = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))])
 REGRESSIONS = {
     "nested JSON": ("inspect adapter", written("caft-model/caft_config.json", DEEP), "not valid JSON"),
     "a list for an object": ("CAFTConfig.from_pretrained", written(ADAPTER, "[]"), "got a list, expected a JSON object"),
@@ -189,8 +188,8 @@ REGRESSIONS = {
     "a key twice": ("merge", written(ADAPTER, '{"r": 2, "r": 3}'), "'r' is there twice"),
     "UTF-16": ("compare (plan)", written("files/plan.yaml", "model: m".encode("utf-16")), "plan.yaml: not UTF-8"),
     "nested YAML": ("--training-yaml", written("files/training.yaml", "[" * 800 + "]" * 800), "not valid YAML"),
+    "half a character": ("--training-yaml", written("files/training.yaml", r'seed: "\ud800"'), "not valid YAML.*surrogates"),
     "a tag of Python": ("--training-yaml", written("files/training.yaml", "seed: !!python/tuple [1]"), "not valid YAML"),
-    "aliases of aliases": ("compare (plan)", written("files/plan.yaml", BOMB), "more than 100,000 values"),
     "an option of another type": ("--training-yaml", written("files/training.yaml", "seed: [1]"), "seed: got .1., expected a whole"),
     "an unknown optimizer": ("--training-yaml", written("files/training.yaml", "optim: sdg"), "training options: sdg is not"),
     "a billion heads": ("AuxiliaryHeads.from_pretrained", edited(HEADS, num_heads=10**9), "num_heads: got 1,000,000,000"),
