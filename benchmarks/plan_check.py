@@ -25,10 +25,10 @@ from step_models import GEMMA, LARGE_VOCABULARY, SMOLLM2, random_llama_config
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
+from peft_caft.basics.checkpoints import load_config
 from peft_caft.basics.files import write_text
 from peft_caft.basics.tables import markdown_table
 from peft_caft.hub.embedded_model import embedded_model
-from peft_caft.planning.base_config import read_config
 from peft_caft.planning.live_memory import LiveMemory
 from peft_caft.planning.plan import METHODS, peft_config
 from peft_caft.planning.settings import PlanSettings
@@ -42,8 +42,8 @@ NAMES = (SMOLLM2, LARGE_VOCABULARY, GEMMA)
 
 def config_of(name: str, gemma: str | None) -> PretrainedConfig:
     if name == GEMMA:
-        return read_config(gemma) if gemma else MODELS[name]
-    return read_config(str(embedded_model())) if name == SMOLLM2 else random_llama_config(128_256)
+        return load_config(gemma) if gemma else MODELS[name]
+    return load_config(str(embedded_model())) if name == SMOLLM2 else random_llama_config(128_256)
 
 
 def measure(name: str, method: str, checkpointing: bool, gemma: str | None) -> dict[str, float]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .checks import is_own
-from .hub_errors import first_line
+from .file_names import CONFIG_NAME
+from .hub_errors import file_of, first_line
 
 
 @contextmanager
@@ -43,7 +45,17 @@ def readable(field: str, source: str, what: str) -> Iterator[None]:
 
 
 def load_config(source: str, field: str = "model") -> Any:
-    """The configuration of a model, folder or Hub id."""
+    """The configuration of a model: folder, Hub id or a ``config.json`` itself.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: if there is none, as `file_of` says.
+        OSError, ValueError: if transformers does not know it.
+    """
+    if not Path(source).is_file() and file_of(field, source, CONFIG_NAME) is None:
+        raise FileNotFoundError(
+            f"{field}: no {CONFIG_NAME} in {source!r}, expected one. Give a model folder or a Hub id of a model that is part of "
+            "transformers."
+        )
     with readable(field, source, "the configuration of a model"):
         return AutoConfig.from_pretrained(source)
 

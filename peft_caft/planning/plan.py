@@ -11,12 +11,12 @@ import transformers
 from peft import LoraConfig, PeftModel
 from transformers import PretrainedConfig
 
+from ..basics.checkpoints import load_config
 from ..basics.hub_errors import first_line
 from ..heads.backbone import Backbone
 from ..heads.config import HEAD_TYPES
 from ..method.config import target_modules
 from ..method.model import CAFTConfig
-from .base_config import read_config
 from .communication import Communication, communication
 from .flops import ModelShapes, caft_step, lora_step, number_of_experts
 from .memory import PLACEMENTS, DeviceMemory, ModelBytes, device_memory
@@ -124,7 +124,7 @@ def plan(settings: PlanSettings) -> Plan:
         TypeError: if it is no decoder-only causal language model.
         ValueError: if a setting does not fit it, or its step cannot be simulated.
     """
-    config = read_config(settings.model)
+    config = load_config(settings.model)
     models = {method: _model(config, settings, method) for method in METHODS}
     backbone = Backbone.of(models["lora"])
     with _explained(backbone):

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_caft
 from peft_caft import AuxiliaryHeads, CAFTConfig, load_adapter
+from peft_caft.basics.checkpoints import load_config
 from peft_caft.basics.parts import Parts
 from peft_caft.basics.run_folder import RunFolder
 from peft_caft.concepts.concepts import concepts
@@ -34,7 +35,6 @@ from peft_caft.evaluation.settings import EvaluationSettings
 from peft_caft.hub.import_caft_llm import import_heads
 from peft_caft.hub.inspection import inspect
 from peft_caft.hub.merging import merge
-from peft_caft.planning.base_config import read_config
 from peft_caft.training.arguments import trainer_arguments
 from peft_caft.training.defaults import STAGE_1, STAGE_2
 from peft_caft.training.distillation import distill
@@ -386,7 +386,7 @@ COMMANDS = (
     Command("merge (model)", MODEL, merged, ("model",)),
     Command("import-heads", ("authors/heads_residual.pth",), imported("residual"), ("authors",)),
     Command("import-heads (decoder layers)", ("authors/heads_decoder.pth",), imported("decoder"), ("authors",)),
-    Command("plan (config.json)", ("model/config.json",), lambda f: repr(read_config(str(f / "model"))), ("model",)),
+    Command("plan (config.json)", ("model/config.json",), lambda f: repr(load_config(str(f / "model"))), ("model",)),
     Command("compare (plan)", ("files/plan.yaml",), lambda f: repr(read_plan(f / "files" / "plan.yaml")), ("files",)),
     Command(
         "compare (plan, scale)",
