@@ -26,6 +26,8 @@ ON_CARDS = (
     *("optim", "lr_scheduler_type", "warmup_steps", "weight_decay", "train_sampling_strategy", "seed", "data_seed"),
 )
 
+WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor")
+
 
 def trainer_arguments(
     output: str,
@@ -126,7 +128,11 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
 
 def identity(args: TrainingArguments) -> dict[str, Any]:
     """The trainer arguments that a run must be resumed with: all that may change its result."""
-    values = {name: value for name, value in args.to_dict().items() if name not in IRRELEVANT | NOT_HONOURED}
+    irrelevant = set(IRRELEVANT | NOT_HONOURED)
+    if args.load_best_model_at_end:  # which of the saved ones is the best
+        irrelevant -= {"save_strategy", "save_steps"}
+    values = {name: value for name, value in args.to_dict().items() if name not in irrelevant}
+    values["mixed_precision"] = args.mixed_precision  # `accelerate launch` may have set it
     if isinstance(args.deepspeed, str):
         values["deepspeed"] = read_json(args.deepspeed)
     return values
@@ -138,14 +144,16 @@ def require_honoured(args: TrainingArguments, unused: Mapping[str, str]) -> None
     Args:
         unused: field -> reason, for fields that this run has no use for besides `NOT_HONOURED`.
     """
-    defaults = TrainingArguments(args.output_dir, use_cpu=args.use_cpu, report_to="none")  # resolves some fields
+    # Not those of other TrainingArguments, which would reset accelerate's and DeepSpeed's state.
+    fields = dataclasses.fields(TrainingArguments)
+    defaults = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
     for name, reason in (NOT_HONOURED | dict(unused)).items():
-        value, default = getattr(args, name), getattr(defaults, name)
-        if value != default and not (name == "do_eval" and args.eval_strategy != "no"):  # which sets do_eval
-            got = "a text" if name == "hub_token" else repr(getattr(value, "value", value))
-            raise ValueError(
-                f"{name}: got {got}, expected {getattr(default, 'value', default)!r}: {reason}. Leave it out."
-            )
+        value, default = _plain(getattr(args, name)), _plain(defaults[name])
+        if (value or None) != (default or None) and not (
+            name == "do_eval" and args.eval_strategy != "no"
+        ):  # which sets do_eval
+            got = "a text" if name == "hub_token" else repr(value)
+            raise ValueError(f"{name}: got {got}, expected {default!r}: {reason}. Leave it out.")
     least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
     for name, smallest in (least | {"neftune_noise_alpha": 0, "max_grad_norm": 0}).items():
         if (value := getattr(args, name)) is not None and value < smallest:
@@ -158,6 +166,11 @@ def require_honoured(args: TrainingArguments, unused: Mapping[str, str]) -> None
         raise ValueError(
             f"report_to: got {min(missing)!r}, whose package is not installed. Install it, or leave it out."
         )
+
+
+def _plain(value: Any) -> Any:
+    """The text of an option that transformers keeps as a member of an enumeration."""
+    return getattr(value, "value", value)
 
 
 def _without_effect(args: TrainingArguments) -> dict[str, str]:
@@ -189,7 +202,7 @@ def _without_effect(args: TrainingArguments) -> dict[str, str]:
             "dataloader_num_workers=0",
         ),
         ("optim_target_modules", not args.optim.startswith(("galore", "apollo")), f"optim={str(args.optim.value)!r}"),
-        ("optim_args", args.optim.startswith(("adamw_torch", "adafactor")), f"optim={str(args.optim.value)!r}"),
+        ("optim_args", _plain(args.optim) in WITHOUT_OPTIM_ARGS, f"optim={str(args.optim.value)!r}"),
     ):
         found |= dict.fromkeys(names.split(), reason) if is_so else {}
     return found

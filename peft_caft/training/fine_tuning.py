@@ -104,6 +104,7 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
         ValueError: if data, heads or a setting cannot be used.
         TypeError: if CAFT does not support the model.
     """
+    args = copy.copy(args)  # the caller may use them again
     require_honoured(args, settings.set_by_command | settings.unused_arguments)
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise ValueError(

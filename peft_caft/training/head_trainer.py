@@ -30,7 +30,7 @@ from ..method.progress import RecentLosses
 from ..method.targets import IGNORE_INDEX, Supervision
 from .engine import gather, reshard, scatter, shards_parameters
 from .head_metrics import HeadEvaluation, batch_totals, length_sorted
-from .resumption import EpochOrder, ResumableTrainer
+from .resumption import ResumableTrainer
 from .settings import Targets
 from .soft_targets import soft_auxiliary_loss
 
@@ -138,6 +138,8 @@ class _TellStep(TrainerCallback):
 class HeadTrainer(ResumableTrainer):
     """Trainer that evaluates every head on a dict of evaluation sets, and saves the heads alone."""
 
+    ordered = ("random", "group_by_length")
+
     def __init__(self, model: HeadPretraining, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
         self.add_callback(_TellStep())
@@ -210,19 +212,6 @@ class HeadTrainer(ResumableTrainer):
             recent = self.accelerator.unwrap_model(self.model).recent
             logs = logs | recent.read(self.model.aux_loss_decay, self.accelerator.reduce)
         super().log(logs, *args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy not in ("random", "group_by_length"):
-            return super()._get_train_sampler(train_dataset)
-        rows: Any = getattr(self.train_dataset, "rows", self.train_dataset)  # without reading cached hidden states
-        lengths = [len(row["input_ids"]) for row in rows]
-        return EpochOrder(
-            lengths if self.args.train_sampling_strategy == "group_by_length" else None,
-            len(rows),
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            lambda: int(self.state.epoch or 0),
-        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.evaluate_before()

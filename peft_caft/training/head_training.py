@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
         TypeError: if the model's architecture is not supported.
         OSError: if the disk is full.
     """
+    args = copy.copy(args)  # the caller may use them again
     folder = RunFolder(Path(settings.output))
     args.output_dir = str(folder.checkpoints)
     if args.ddp_find_unused_parameters is None:

@@ -61,7 +61,12 @@ class EpochOrder(Sampler[int]):
 class ResumableTrainer(Trainer):
     """A Trainer that takes no step after the last one, counts the seconds of all parts, and names a
     checkpoint whose files it cannot use.
+
+    Attributes:
+        ordered: values of ``train_sampling_strategy`` for which `EpochOrder` orders the rows.
     """
+
+    ordered: tuple[str, ...] = ("group_by_length",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,6 +82,19 @@ class ResumableTrainer(Trainer):
         if "train_loss" in logs and self.clock.before:  # means and speeds of the last part alone
             logs = {name: value for name, value in logs.items() if not name.startswith("train_")}
         super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy not in self.ordered:
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = getattr(self.train_dataset, "rows", self.train_dataset)  # without reading cached hidden states
+        lengths = [len(row["input_ids"]) for row in rows]
+        return EpochOrder(
+            lengths if self.args.train_sampling_strategy == "group_by_length" else None,
+            len(rows),
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lambda: int(self.state.epoch or 0),
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # If a run was interrupted after its last step, Trainer (5.23) would take one step more.

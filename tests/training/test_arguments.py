@@ -321,3 +321,23 @@ def test_options_of_sampling_without_sampling_are_refused(name):
         DistillationSettings(
             model="", prompts="p", output="o.jsonl", temperature=0, **{name: 0.5 if name == "top_p" else 2}
         )
+
+
+def test_checking_arguments_leaves_the_state_of_accelerate_and_deepspeed_alone(tmp_path, monkeypatch):
+    """Other TrainingArguments would reset it: DeepSpeed's ZeRO-3 would no longer be seen when the model is loaded."""
+    args = trainer_arguments(str(tmp_path), {})
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: pytest.fail("made once more"))
+    require_honoured(args, {})
+
+
+def test_a_run_is_resumed_with_the_precision_of_its_engine(tmp_path, monkeypatch):
+    plain = identity(trainer_arguments(str(tmp_path), {}))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert identity(trainer_arguments(str(tmp_path), {})) != plain
+
+
+def test_saving_decides_which_checkpoint_may_be_the_best(tmp_path):
+    options = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "4"]
+    best = [*options, "--load_best_model_at_end", "true"]
+    assert "save_steps" not in identity(trainer_arguments(str(tmp_path), {}, options=options))
+    assert identity(trainer_arguments(str(tmp_path), {}, options=best))["save_steps"] == 4

@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from peft_caft.training.data import collator
 from peft_caft.training.resumption import EpochOrder, ResumableTrainer
 
-from ..support.tiny_checkpoint import tiny_llama
+from ..support.tiny_checkpoint import tiny_llama, tiny_tokenizer
 
 LENGTHS = [3 + (index * 37) % 101 for index in range(1003)]
 
@@ -47,12 +48,22 @@ def test_batches_do_not_run_from_long_to_short():
     assert 0.35 < falls / (len(means) - 2) < 0.65
 
 
-def trained(folder, resume_from=None, **changes) -> ResumableTrainer:
+def trained(folder, resume_from=None, by_length=False, **changes) -> ResumableTrainer:
     args = {"save_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True, **changes}
     ids = torch.arange(2, 10).tolist()
-    rows = [{"input_ids": ids, "labels": ids}] * 40
+    rows = (
+        [{"input_ids": ids[: 3 + i % 6], "labels": ids[: 3 + i % 6]} for i in range(40)]
+        if by_length
+        else [{"input_ids": ids, "labels": ids}] * 40
+    )
     model = tiny_llama(attention_dropout=0.5)
-    trainer = ResumableTrainer(model, TrainingArguments(folder, **args), train_dataset=rows, eval_dataset=rows[:8])
+    trainer = ResumableTrainer(
+        model,
+        TrainingArguments(folder, **args),
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        data_collator=collator(tiny_tokenizer()),
+    )
     trainer.train(resume_from_checkpoint=resume_from)
     return trainer
 
@@ -93,3 +104,13 @@ def test_resumed_run_counts_the_seconds_of_all_parts_and_leaves_out_means_over_o
     assert {"train_loss", "train_runtime"} <= unbroken.state.log_history[-1].keys()
     assert resumed.state.log_history[-1].keys() == {"step", "epoch", "total_flos"}
     assert trained(tmp_path, max_steps=3).clock.seconds < 100  # a run that begins anew
+
+
+@pytest.mark.parametrize("stopped_at", [3, 7])
+def test_rows_grouped_by_length_come_in_the_same_order_after_a_resume(stopped_at, tmp_path):
+    """Transformers' own sampler draws them from the global generator."""
+    arguments = {"train_sampling_strategy": "group_by_length", "max_steps": 9, "by_length": True}
+    unbroken = trained(tmp_path, **arguments)
+    resumed = trained(tmp_path, str(tmp_path / f"checkpoint-{stopped_at}"), **arguments)
+    for got, expected in zip(resumed.model.parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(got, expected)
