@@ -115,7 +115,7 @@ SLOW_REGRESSIONS = {
     "another record in the place of a summary": (
         "compare, resumed",
         copied("model/config.json", "runs/compare/runs/lora/lr-0.001/seed-1/adapter/summary.json"),
-        "a record in it is not what this command wrote",
+        "a value has another kind than this command records",
     ),
     "rows of an evaluation that were changed": (
         "compare, resumed",

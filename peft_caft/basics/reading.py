@@ -122,18 +122,27 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
 
 @contextmanager
-def understood(source: str | os.PathLike) -> Iterator[None]:
+def understood(
+    source: str | os.PathLike,
+    writer: str = "this command",
+    advice: str = "Remove that record, or pass --overwrite to begin anew.",
+    also: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
     """Turn the errors of values of another kind, in records read from ``source``, into one.
+
+    Args:
+        writer: what writes such records.
+        also: further errors that mean the same, such as the ValueError of a format.
 
     Raises:
         ValueError: for errors that Python raises where a value is missing or of another type.
     """
+    kinds: tuple[type[Exception], ...] = (LookupError, AttributeError, TypeError, ArithmeticError, *also)
     try:
         yield
-    except (LookupError, AttributeError, TypeError, ArithmeticError) as error:
+    except kinds as error:
         raise ValueError(
-            f"{source}: a record in it is not what this command wrote ({type(error).__name__}: {error}). Remove that record, or pass "
-            "--overwrite to begin anew."
+            f"{source}: a value has another kind than {writer} records ({type(error).__name__}: {error}). {advice}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..basics.file_names import CARD_NAME, CONFIG_NAME, PLOT_NAME, WEIGHTS_NAME
 from ..basics.files import file_sha256, full_disk_explained, replacing, writable, write_text
 from ..basics.hub_errors import file_of
-from ..basics.reading import is_file
+from ..basics.reading import is_file, understood
 from ..basics.tensors import Tensors, read_tensors
 from .card import heads_card, write_card
 from .config import HeadsConfig
@@ -39,7 +39,7 @@ def save_artifact(save_directory: str | os.PathLike, config: HeadsConfig, weight
     folder = Path(save_directory)
     if folder.is_file():
         raise NotADirectoryError(f"save_directory: got the file {folder}, expected a folder to write heads into.")
-    _require_record(config, folder / CONFIG_NAME)
+    require_record(config, folder / CONFIG_NAME)
     with full_disk_explained(folder, "Heads that were there are kept."):
         _save(folder, config, weights)
 
@@ -92,14 +92,13 @@ class HeadsFiles:
         config = HeadsConfig.from_file(path)
         digest = None if config.weights_sha256 is None else file_sha256(self.weights)
         if config.weights_sha256 != digest and is_file(pending):
-            config = HeadsConfig.from_file(path := pending)
+            config = HeadsConfig.from_file(pending)
         if config.weights_sha256 != digest:
             raise ValueError(
                 f"{self.weights}: damaged. Its sha256 is {digest}, expected {config.weights_sha256} as "
                 f"recorded in {self.config.name}. Save the heads again, or download them again (force_download=True)."
             )
         _require_blocks(config, self.weights)
-        _require_record(config, path)
         return config
 
     def read_weights(self) -> dict[str, Tensor]:
@@ -122,15 +121,11 @@ def _require_blocks(config: HeadsConfig, weights: Path) -> None:
         )
 
 
-def _require_record(config: HeadsConfig, path: Path) -> None:
+def require_record(config: HeadsConfig, path: Path) -> None:
     """Raise a ValueError if the record of training, free as it is, cannot be shown on a card."""
-    try:
+    advice = "Download or save the heads again."
+    with understood(f"{path}: training", "`peft-caft train-heads`", advice, (ValueError,)):
         heads_card(config).encode()
-    except Exception as error:
-        raise ValueError(
-            f"{path}: training: a value has another kind than `peft-caft train-heads` records ({type(error).__name__}: {error}). Download or "
-            "save the heads again."
-        ) from error
 
 
 def find_heads(source: str, field: str = "heads", revision: str | None = None, **hub: Any) -> HeadsFiles:

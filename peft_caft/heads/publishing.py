@@ -15,7 +15,7 @@ from ..basics.checkpoints import readable
 from ..basics.file_names import CARD_NAME, CONFIG_NAME, PLOT_NAME, WEIGHTS_NAME
 from ..basics.files import write_text
 from ..basics.reading import is_file, read_text
-from .artifact import find_heads
+from .artifact import find_heads, require_record
 from .card import heads_card, write_card
 from .repository import Destination, Repository
 
@@ -43,6 +43,7 @@ def push_heads(
     """
     source = Path(folder)
     config = find_heads(str(source), "folder").read_config()
+    require_record(config, source / CONFIG_NAME)
     written = heads_card(config, has_plot=(source / PLOT_NAME).exists())
     if base_model is not None:
         config = dataclasses.replace(config, base_model_name_or_path=require_hub_id("base_model", base_model))

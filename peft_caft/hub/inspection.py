@@ -25,7 +25,7 @@ from ..basics.hub_errors import file_of
 from ..basics.reading import read_json
 from ..basics.tables import markdown_table
 from ..basics.tensors import Tensors, one_tensor, shape_difference, shapes_of
-from ..heads.artifact import find_heads
+from ..heads.artifact import find_heads, require_record
 from ..heads.auxiliary_heads import AuxiliaryHeads
 from ..heads.backbone import Backbone
 from ..heads.card import evaluation_table, evaluations_of, training_lines
@@ -124,6 +124,7 @@ def _inspect_heads(source: str, model: str | None, revision: str | None) -> Insp
         facts["training"] = "none: these heads know nothing of the base model yet"
     record = json.loads(config.to_json())
     misfit, note = (None, None) if model is None else _fit_of_heads(config, tensors, model, source)
+    require_record(config, files.config)
     return Inspection(facts, record, misfit, note, training_lines(config.training), evaluations_of(config))
 
 

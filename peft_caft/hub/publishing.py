@@ -16,7 +16,7 @@ from ..basics.adapter_files import require_whole_adapter
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, CONFIG_NAME
 from ..basics.files import write_text
 from ..basics.hub_errors import explained
-from ..basics.reading import is_file, json_or_none, read_text
+from ..basics.reading import is_file, json_or_none, read_text, understood
 from ..basics.run_folder import RunFolder
 from ..heads.artifact import find_heads
 from ..heads.config import HeadsConfig
@@ -101,13 +101,9 @@ def _push_adapter(
         else:
             run = RunFolder(source)
             settings, summary = json_or_none(run.settings_path), json_or_none(run.summary_path)
-            try:
+            where = f"{source}: {run.settings_path.name} or {run.summary_path.name}"
+            with understood(where, "`peft-caft train`", "Remove both, or train again.", (ValueError,)):
                 text = adapter_card(config, repository.repo_id, license, settings, summary)
-            except Exception as error:
-                raise ValueError(
-                    f"{source}: {run.settings_path.name} or {run.summary_path.name}: a value has another kind than `peft-caft train` records "
-                    f"({type(error).__name__}: {error}). Remove both, or train again."
-                ) from error
             write_text(generated / CARD_NAME, text)
         names = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CARD_NAME, *TOKENIZER_FILES)
         return repository.commit(

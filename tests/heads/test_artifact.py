@@ -385,3 +385,14 @@ def test_two_saves_cut_off_one_after_the_other_leave_heads_whole(tmp_path, monke
             else:
                 assert any(equal(loaded, heads) for heads in versions)
     assert not lost
+
+
+def test_record_that_no_card_can_show_does_not_keep_heads_from_loading(tmp_path):
+    edit_config(saved(tmp_path), training={"steps": "x", "learning_rate": []})
+    heads = AuxiliaryHeads.from_pretrained(tmp_path, base())
+    assert heads.config.training["steps"] == "x"
+    with pytest.raises(
+        ValueError, match=r"config.json: training: a value has another kind than `peft-caft train-heads`"
+    ):
+        heads.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
