@@ -1,4 +1,4 @@
-"""What belongs to an adapter: the base model that it names, and the tokenizer beside it."""
+"""Whole models; of an adapter, the base model that it names, and the tokenizer beside it."""
 
 import warnings
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .adapter_files import load_peft_model, read_lora_config
-from .checkpoints import load_causal_lm, load_tokenizer
+from .checkpoints import load_tokenizer, readable
 from .file_names import ADAPTER_WEIGHTS_NAME
 from .hub_errors import file_of
 from .tensors import Tensors
@@ -54,9 +54,23 @@ def tokenizer_of(model: str, adapter: str | None = None, revision: str | None = 
 
 
 def whole_model(source: str, **arguments: Any) -> Any:
-    """`load_causal_lm` of a folder or Hub id that is no adapter."""
+    """The causal language model in a folder or repository, in evaluation mode.
+
+    Args:
+        arguments: those of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        OSError, ValueError: if it cannot be loaded, is an adapter, or lacks a tensor of the model.
+    """
     require_no_adapter(source)
-    return load_causal_lm(source, **arguments)
+    with readable("model", source, "a causal language model"):
+        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"model: {source!r} lacks {len(missing)} tensor(s) of {type(model).__name__}, first {missing[0]!r}, which transformers would "
+            "fill with random numbers. Download or save it again."
+        )
+    return model
 
 
 def require_no_adapter(source: str) -> None:

@@ -1,11 +1,11 @@
-"""Models, tokenizers and configurations, loaded with errors that name the option and what to do."""
+"""Tokenizers and configurations, loaded with errors that name the option and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from .checks import is_own
 from .file_names import CONFIG_NAME
@@ -68,20 +68,10 @@ def load_tokenizer(source: str, field: str = "model", **kwargs: Any) -> Any:
         return tokenizer
 
 
-def load_causal_lm(source: str, field: str = "model", **kwargs: Any) -> Any:
-    """The causal language model in a folder or repository, in evaluation mode.
-
-    Args:
-        kwargs: those of ``AutoModelForCausalLM.from_pretrained``.
-
-    Raises:
-        OSError, ValueError: if it cannot be loaded, or lacks a tensor of the model.
-    """
-    with readable(field, source, "a causal language model"):
-        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
-    if missing := sorted(report["missing_keys"]):
+def require_fast(tokenizer: Any) -> None:
+    """Raise a ValueError unless the tokenizer is fast: others do not tell where tokens lie."""
+    if not tokenizer.is_fast:
         raise ValueError(
-            f"{field}: {source!r} lacks {len(missing)} tensor(s) of {type(model).__name__}, first {missing[0]!r}, which transformers would "
-            "fill with random numbers. Download or save it again."
+            f"tokenizer: got {type(tokenizer).__name__}, expected a fast one, which tells the characters of its tokens. Load it "
+            "with AutoTokenizer, and save it once so that tokenizer.json is in the model's folder."
         )
-    return model

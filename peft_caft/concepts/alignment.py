@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..basics.checkpoints import require_fast
 from ..method.targets import IGNORE_INDEX
 from ..training.chats import content_text
 from ..training.data import encode_row, require_supervised
@@ -46,11 +47,7 @@ class LocatingTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"tokenizer: got {type(tokenizer).__name__}, expected a fast one, which tells the characters of its tokens. Load it "
-                "with AutoTokenizer, and save it once so that tokenizer.json is in the model's folder."
-            )
+        require_fast(tokenizer)
         self.tokenizer = tokenizer
 
     def __getattr__(self, name: str) -> Any:

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..basics.adapter_files import misfit, read_lora_config
-from ..basics.adapters import saved_vocabulary_rows
-from ..basics.checkpoints import load_causal_lm, load_config, readable
+from ..basics.adapters import saved_vocabulary_rows, whole_model
+from ..basics.checkpoints import load_config, readable
 from ..basics.file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CAFT_CONFIG_NAME, CONFIG_NAME
 from ..basics.hub_errors import file_of
 from ..basics.reading import read_json
@@ -207,4 +207,4 @@ def _unembedding(model: str, base: PreTrainedModel) -> Tensor:
             continue
         if (found := one_tensor(Path(path), name)) is not None:
             return found
-    return load_causal_lm(model, dtype="auto").get_output_embeddings().weight.detach()
+    return whole_model(model, dtype="auto").get_output_embeddings().weight.detach()

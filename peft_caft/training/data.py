@@ -38,6 +38,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..basics.checkpoints import require_fast
 from ..basics.reading import json_lines, require_file
 from ..method.targets import IGNORE_INDEX
 from .chats import Message, Span, answers_in, rendered, require_messages, require_supported, shown, template_arguments
@@ -249,11 +250,7 @@ def _tokens_with_labels(
     text: str, supervised: list[Span], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Tokens of a rendered chat; a token of which one character is supervised is supervised."""
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"tokenizer: got {type(tokenizer).__name__}, expected a fast one, which tells the characters of its tokens. Load it "
-            "with AutoTokenizer, and save it once so that tokenizer.json is in the model's folder."
-        )
+    require_fast(tokenizer)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels, begun = [], 0
     for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
