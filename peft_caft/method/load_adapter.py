@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 from peft import PeftModel
-from peft.utils.hotswap import check_hotswap_configs_compatible
 from torch import nn
 
 from ..basics.adapter_files import load_peft_model
@@ -12,6 +11,8 @@ from ..basics.checkpoints import readable
 from ..basics.run_folder import first_difference
 from .config import caft_field_names
 from .model import CAFTConfig
+
+SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout")
 
 
 def load_adapter(
@@ -57,12 +58,12 @@ def load_adapter(
             model.add_adapter(adapter_name, config)
     else:
         own = model.peft_config[adapter_name]
-        check_hotswap_configs_compatible(own.to_lora_config(), config.to_lora_config())
-        objective = ({n: getattr(c, n) for n in caft_field_names() if n != "heads_commit"} for c in (config, own))
-        if different := first_difference(*objective):
+        # What no tensor shows; loading compares their shapes.
+        fields = {*caft_field_names(), *SCALING} - {"heads_commit"}
+        if different := first_difference(*({name: getattr(c, name) for name in fields} for c in (config, own))):
             raise ValueError(
-                f"adapter {source!r}: trained with another objective than adapter {adapter_name!r}, whose place it would take; "
-                f"{different}. Load it under another name."
+                f"adapter {source!r}: trained otherwise than adapter {adapter_name!r}, whose place it would take; {different}. Load it "
+                "under another name."
             )
     try:
         return load_peft_model(model, source, adapter_name=adapter_name, is_trainable=is_trainable, **kwargs)
