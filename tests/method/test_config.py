@@ -113,7 +113,9 @@ def test_heads_given_as_a_path_can_be_saved(tmp_path):
 def test_caft_configuration_that_is_no_json_object_is_refused(content, tmp_path):
     CAFTConfig().save_pretrained(tmp_path)
     (tmp_path / "caft_config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"caft_config\.json: (not valid JSON|got a list, expected a JSON object|not UTF-8)"):
+    with pytest.raises(
+        ValueError, match=r"caft_config\.json: (not valid JSON|got a list, expected a JSON object|not UTF-8)"
+    ):
         CAFTConfig.from_pretrained(tmp_path)
 
 

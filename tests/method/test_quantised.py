@@ -68,7 +68,9 @@ def test_qlora_trains_with_heads_in_higher_precision(precision, head_type, check
         output.loss.backward()
         results.append((float(output.loss), gradients(model)))
         # bitsandbytes packs weights in an evaluation on a CPU with AVX512 in bf16, and training would read them wrongly.
-        states = [getattr(module.weight, "quant_state", None) for module in model.modules() if hasattr(module, "weight")]
+        states = [
+            getattr(module.weight, "quant_state", None) for module in model.modules() if hasattr(module, "weight")
+        ]
         assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
     (loss, got), (expected_loss, expected) = results
     assert loss == pytest.approx(expected_loss, rel=1e-2)

@@ -86,7 +86,11 @@ def test_head_k_learns_what_the_model_predicts_from_the_tokens_before(architectu
     with backbone.capture() as records, torch.no_grad():
         backbone.trunk(input_ids=input_ids, attention_mask=mask, use_cache=False)
     auxiliary = soft_auxiliary_loss(
-        heads, backbone, records[-1], Supervision.of(labels, 3, {"attention_mask": mask}, draw_predicted=True), decay=0.8
+        heads,
+        backbone,
+        records[-1],
+        Supervision.of(labels, 3, {"attention_mask": mask}, draw_predicted=True),
+        decay=0.8,
     )
 
     own_logits, head_logits = all_logits(model, list(heads.heads), input_ids=input_ids, attention_mask=mask)
