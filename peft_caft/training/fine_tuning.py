@@ -3,7 +3,7 @@
 import copy
 import re
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..basics.adapters import tokenizer_of
-from ..basics.contents import contents_of
 from ..basics.files import file_sha256, filling
 from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.run_folder import RunFolder
@@ -25,11 +24,12 @@ from ..method.config import target_modules
 from ..method.full_fine_tuning import FullFineTuningConfig, prepare_full_fine_tuning
 from ..method.model import CAFTConfig
 from ..method.objective_config import ObjectiveConfig
-from .arguments import identity, require_honoured, training_settings
+from .arguments import require_honoured, training_settings
 from .data import collator, encode, read_jsonl, require_positions, tokens_sha256
 from .engine import checkpoint_files, divides_parameters, engine_name, gather, shards_parameters
 from .loading import load_base_model, require_dtype, require_tokenizer_of
 from .resumption import ResumableTrainer as Trainer
+from .resumption import begun, settings_of_run
 from .settings import FineTuningSettings
 
 
@@ -132,14 +132,8 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     has_trained_heads = settings.has_auxiliary_loss and settings.train_heads != "frozen"
     data_sha256 = file_sha256(settings.data)
     is_first = args.process_index == 0
-    # The number of processes decides the batches, so a run is resumed with the same number.
-    recorded = asdict(settings) | identity(args) | {"processes": args.world_size, "engine": engine_name(args)}
-    del recorded["output"]
-    recorded |= {
-        "data_sha256": data_sha256,
-        "eval_data_sha256": settings.eval_data and file_sha256(settings.eval_data),
-    }
-    recorded |= contents_of("model", settings.model) | contents_of("heads", settings.heads, settings.heads_revision)
+    eval_sha256 = settings.eval_data and file_sha256(settings.eval_data)
+    recorded = settings_of_run(settings, args, {"data_sha256": data_sha256, "eval_data_sha256": eval_sha256})
     if not overwrite:
         folder.require_free(recorded, to_come=("tokens_sha256",))
     if not is_first:
@@ -160,9 +154,8 @@ def fine_tune(settings: FineTuningSettings, args: TrainingArguments, overwrite: 
     collate = collator(tokenizer)
     # All checks have passed; from here on the output is written.
     with folder.held() if is_first else nullcontext():
-        with args.main_process_first(local=False):
-            needed = (*checkpoint_files(args), *([TRAINED_HEADS_NAME] if has_trained_heads else []))
-            resume_from = folder.begin(recorded, overwrite and is_first, needed)
+        needed = (*checkpoint_files(args), *([TRAINED_HEADS_NAME] if has_trained_heads else []))
+        resume_from = begun(folder, recorded, args, overwrite, needed)
         initial = folder.checkpoints / "initial_adapter" if settings.changes_base_weights else None
         if initial is not None and is_first:
             model.save_pretrained(initial)

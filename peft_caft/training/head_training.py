@@ -17,18 +17,18 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ..basics.adapters import tokenizer_of, whole_model
-from ..basics.contents import contents_of
 from ..basics.files import file_sha256
 from ..basics.provenance import peak_memory_mib, provenance
 from ..basics.reading import json_or_none
 from ..basics.run_folder import RunFolder
 from ..heads.auxiliary_heads import AuxiliaryHeads
-from .arguments import identity, require_honoured, training_settings
+from .arguments import require_honoured, training_settings
 from .data import EncodedData, collator, encode, read_jsonl, require_positions, tokens_sha256
-from .engine import checkpoint_files, engine_name, sharding_requested
+from .engine import checkpoint_files, sharding_requested
 from .head_trainer import HeadPretraining, HeadTrainer
 from .hidden_states_cache import cached_rows, with_hidden_states
 from .loading import require_dtype, require_tokenizer_of
+from .resumption import begun, settings_of_run
 from .settings import HeadTrainingSettings
 
 
@@ -60,13 +60,9 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     sharded = sharding_requested(args, settings.cache)
     train_files, eval_files = read_files(settings.data, settings.eval_data, settings.max_rows, settings.eval_rows)
     is_first = args.process_index == 0
-    recorded = asdict(settings) | identity(args)
-    # The number of processes decides the batches, and no engine reads another one's checkpoints.
-    recorded |= {"processes": args.world_size, "engine": engine_name(args)}
-    recorded |= {"data_sha256": [file.sha256 for file in (*train_files, *eval_files)]}
-    recorded |= contents_of("model", settings.model) | contents_of("init_heads", settings.init_heads)
+    hashes = {"data_sha256": [file.sha256 for file in (*train_files, *eval_files)]}
+    recorded = settings_of_run(settings, args, hashes)
     recorded["cache"] = settings.cache is not None  # cached states are rounded as others, but batched differently
-    del recorded["output"]
     if not overwrite:
         folder.require_free(recorded, to_come=("tokens_sha256",))
     if not is_first:
@@ -100,8 +96,7 @@ def train_heads(settings: HeadTrainingSettings, args: TrainingArguments, overwri
     collate: Any = collator(tokenizer)
     # All checks have passed; from here on the output is written.
     with folder.held() if is_first else nullcontext():
-        with args.main_process_first(local=False):
-            resume_from = folder.begin(recorded, overwrite and is_first, checkpoint_files(args))
+        resume_from = begun(folder, recorded, args, overwrite, checkpoint_files(args))
         dtype = model.dtype
         heads.float()  # the optimizer steps in fp32 even where the base model computes in half precision
         rows: Any = [row for file in train for row in file.encoded.rows]

@@ -6,18 +6,58 @@ evaluation is left out, and the seconds are those of all parts of the run.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..basics.checkpoints import readable
+from ..basics.contents import contents_of
+from ..basics.provenance import source_name
+from ..basics.run_folder import RunFolder
+from .arguments import identity
+from .engine import engine_name
+from .settings import FineTuningSettings, HeadTrainingSettings
+
+
+def settings_of_run(
+    settings: FineTuningSettings | HeadTrainingSettings, args: TrainingArguments, hashes: dict[str, Any]
+) -> dict[str, Any]:
+    """All that decides the result of a run, and that it must be resumed with.
+
+    What is hashed goes without its folder, which may have been moved.
+
+    Args:
+        hashes: those of the data files.
+    """
+    found = asdict(settings) | identity(args) | hashes
+    # The number of processes decides the batches, and no engine reads another one's checkpoints.
+    found |= {"processes": args.world_size, "engine": engine_name(args)}
+    for name in {"model", "heads", "init_heads"} & found.keys():
+        if (source := found[name]) is not None:
+            found |= contents_of(name, source, found.get("heads_revision") if name == "heads" else None)
+            found[name] = source_name(source)
+    for name in ("data", "eval_data"):
+        paths = found[name]
+        found[name] = [Path(path).name for path in ([paths] if isinstance(paths, str) else paths or [])]
+    del found["output"]
+    return found
+
+
+def begun(
+    folder: RunFolder, settings: dict[str, Any], args: TrainingArguments, overwrite: bool, needed: tuple[str, ...]
+) -> Path | None:
+    """The checkpoint to resume from: the first process begins the run, and tells the others."""
+    found = [folder.begin(settings, overwrite, needed) if args.process_index == 0 else None]
+    return broadcast_object_list(found)[0]
 
 
 @dataclass(eq=False, repr=False)

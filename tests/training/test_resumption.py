@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
 from peft_caft.training.data import collator
-from peft_caft.training.resumption import EpochOrder, ResumableTrainer
+from peft_caft.training.fine_tuning import fine_tune
+from peft_caft.training.head_training import train_heads
+from peft_caft.training.resumption import EpochOrder, ResumableTrainer, settings_of_run
+from peft_caft.training.settings import FineTuningSettings, HeadTrainingSettings
 
-from ..support.tiny_checkpoint import tiny_llama, tiny_tokenizer
+from ..support.tiny_checkpoint import save_checkpoint, tiny_llama, tiny_tokenizer, write_chats
 
 LENGTHS = [3 + (index * 37) % 101 for index in range(1003)]
 
@@ -114,3 +118,37 @@ def test_rows_grouped_by_length_come_in_the_same_order_after_a_resume(stopped_at
     resumed = trained(tmp_path, str(tmp_path / f"checkpoint-{stopped_at}"), **arguments)
     for got, expected in zip(resumed.model.parameters(), unbroken.model.parameters(), strict=True):
         assert torch.equal(got, expected)
+
+
+def stages(folder):
+    """Settings of a small run of each stage, whose files lie in ``folder``."""
+    model, data = str(folder / "model"), str(folder / "data.jsonl")
+    common = {"model": model, "output": str(folder / "output"), "max_length": 48}
+    yield fine_tune, FineTuningSettings(data=data, eval_data=data, **common)
+    yield train_heads, HeadTrainingSettings(data=[data], num_heads=1, early_stopping_patience=1, **common)
+
+
+def test_a_run_is_resumed_where_its_files_were_moved_to_but_not_where_they_changed(tmp_path):
+    save_checkpoint(tmp_path / "here" / "model")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    for (_, here), (_, there) in zip(stages(tmp_path / "here"), stages(tmp_path / "there"), strict=True):
+        assert settings_of_run(here, args, {}) == settings_of_run(there, args, {})
+        assert str(tmp_path) not in json.dumps(settings_of_run(here, args, {}))
+    save_checkpoint(tmp_path / "there" / "model", seed=1)
+    for (_, here), (_, there) in zip(stages(tmp_path / "here"), stages(tmp_path / "there"), strict=True):
+        assert settings_of_run(here, args, {}) != settings_of_run(there, args, {})
+
+
+def test_a_callers_arguments_serve_for_a_second_run(tmp_path):
+    save_checkpoint(tmp_path / "model")
+    write_chats(tmp_path / "data.jsonl", 20)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, eval_strategy="steps", eval_steps=1, use_cpu=True, report_to="none"
+    )
+    before = args.to_dict()
+    for output in ("first", "second"):
+        for number, (stage, settings) in enumerate(stages(tmp_path)):
+            settings.output = str(tmp_path / output / str(number))
+            stage(settings, args)
+    assert args.to_dict() == before
