@@ -46,8 +46,8 @@ def settings_of_run(
             found |= contents_of(name, source, found.get("heads_revision") if name == "heads" else None)
             found[name] = source_name(source)
     for name in ("data", "eval_data"):
-        paths = found[name]
-        found[name] = [Path(path).name for path in ([paths] if isinstance(paths, str) else paths or [])]
+        if (path := found[name]) is not None:
+            found[name] = Path(path).name if isinstance(path, str) else [Path(one).name for one in path]
     del found["output"]
     return found
 
